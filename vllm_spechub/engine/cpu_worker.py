@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU worker: trees, tree attention, and host versions of the V2 runner's Triton kernels."""
+
+from vllm.triton_utils import HAS_TRITON
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_spechub.engine.worker import SpecHubWorker
+
+
+class SpecHubCPUWorker(SpecHubWorker, CPUWorker):
+    """vLLM's CPU worker with trees. Where a Triton compiler exists for the CPU it is used."""
+
+    def init_device(self) -> None:
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN, "vllm_spechub.attention.cpu_tree.CPUTreeBackend"
+        )
+        if not HAS_TRITON:
+            from vllm_spechub import host_kernels
+
+            host_kernels.register()
+        super().init_device()

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a step's tree tokens stand: RoPE positions by depth, and what each token sees.
+
+A request's last 1 + n tokens are its tree's root and first n drafted nodes, in slots that follow
+one another. vLLM's positions count slots, which is right for the KV cache and wrong for RoPE.
+"""
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm_spechub.attention.visibility import TreeVisibility
+from vllm_spechub.topology import TokenTree
+
+
+class TreeLayout:
+    """Per-token positions and visibility of a batch, in buffers that CUDA graphs can replay."""
+
+    def __init__(self, tree: TokenTree, max_num_tokens: int, device: torch.device) -> None:
+        self.device = device
+        # Index 0 stands for an ordinary token, index 1 + i for tree node i.
+        slot_of_node = np.arange(tree.num_nodes + 1)
+        ordinary = np.zeros(1, dtype=np.int64)
+        depth_minus_slot = np.concatenate([ordinary, tree.depths - slot_of_node])
+        until_minus_slot = np.concatenate([ordinary + 1, -slot_of_node])
+        masks = np.concatenate([ordinary, tree.ancestor_masks])
+        # [num_nodes + 2] each
+        self._rope_offset = torch.from_numpy(depth_minus_slot).to(device)
+        self._until_offset = torch.from_numpy(until_minus_slot).to(device)
+        self._mask = torch.from_numpy(masks).to(device)
+        # [max_num_tokens] each
+        self.positions = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
+        self.visible_until = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
+        self.tree_mask = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
+
+    def update(self, batch: InputBatch) -> TreeVisibility:
+        """Fill the buffers for this batch. Tokens of padding see nothing but themselves."""
+        num_tokens = batch.num_tokens_after_padding
+        row = np.zeros(num_tokens, dtype=np.int64)
+        drafts = batch.num_draft_tokens_per_req
+        num_tree_tokens = np.zeros(batch.num_reqs, dtype=np.int64)
+        if drafts is not None:
+            num_tree_tokens = np.where(drafts > 0, drafts + 1, 0)
+            ends = batch.query_start_loc_np[1 : batch.num_reqs + 1]
+            # one run of 1, 2, .., 1 + n at the end of every request that has a tree
+            start = np.repeat(ends - num_tree_tokens, num_tree_tokens)
+            first = np.repeat(np.cumsum(num_tree_tokens) - num_tree_tokens, num_tree_tokens)
+            node = np.arange(num_tree_tokens.sum()) - first
+            row[start + node] = node + 1
+        rows = async_tensor_h2d(row, device=self.device)
+        positions = batch.positions[:num_tokens]
+        torch.add(positions, self._rope_offset[rows], out=self.positions[:num_tokens])
+        self.visible_until[:num_tokens] = positions + self._until_offset[rows]
+        self.tree_mask[:num_tokens] = self._mask[rows]
+        return TreeVisibility(
+            visible_until=self.visible_until[:num_tokens],
+            tree_mask=self.tree_mask[:num_tokens],
+            num_tree_tokens=num_tree_tokens,
+        )

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target's model state: tree inputs before the forward pass, tree sampling after it."""
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+from vllm_spechub.attention.visibility import TreeAttnMetadata
+from vllm_spechub.engine.compaction import PathCompactor
+from vllm_spechub.engine.history import HistoryProcessors
+from vllm_spechub.engine.layout import TreeLayout
+from vllm_spechub.engine.sampler import TreeRejectionSampler
+from vllm_spechub.rules import RULES
+
+
+class TreeModelState(DefaultModelState):
+    """`DefaultModelState` for batches whose requests may carry a draft tree."""
+
+    def __init__(self, vllm_config, model, encoder_cache, device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.config = vllm_config.speculative_config
+        self.layout = TreeLayout(self.config.tree, self.max_num_tokens, device)
+        self.compactor = PathCompactor(vllm_config)
+
+    def initialize_kv_cache(self, kv_cache_config, block_tables) -> None:
+        self.compactor.bind(kv_cache_config, block_tables)
+
+    def prepare_attn(self, input_batch: InputBatch, *args, **kwargs) -> dict[str, Any]:
+        tree = self.layout.update(input_batch)
+        return super().prepare_attn(
+            input_batch, *args, **kwargs, model_specific_attn_metadata=TreeAttnMetadata(tree)
+        )
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states) -> dict[str, torch.Tensor]:
+        return {"positions": self.layout.positions[: input_batch.num_tokens_after_padding]}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        # what a captured graph reads on every replay
+        return {"positions": self.layout.positions[:num_tokens]}
+
+    def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeRejectionSampler]:
+        history = HistoryProcessors(sampler.logits_processors, self.max_num_reqs)
+        sampler.logits_processors = [history]
+        rule = RULES.load(self.config.verification)()
+        rejection_sampler = TreeRejectionSampler(
+            sampler, self.config, self.device, rule, history, self.compactor
+        )
+        return sampler, rejection_sampler

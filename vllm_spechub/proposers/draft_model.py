@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A separate draft model that expands the tree level by level.
+
+Every step first feeds the draft the tokens that were accepted, which also gives the root's
+children, then one pass per further depth. Nodes live in consecutive slots after the root in
+breadth-first order and see their ancestors only. The next step writes the accepted tokens again,
+in their final slots, so the draft's KV cache needs no compaction.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import ModelConfig, VllmConfig
+from vllm.tokenizers import get_tokenizer
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
+
+from vllm_spechub.attention.visibility import TreeAttnMetadata, TreeVisibility
+from vllm_spechub.drafting import DraftLevel, DraftState
+from vllm_spechub.rules import VerificationRule
+
+
+class DraftModelProposer(StandaloneARSpeculator):
+    """Drafts with a smaller model of the same vocabulary; see `TreeProposer`."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, rule: VerificationRule
+    ) -> None:
+        super().__init__(vllm_config, device)
+        self.rule = rule
+        self.tree = vllm_config.speculative_config.tree
+        dtype, _ = self.draft_logits_spec(vllm_config)
+        self.draft_logits = DraftState(self.tree, self.max_num_reqs, self.vocab_size, dtype, device)
+        self.level_masks = [
+            torch.from_numpy(self.tree.ancestor_masks[level.nodes_np]).to(device)
+            for level in self.draft_logits.levels
+        ]
+
+    @classmethod
+    def check_options(cls, options: dict[str, Any], target_model_config: ModelConfig) -> None:
+        draft = options.get("model")
+        if not draft:
+            raise ValueError(
+                "speculative_config['model'] is missing: name the draft model, a folder or a "
+                "Hugging Face id (--spec-model DRAFT)"
+            )
+        if str(draft).startswith(("/", "./", "../", "~")) and not Path(draft).is_dir():
+            raise ValueError(f"speculative_config['model']: there is no folder {draft!r}")
+
+    @classmethod
+    def check_config(cls, config) -> None:
+        draft, target = config.draft_model_config, config.target_model_config
+        if draft.max_model_len < target.max_model_len:
+            raise ValueError(
+                f"speculative_config['model']: the draft reads {draft.max_model_len} positions, "
+                f"the target {target.max_model_len}; set max_model_len to at most "
+                f"{draft.max_model_len}"
+            )
+        if (Path(draft.model) / "tokenizer.json").is_file():
+            own = get_tokenizer(draft.model, tokenizer_mode=target.tokenizer_mode).get_vocab()
+            shared = get_tokenizer(
+                target.tokenizer,
+                tokenizer_mode=target.tokenizer_mode,
+                revision=target.tokenizer_revision,
+                trust_remote_code=target.trust_remote_code,
+            ).get_vocab()
+            if own != shared:
+                raise ValueError(
+                    "speculative_config['model']: the draft's tokenizer differs from the "
+                    "target's; draft and target need one vocabulary"
+                )
+
+    def set_attn(
+        self, model_state, kv_cache_config, block_tables: BlockTables, *args, **kwargs
+    ) -> None:
+        super().set_attn(model_state, kv_cache_config, block_tables, *args, **kwargs)
+        widest = max(len(level.nodes_np) for level in self.draft_logits.levels)
+        self.level_slot_mappings = torch.empty(
+            block_tables.num_kv_cache_groups,
+            self.max_num_reqs * widest,
+            dtype=torch.int64,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        # [num_reqs]
+        num_sampled: torch.Tensor,
+        # [num_reqs]
+        num_rejected: torch.Tensor,
+        # [max_num_reqs, 1]
+        last_sampled: torch.Tensor,
+        # [num_prefill_lookahead, max_num_reqs]
+        next_prefill_tokens: torch.Tensor,
+        # [max_num_reqs]
+        temperature: torch.Tensor,
+        # [max_num_reqs]
+        seeds: torch.Tensor,
+        dp_sync_state=None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs=None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Draft one tree per request. Returns tokens [num_reqs, num_nodes] in node order."""
+        step = _DraftStep(self, input_batch, dummy_run, skip_attn_for_dummy_run)
+        hidden = step.prefill(num_rejected, last_sampled)
+        for depth, level in enumerate(self.draft_logits.levels):
+            if depth > 0:
+                hidden = step.forward_level(depth, level)
+            self.rule.sample_children(
+                self.compute_draft_logits(hidden, depth),
+                level,
+                input_batch.idx_mapping,
+                step.root_positions,
+                temperature,
+                seeds,
+                self.draft_logits,
+            )
+        return self.draft_logits.tokens[input_batch.idx_mapping]
+
+
+class _DraftStep:
+    """The draft model's forward passes of one step."""
+
+    def __init__(
+        self,
+        proposer: DraftModelProposer,
+        batch: InputBatch,
+        dummy_run: bool,
+        skip_attn: bool,
+    ) -> None:
+        self.proposer = proposer
+        self.batch = batch
+        self.dummy_run = dummy_run
+        self.skip_attn = dummy_run and skip_attn
+        self.num_reqs = batch.num_reqs
+        self.device = proposer.device
+        self.max_model_len = proposer.max_model_len
+        # [num_reqs] sequence position of the root of the tree being drafted, set by `prefill`
+        self.root_positions: torch.Tensor
+
+    def prefill(
+        self,
+        # [num_reqs]
+        num_rejected: torch.Tensor,
+        # [max_num_reqs, 1]
+        last_sampled: torch.Tensor,
+    ) -> torch.Tensor:
+        """Feed the tokens that were accepted, then the new root.
+
+        Of a verified tree only as many rows are fed as can have been accepted, a bound known
+        without waiting for the device. Returns the roots' hidden states, [num_reqs, hidden_size].
+        """
+        batch, tree = self.batch, self.proposer.tree
+        lengths = batch.num_scheduled_tokens[: self.num_reqs].astype(np.int64)
+        if batch.num_draft_tokens_per_req is not None:
+            drafts = batch.num_draft_tokens_per_req[: self.num_reqs]
+            lengths = lengths - np.maximum(drafts - tree.depth, 0)
+        counts = lengths + 1
+        starts_np = np.zeros(self.num_reqs + 1, dtype=np.int32)
+        np.cumsum(counts, out=starts_np[1:])
+        req_np = np.repeat(np.arange(self.num_reqs), counts)
+        local_np = np.arange(starts_np[-1]) - starts_np[req_np]
+
+        starts = async_tensor_h2d(starts_np, device=self.device)
+        req = async_tensor_h2d(req_np, device=self.device)
+        local = async_tensor_h2d(local_np, device=self.device)
+        query_start = batch.query_start_loc[: self.num_reqs]
+        query_end = batch.query_start_loc[1 : self.num_reqs + 1]
+        accepted = query_end - query_start - num_rejected  # [num_reqs], the old root included
+        first_position = batch.positions[query_start]  # [num_reqs]
+        self.root_positions = first_position + accepted
+
+        is_root = local == accepted[req]
+        unused = local > accepted[req]
+        source = (query_start[req] + local).clamp(max=batch.input_ids.shape[0] - 1)
+        new_root = last_sampled[batch.idx_mapping, 0].to(torch.int32)
+        tokens = torch.where(is_root, new_root[req], batch.input_ids[source])
+        tokens = tokens.masked_fill(unused, 0)
+        positions = first_position[req] + local
+        hidden = self._forward(
+            tokens,
+            positions,
+            positions,
+            starts,
+            starts_np,
+            first_position + torch.diff(starts),
+            self.proposer.expanded_slot_mappings,
+            unused,
+            None,
+        )
+        return hidden[starts[:-1] + accepted]
+
+    def forward_level(self, depth: int, level: DraftLevel) -> torch.Tensor:
+        """Feed one depth's nodes. Returns hidden states [num_reqs * num_expanded, hidden_size]."""
+        proposer, num_expanded = self.proposer, len(level.nodes_np)
+        starts_np = np.arange(self.num_reqs + 1, dtype=np.int32) * num_expanded
+        tokens = proposer.draft_logits.tokens[self.batch.idx_mapping][:, level.nodes.long() - 1]
+        slots = (self.root_positions.unsqueeze(1) + level.nodes).flatten()
+        root = self.root_positions.repeat_interleave(num_expanded)
+        tree = TreeVisibility(
+            visible_until=root.to(torch.int32),
+            tree_mask=proposer.level_masks[depth].repeat(self.num_reqs),
+            num_tree_tokens=np.full(self.num_reqs, num_expanded),
+        )
+        return self._forward(
+            tokens.flatten().to(torch.int32),
+            root + depth,
+            slots,
+            async_tensor_h2d(starts_np, device=self.device),
+            starts_np,
+            self.root_positions + int(level.nodes_np[-1]) + 1,
+            proposer.level_slot_mappings,
+            None,
+            tree,
+        )
+
+    def _forward(
+        self,
+        # [num_tokens] int32
+        tokens: torch.Tensor,
+        # [num_tokens] int64, RoPE positions
+        positions: torch.Tensor,
+        # [num_tokens] int64, sequence positions of the KV slots
+        slots: torch.Tensor,
+        # [num_reqs + 1] int32
+        starts: torch.Tensor,
+        # [num_reqs + 1] int32
+        starts_np: np.ndarray,
+        # [num_reqs]
+        seq_lens: torch.Tensor,
+        # [num_groups, at least num_tokens] int64
+        slot_buffer: torch.Tensor,
+        # [num_tokens], rows that must write nothing
+        unused: torch.Tensor | None,
+        tree: TreeVisibility | None,
+    ) -> torch.Tensor:
+        proposer, batch, num_tokens = self.proposer, self.batch, len(tokens)
+        last = self.max_model_len - 1
+        positions = positions.clamp(max=last)
+        metadata = slot_mappings = None
+        if not self.skip_attn:
+            mappings = proposer.block_tables.compute_slot_mappings(
+                batch.idx_mapping, starts, slots.clamp(max=last), num_tokens, out=slot_buffer
+            )
+            outside = slots > last  # no slot there, and the last one is another token's
+            if unused is not None:
+                outside |= unused
+            if self.dummy_run:
+                outside.fill_(True)
+            mappings.masked_fill_(outside, PAD_SLOT_ID)
+            slot_mappings = build_slot_mappings_by_layer(mappings, proposer.kv_cache_config)
+            metadata = self._attn_metadata(starts, starts_np, seq_lens, positions, mappings, tree)
+        return proposer._run_model(tokens, positions, metadata, slot_mappings, None)
+
+    def _attn_metadata(
+        self, starts, starts_np, seq_lens, positions, mappings, tree: TreeVisibility | None
+    ) -> dict[str, Any]:
+        proposer, num_reqs = self.proposer, self.num_reqs
+        longest = self.max_model_len
+        # The bound covers this step's tokens; a new tree adds its root and its nodes.
+        bound = self.batch.seq_lens_cpu_upper_bound[:num_reqs] + proposer.tree.num_nodes + 1
+        return build_attn_metadata(
+            attn_groups=proposer.attn_groups,
+            num_reqs=num_reqs,
+            num_tokens=int(starts_np[-1]),
+            query_start_loc_gpu=starts,
+            query_start_loc_cpu=torch.from_numpy(starts_np),
+            max_query_len=int(np.diff(starts_np).max()),
+            seq_lens=seq_lens.clamp(max=longest).to(torch.int32),
+            max_seq_len=longest,
+            block_tables=[table[:num_reqs] for table in proposer.block_tables.input_block_tables],
+            slot_mappings=mappings,
+            kv_cache_config=proposer.kv_cache_config,
+            seq_lens_cpu_upper_bound=bound.clamp(max=longest),
+            positions=positions,
+            is_prefilling=proposer.draft_is_prefilling[:num_reqs],
+            model_specific_attn_metadata=None if tree is None else TreeAttnMetadata(tree),
+        )

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Static draft trees: shapes, numbering and the tables that the rest of the package reads.
+
+Node 0 is the root, the last emitted token. Drafted nodes are numbered from 1 in breadth-first
+order, so any prefix of them is closed under taking ancestors: when the scheduler truncates a
+tree to fit a budget, what is left is a tree.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+MAX_NODES = 63
+"""Most drafted nodes: with the root they fill one 64-bit ancestor mask."""
+MAX_BRANCHING = 4
+"""Most children of one node: the verification kernels unroll over siblings."""
+
+FAMILIES = "binary:DEPTH, kary:BRANCHING:DEPTH, chain:DEPTH, caterpillar:DEPTH[:BRANCHING]"
+_FAMILY = re.compile(r"(binary|kary|chain|caterpillar)((?::\d+)+)")
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """A static draft tree.
+
+    Args:
+        parents: one entry per drafted node, its parent's number. Drafted nodes are numbered from
+            1 in breadth-first order and 0 is the root, so `parents` never decreases and
+            `parents[i] <= i`. The order of siblings is the order of their slots.
+
+    Raises:
+        ValueError: empty or too large a tree, too many children, or not breadth-first.
+
+    Examples::
+
+        >>> TokenTree((0, 0, 1, 1)).depth
+        2
+        >>> TokenTree.complete(branching=2, depth=3).num_nodes
+        14
+    """
+
+    parents: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parents", tuple(int(parent) for parent in self.parents))
+        if not 1 <= self.num_nodes <= MAX_NODES:
+            raise ValueError(f"a tree has 1 to {MAX_NODES} drafted nodes, got {self.num_nodes}")
+        for node, parent in enumerate(self.parents, start=1):
+            if not 0 <= parent < node:
+                raise ValueError(
+                    f"parents[{node - 1}] = {parent}: node {node} needs a parent in 0..{node - 1}"
+                )
+        if any(a > b for a, b in zip(self.parents, self.parents[1:], strict=False)):
+            raise ValueError(
+                f"parents must not decrease (breadth-first order), got {list(self.parents)}"
+            )
+        most = int(self.num_children.max())
+        if most > MAX_BRANCHING:
+            node = int(self.num_children.argmax())
+            raise ValueError(f"node {node} has {most} children, at most {MAX_BRANCHING} allowed")
+
+    @classmethod
+    def complete(cls, branching: int, depth: int) -> "TokenTree":
+        """Every node above the last level has `branching` children."""
+        return cls._grow(depth, lambda _level, width: [branching] * width)
+
+    @classmethod
+    def chain(cls, depth: int) -> "TokenTree":
+        """One token per depth, as in ordinary speculative decoding."""
+        return cls.complete(1, depth)
+
+    @classmethod
+    def caterpillar(cls, depth: int, branching: int = 2) -> "TokenTree":
+        """The first child of every level has `branching` children, the others none."""
+        return cls._grow(depth, lambda _level, width: [branching] + [0] * (width - 1))
+
+    @classmethod
+    def _grow(cls, depth: int, children_of_level) -> "TokenTree":
+        parents: list[int] = []
+        level = [0]
+        for d in range(depth):
+            first = len(parents) + 1
+            for node, count in zip(level, children_of_level(d, len(level)), strict=True):
+                parents.extend([node] * count)
+            if len(parents) > MAX_NODES:
+                raise ValueError(
+                    f"a tree has 1 to {MAX_NODES} drafted nodes, this one has more by depth {d + 1}"
+                )
+            level = list(range(first, len(parents) + 1))
+        return cls(tuple(parents))
+
+    @classmethod
+    def parse(cls, spec: "str | Sequence[int] | TokenTree") -> "TokenTree":
+        """A tree from its configuration: a family such as "binary:3", or a list of parents.
+
+        Raises:
+            ValueError: an unknown family, or anything the constructor refuses.
+        """
+        if isinstance(spec, TokenTree):
+            return spec
+        if isinstance(spec, str):
+            match = _FAMILY.fullmatch(spec.strip())
+            if match is None:
+                raise ValueError(f"{spec!r} is none of: {FAMILIES}, or a list of parents")
+            family, numbers = match[1], [int(n) for n in match[2].split(":")[1:]]
+            builders = {
+                ("binary", 1): lambda depth: cls.complete(2, depth),
+                ("kary", 2): cls.complete,
+                ("chain", 1): cls.chain,
+                ("caterpillar", 1): cls.caterpillar,
+                ("caterpillar", 2): cls.caterpillar,
+            }
+            build = builders.get((family, len(numbers)))
+            if build is None or min(numbers) < 1:
+                raise ValueError(f"{spec!r} is none of: {FAMILIES} (numbers from 1)")
+            return build(*numbers)
+        if isinstance(spec, Sequence) and all(type(parent) is int for parent in spec):
+            return cls(tuple(spec))
+        raise ValueError(f"{spec!r} is none of: {FAMILIES}, or a list of parents")
+
+    @property
+    def num_nodes(self) -> int:
+        """Drafted nodes, the root not counted."""
+        return len(self.parents)
+
+    @property
+    def depth(self) -> int:
+        """Depth of the deepest node; the root has depth 0."""
+        return int(self.depths[-1])
+
+    @cached_property
+    def depths(self) -> np.ndarray:
+        """Depth of every node, root first. [num_nodes + 1] int32"""
+        depths = np.zeros(self.num_nodes + 1, dtype=np.int32)
+        for node, parent in enumerate(self.parents, start=1):
+            depths[node] = depths[parent] + 1
+        return depths
+
+    @cached_property
+    def num_children(self) -> np.ndarray:
+        """[num_nodes + 1] int32"""
+        return np.bincount(self.parents, minlength=self.num_nodes + 1).astype(np.int32)
+
+    @cached_property
+    def first_child(self) -> np.ndarray:
+        """The first child's number, 0 for a leaf. [num_nodes + 1] int32"""
+        first = np.zeros(self.num_nodes + 1, dtype=np.int32)
+        for node in range(self.num_nodes, 0, -1):
+            first[self.parents[node - 1]] = node
+        return first
+
+    @cached_property
+    def internal_nodes(self) -> np.ndarray:
+        """Nodes that have children, in breadth-first order. [num_internal] int32"""
+        return np.flatnonzero(self.num_children).astype(np.int32)
+
+    @cached_property
+    def internal_index(self) -> np.ndarray:
+        """A node's index among the internal nodes, -1 for a leaf. [num_nodes + 1] int32"""
+        index = np.full(self.num_nodes + 1, -1, dtype=np.int32)
+        index[self.internal_nodes] = np.arange(len(self.internal_nodes))
+        return index
+
+    @cached_property
+    def ancestor_masks(self) -> np.ndarray:
+        """Bit i of a node's mask: node i is the node itself or above it. [num_nodes + 1] int64"""
+        masks = np.zeros(self.num_nodes + 1, dtype=np.uint64)
+        masks[0] = 1
+        for node, parent in enumerate(self.parents, start=1):
+            masks[node] = masks[parent] | np.uint64(1 << node)
+        return masks.view(np.int64)
+
+    @cached_property
+    def paths(self) -> tuple[tuple[int, ...], ...]:
+        """Every node's path from the root, both ends included."""
+        paths: list[tuple[int, ...]] = [(0,)]
+        for node, parent in enumerate(self.parents, start=1):
+            paths.append((*paths[parent], node))
+        return tuple(paths)
+
+    def internal_levels(self) -> list[np.ndarray]:
+        """The internal nodes of each depth, 0 to depth - 1: what one draft pass expands."""
+        depths = self.depths[self.internal_nodes]
+        return [self.internal_nodes[depths == d] for d in range(self.depth)]
+
+    def __str__(self) -> str:
+        branching = set(self.num_children[self.internal_nodes].tolist())
+        if branching == {1}:
+            return f"chain:{self.depth}"
+        if branching == {2} and self.num_nodes == 2 ** (self.depth + 1) - 2:
+            return f"binary:{self.depth}"
+        return str(list(self.parents))
