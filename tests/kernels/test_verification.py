@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tree verification: kernel against reference, greedy walks, and losslessness by sampling."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from drafting import BINARY, CHAIN, UNEQUAL, WIDE, Draft, Tree, draft_tree, huge_rows
+from scipy import stats
+from vllm_spechub.triton_kernels.verification import kernel, verify_tree
+
+TREES = {"binary": BINARY, "unequal": UNEQUAL, "chain": CHAIN, "wide": WIDE}
+TARGET_TEMPERATURES = [1.0, 0.0, 1.0, 0.5, 1.0, 0.0, 0.02]
+DRAFT_TEMPERATURES = [1.0, 1.0, 0.0, 0.5, 0.3, 0.0, 0.02]
+
+
+def on(device: str, arguments: list) -> list:
+    return [value.to(device) for value in arguments]
+
+
+def make_case(
+    tree: Tree, vocab_size: int, ordered: bool, dtype: torch.dtype, num_reqs: int = 7
+) -> tuple[list, dict]:
+    """Arguments with every temperature, ties, masked tokens, and truncated trees."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    num_internal = int(tree.internal_index.max()) + 1
+    num_rows = len(tree.counts)
+    draft_logits = torch.randn(num_reqs, num_internal, vocab_size, generator=generator) * 2
+    # Close to the draft, so that walks go deep, with ties in bfloat16.
+    target_logits = torch.randn(num_reqs, num_rows, vocab_size, generator=generator) * 0.3
+    target_logits[:, tree.internal_index >= 0] += draft_logits
+    target_logits[:, :, vocab_size // 2] = -torch.inf
+    draft_logits[0, :, 1:] = -torch.inf  # nothing off the hubs
+    draft_logits[4, :, vocab_size - 1] = -torch.inf
+    draft_logits[4, :, 0] += 100.0  # hub mass of 1 in float32
+    target_logits[4, :, 0] += 100.0
+    draft_logits, target_logits = draft_logits.to(dtype), target_logits.to(dtype)
+
+    # Requests in another order than their states, and rows of other requests in between.
+    req_idx = torch.arange(num_reqs).roll(2)
+    row_start = torch.arange(num_reqs) * (num_rows + 1) + 1
+    rows = torch.full((num_reqs * (num_rows + 1) + 1, vocab_size), float("nan"), dtype=dtype)
+    node_tokens = torch.full((len(rows),), -5)
+    states = iter(draft_logits[req_idx].unbind(1))
+    draft = draft_tree(
+        tree,
+        lambda path: next(states),
+        torch.zeros(num_reqs, dtype=torch.int64),
+        torch.tensor(DRAFT_TEMPERATURES).repeat(num_reqs // 7 + 1)[:num_reqs],
+        torch.arange(num_reqs) * 1000 - 3,
+        req_idx,
+        torch.arange(num_reqs) + 50,
+        ordered,
+    )
+    for request in range(num_reqs):
+        start = int(row_start[request])
+        rows[start : start + num_rows] = target_logits[req_idx[request]]
+        node_tokens[start : start + num_rows] = draft.tokens[request]
+        node_tokens[start] = -5  # the root's is not read
+    num_nodes = torch.full((num_reqs,), tree.num_drafted)
+    num_nodes[-1], num_nodes[-2] = 0, tree.num_drafted // 2
+    arguments = [
+        rows,
+        row_start.int(),
+        num_nodes.int(),
+        node_tokens,
+        draft.logits,
+        draft.sample_slots,
+        req_idx.int(),
+        torch.tensor(TARGET_TEMPERATURES).repeat(num_reqs // 7 + 1)[:num_reqs],
+        torch.tensor(DRAFT_TEMPERATURES).repeat(num_reqs // 7 + 1)[:num_reqs],
+        torch.arange(num_reqs) * 1000 - 3,
+        torch.arange(num_reqs) + 50,
+        tree.first_child,
+        tree.num_children,
+        tree.internal_index,
+    ]
+    return arguments, {"max_depth": tree.max_depth, "ordered": ordered}
+
+
+def assert_equal(actual, expected) -> None:
+    for value, reference in zip(actual, expected, strict=True):
+        assert value.dtype == reference.dtype
+        assert torch.equal(value.cpu(), reference)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize(
+    ("vocab_size", "block_size", "dtype"),
+    [
+        (6, 16, torch.float32),
+        (63, 16, torch.float16),
+        (500, 128, torch.bfloat16),
+        (1030, 2048, torch.float32),
+    ],
+)
+def test_kernel_equals_reference(monkeypatch, device, vocab_size, block_size, dtype, name, ordered):
+    monkeypatch.setattr(kernel, "BLOCK_SIZE", block_size)
+    arguments, options = make_case(TREES[name], vocab_size, ordered, dtype)
+    expected = verify_tree(*arguments, **options)
+    assert_equal(kernel.verify_tree(*on(device, arguments), **options), expected)
+    tokens, num_emitted, path = expected
+    # Some walk, so that more than the root is compared.
+    assert num_emitted.max() > 1
+    for request in range(len(tokens)):
+        count = int(num_emitted[request])
+        emitted = tokens[request, :count]
+        assert ((emitted >= 0) & (emitted < vocab_size)).all()
+        assert (emitted != vocab_size // 2).all()  # masked in the target
+        assert (tokens[request, count:] == -1).all()
+        assert (path[request, count:] == -1).all()
+        start = int(arguments[1][request])
+        walked = path[request, :count].long()
+        assert walked[0] == 0
+        assert torch.equal(arguments[3][start + walked[1:]], emitted[:-1])
+        assert (walked <= arguments[2][request]).all()
+
+
+def test_strides(device):
+    arguments, options = make_case(BINARY, 63, True, torch.float32)
+    expected = verify_tree(*arguments, **options)
+    rows, draft_logits, slots = arguments[0], arguments[4], arguments[5]
+    nan = float("nan")
+    for implementation, where in ((verify_tree, "cpu"), (kernel.verify_tree, device)):
+        strided = on(where, arguments)
+        wide = torch.full((len(rows), 100), nan, device=where)
+        strided[0] = wide[:, :63].copy_(rows)
+        wide = torch.full((draft_logits.shape[0], 9, 80), nan, device=where)
+        strided[4] = wide[:, :7, :63].copy_(draft_logits)
+        wide = torch.full((slots.shape[0], 11), -9, dtype=torch.int32, device=where)
+        strided[5] = wide[:, :7].copy_(slots)
+        assert_equal(implementation(*strided, **options), expected)
+
+
+def test_offsets_beyond_32_bits(device):
+    if device != "cpu":
+        pytest.skip("needs memory that is reserved but not used")
+    arguments, options = make_case(Tree([2, 0, 0]), 8, True, torch.bfloat16)
+    expected = verify_tree(*arguments, **options)
+    rows = arguments[0]
+    arguments[0] = huge_rows(len(rows), 2**28 + 16, 8).copy_(rows)
+    draft_logits = huge_rows(7, 2**29 + 16, 8).unsqueeze(1)
+    arguments[4] = draft_logits.copy_(arguments[4])
+    assert_equal(kernel.verify_tree(*arguments, **options), expected)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("name", TREES)
+def test_greedy_follows_the_argmax(name, ordered):
+    tree = TREES[name]
+    arguments, options = make_case(tree, 30, ordered, torch.bfloat16, num_reqs=21)
+    arguments[7] = torch.zeros(21)
+    tokens, num_emitted, path = verify_tree(*arguments, **options)
+    for request in range(21):
+        start, limit = int(arguments[1][request]), int(arguments[2][request])
+        node, expected = 0, []
+        while True:
+            logits = arguments[0][start + node].tolist()
+            expected.append(logits.index(max(logits)))
+            first = int(tree.first_child[node])
+            children = range(first, first + tree.counts[node])
+            if any(child > limit for child in children):
+                break
+            matching = [c for c in children if arguments[3][start + c] == expected[-1]]
+            if not matching:
+                break
+            node = matching[0]
+        assert tokens[request, : len(expected)].tolist() == expected
+        assert num_emitted[request] == len(expected)
+        assert path[request, len(expected) - 1] == node
+
+
+VOCAB_SIZE, LENGTH = 4, 3
+
+
+def run_markov(
+    tree: Tree,
+    ordered: bool,
+    # [vocab_size, vocab_size]: next-token logits by token
+    target: torch.Tensor,
+    draft: torch.Tensor,
+    count: int,
+    draft_temperature: float = 1.0,
+    num_nodes: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, Draft]:
+    """Speculate once for `count` seeds from token 0; the laws depend on the token before."""
+    seeds = torch.arange(count)
+    req_idx = torch.arange(count)
+    positions = torch.full((count,), 9)
+    temperature = torch.full((count,), draft_temperature)
+    root = torch.zeros(count, dtype=torch.int64)
+    drafted = draft_tree(
+        tree,
+        lambda path: draft[path[:, -1]],
+        root,
+        temperature,
+        seeds,
+        req_idx,
+        positions,
+        ordered,
+    )
+    num_rows = len(tree.counts)
+    tokens, num_emitted, _ = verify_tree(
+        # Not yet divided by their temperature.
+        0.5 * target[drafted.tokens].flatten(0, 1),
+        torch.arange(count, dtype=torch.int32) * num_rows,
+        torch.full((count,), tree.num_drafted if num_nodes is None else num_nodes).int(),
+        drafted.tokens.flatten(),
+        drafted.logits,
+        drafted.sample_slots,
+        req_idx.int(),
+        torch.full((count,), 0.5),
+        temperature,
+        seeds,
+        positions,
+        tree.first_child,
+        tree.num_children,
+        tree.internal_index,
+        max_depth=tree.max_depth,
+        ordered=ordered,
+    )
+    return tokens, num_emitted, drafted
+
+
+def extend(tokens: torch.Tensor, num_emitted: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """[count, LENGTH]: the emitted tokens, continued by plain sampling from the target."""
+    generator = torch.Generator().manual_seed(0)
+    result = torch.zeros(len(tokens), LENGTH, dtype=torch.int64)
+    last = torch.zeros(len(tokens), dtype=torch.int64)
+    for position in range(LENGTH):
+        plain = torch.multinomial(probs[last], 1, generator=generator).squeeze(1)
+        if position < tokens.shape[1]:
+            last = torch.where(position < num_emitted, tokens[:, position], plain)
+        else:
+            last = plain
+        result[:, position] = last
+    return result
+
+
+def sequence_law(probs: np.ndarray) -> np.ndarray:
+    law = np.zeros((VOCAB_SIZE,) * LENGTH)
+    for sequence in itertools.product(range(VOCAB_SIZE), repeat=LENGTH):
+        law[sequence] = np.prod([probs[a, b] for a, b in itertools.pairwise((0, *sequence))])
+    return law.flatten()
+
+
+STATISTICAL_TREES = {
+    "binary": Tree([2, 2, 2, 0, 0, 0, 0]),
+    "unequal": Tree([3, 2, 0, 0, 0, 0]),
+    "chain": Tree([1, 1, 0]),
+    "three": Tree([3, 3, 0, 1, 0, 0, 0, 0]),
+    # One of node 2's children is cut: node 2 is a leaf.
+    "truncated": Tree([2, 2, 2, 0, 0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("draft_temperature", [1.0, 0.0, 0.4])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("name", STATISTICAL_TREES)
+def test_lossless(name, ordered, draft_temperature):
+    """Three-token sequences follow the target; the first token is accepted at the optimal rate."""
+    count = 20_000
+    generator = torch.Generator().manual_seed(3)
+    target = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=generator) * 1.2
+    draft = target + torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=generator)
+    draft[1, 2] = draft[1, 0]  # a tie
+    target[2, 3] = -torch.inf
+    tree = STATISTICAL_TREES[name]
+    tokens, num_emitted, _ = run_markov(
+        tree, ordered, target, draft, count, draft_temperature, 5 if name == "truncated" else None
+    )
+    probs = torch.softmax(target.double(), dim=1)
+    sequences = extend(tokens, num_emitted, probs)
+    cells = sequences @ torch.tensor([VOCAB_SIZE**2, VOCAB_SIZE, 1])
+    observed = np.bincount(cells.numpy(), minlength=VOCAB_SIZE**LENGTH)
+    expected = sequence_law(probs.numpy()) * count
+    assert (observed[expected == 0] == 0).all()
+    # Cells too rare for the test's approximation are joined.
+    rare = expected < 10
+    observed = np.append(observed[~rare], observed[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    assert stats.chisquare(observed, expected).pvalue > 1e-4
+
+    k = tree.counts[0]
+    p = probs[0].numpy()
+    order = np.argsort(-draft[0].numpy(), kind="stable")
+    hubs, others = order[: k - 1], order[k - 1 :]
+    w = np.zeros(VOCAB_SIZE)
+    if draft_temperature:
+        w[others] = torch.softmax(draft[0, others].double() / draft_temperature, dim=0)
+    else:
+        w[others[0]] = 1.0
+    alpha = p[hubs].sum() + np.minimum(p, w)[others].sum()
+    accepted = int((num_emitted > 1).sum())
+    assert stats.binomtest(accepted, count, min(alpha, 1.0)).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_equal_laws_accept(ordered):
+    """An only child drafted from the target's own law is accepted, but for rounding."""
+    logits = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(1)) * 3
+    _, num_emitted, _ = run_markov(Tree([1, 1, 0]), ordered, logits, logits, 5_000)
+    assert (num_emitted == 3).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("implementation", ["reference", "kernel"])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_ruled_out_tokens_are_never_emitted(device, implementation, ordered):
+    """The target is certain; the draft too in float32, but its improbable child gets drafted."""
+    vocab_size, count = 8, 32
+    rows = torch.full((count * 2, vocab_size), -torch.inf)
+    rows[:, 3] = 0.0
+    draft_logits = torch.full((count, 1, vocab_size), -30.0)
+    draft_logits[:, 0, 3] = 0.0
+    arguments = [
+        rows,
+        torch.arange(count, dtype=torch.int32) * 2,
+        torch.ones(count, dtype=torch.int32),
+        torch.full((count * 2,), 5),
+        draft_logits,
+        torch.zeros(count, 1, dtype=torch.int32),
+        torch.arange(count, dtype=torch.int32),
+        torch.ones(count),
+        torch.ones(count),
+        torch.arange(count),
+        torch.zeros(count, dtype=torch.int64),
+        torch.tensor([1, 0], dtype=torch.int32),
+        torch.tensor([1, 0], dtype=torch.int32),
+        torch.tensor([0, -1], dtype=torch.int32),
+    ]
+    if implementation == "kernel":
+        tokens, num_emitted, _ = kernel.verify_tree(
+            *on(device, arguments), max_depth=1, ordered=ordered
+        )
+    else:
+        tokens, num_emitted, _ = verify_tree(*arguments, max_depth=1, ordered=ordered)
+    assert (tokens[:, 0] == 3).all()
+    assert (num_emitted == 1).all()
+
+
+NAMES = [
+    "target_logits",
+    "row_start",
+    "num_nodes",
+    "node_tokens",
+    "draft_logits",
+    "sample_slots",
+    "req_idx",
+    "target_temperature",
+    "draft_temperature",
+    "seeds",
+    "root_positions",
+    "first_child",
+    "num_children",
+    "internal_index",
+]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "row_start"])
+def test_wrong_shapes_are_named(name):
+    arguments, options = make_case(CHAIN, 9, False, torch.float32)
+    named = dict(zip(NAMES, arguments, strict=True))
+    named[name] = named[name][..., :-1]
+    # These two set the length that others are compared with.
+    message = {"target_temperature": "draft_temperature", "first_child": "num_children"}
+    with pytest.raises(ValueError, match=message.get(name, name)):
+        verify_tree(**named, **options)
+
+
+def test_no_requests(device):
+    arguments, options = make_case(BINARY, 9, True, torch.float32)
+    for position in (1, 2, 6, 10):
+        arguments[position] = arguments[position][:0]
+    for implementation, where in ((verify_tree, "cpu"), (kernel.verify_tree, device)):
+        tokens, num_emitted, path = implementation(*on(where, arguments), **options)
+        assert tokens.shape == path.shape == (0, 4)
+        assert num_emitted.shape == (0,)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `--speculative-config` accepts and refuses, before any weights are loaded."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_spechub.config import SpecHubConfig, Unsupported
+from vllm_spechub.proposers import PROPOSERS
+from vllm_spechub.registry import Registry
+from vllm_spechub.rules import RULES
+
+PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
+TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
+
+
+def from_command_line(*arguments: str):
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", TARGET, "--dtype", "float32", *arguments])
+    return EngineArgs.from_cli_args(args).create_engine_config()
+
+
+def configured(spec=None, **options):
+    options = {"model": TARGET, "dtype": "float32", **options}
+    spec = {"method": "spechub", "model": DRAFT} | (spec or {})
+    return EngineArgs(**options, speculative_config=spec).create_engine_config()
+
+
+JSON = json.dumps({"method": "spechub", "model": DRAFT, "tree": "binary:3"})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--speculative-config", "spechub", "--spec-model", DRAFT),
+        ("--speculative-config", JSON),
+        ("--spec-method", "spechub", "--spec-model", DRAFT),
+        ("-sc", "spechub", "--spec-model", DRAFT, "--spec-method", "spechub"),
+    ],
+)
+def test_every_command_line_form(arguments):
+    config = from_command_line(*arguments)
+    spec = config.speculative_config
+    assert isinstance(spec, SpecHubConfig)
+    assert (spec.num_speculative_tokens, spec.tree.depth) == (14, 3)
+    assert (spec.verification, spec.proposer) == ("ordered", "draft_model")
+    assert config.use_v2_model_runner
+    assert config.parallel_config.worker_cls.startswith("vllm_spechub.")
+
+
+def test_survives_pickling_into_a_fresh_process():
+    config = configured({"tree": [0, 0, 1]})
+    program = (
+        "import pickle, sys; c = pickle.load(sys.stdin.buffer); "
+        "from vllm.plugins import load_general_plugins; load_general_plugins(); "
+        "print(c.speculative_config, c.use_v2_model_runner)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], input=pickle.dumps(config), capture_output=True, check=True
+    )
+    last = found.stdout.decode().strip().splitlines()[-1]
+    assert "tree=[0, 0, 1]" in last
+    assert last.endswith("True")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"model": None}, "speculative_config['model'] is missing"),
+        ({"model": "/nowhere/draft"}, "there is no folder '/nowhere/draft'"),
+        ({"tree": "oak:3"}, "speculative_config['tree']: 'oak:3' is none of: binary:DEPTH"),
+        ({"tree": [0, 2]}, "speculative_config['tree']: parents[1] = 2"),
+        ({"verification": "maybe"}, "speculative_config['verification'] is 'maybe', allowed: orde"),
+        ({"proposer": "oracle"}, "speculative_config['proposer'] is 'oracle', allowed: draft_mo"),
+        ({"num_speculative_tokens": 3}, "speculative_config['num_speculative_tokens'] is not an"),
+        ({"branching": 3}, "speculative_config['branching'] is not an option of method 'spechub'"),
+        ({"rejection_sample_method": "block"}, "Allowed: method, model, tree"),
+    ],
+)
+def test_refused_options_take_one_line(spec, message):
+    with pytest.raises(ValueError) as caught:
+        configured(spec)
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "pipeline_parallel"),
+        ({"enable_lora": True}, "enable_lora"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"worker_cls": "my.Worker"}, "worker_cls"),
+        ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "kv_transfer_config",
+        ),
+        ({"hf_overrides": {"sliding_window": 64, "use_sliding_window": True}}, "sliding-window"),
+    ],
+)
+def test_unsupported_engines_are_refused(options, message):
+    with pytest.raises(Unsupported, match=message) as caught:
+        configured(**options)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_v1_runner_cannot_be_forced(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(Unsupported, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        configured()
+
+
+def edited_draft(folder: Path, **changes) -> str:
+    shutil.copytree(DRAFT, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_a_draft_with_another_vocabulary_size(tmp_path):
+    with pytest.raises(ValueError, match="vocab_size=2048.*vocab_size=4096") as caught:
+        configured({"model": edited_draft(tmp_path / "draft", vocab_size=4096)})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_draft_with_another_tokenizer(tmp_path):
+    draft = Path(edited_draft(tmp_path / "draft"))
+    text = (draft / "tokenizer.json").read_text()
+    (draft / "tokenizer.json").write_text(text.replace('"self"', '"selv"'))
+    with pytest.raises(ValueError, match="tokenizer differs"):
+        configured({"model": str(draft)})
+
+
+def test_a_draft_that_reads_less_than_the_target(tmp_path):
+    draft = edited_draft(tmp_path / "draft", max_position_embeddings=128)
+    with pytest.raises(ValueError, match="reads 128 positions.*max_model_len"):
+        configured({"model": draft})
+    configured({"model": draft}, max_model_len=128)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(ValueError, match="speculative_config: ") as caught:
+        configured({"model": str(tmp_path)})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_flags_that_contradict_the_json():
+    with pytest.raises(ValueError, match="--spec-method ngram and speculative_config"):
+        from_command_line("--speculative-config", JSON, "--spec-method", "ngram")
+    with pytest.raises(ValueError, match="--spec-tokens"):
+        from_command_line("--speculative-config", JSON, "--spec-tokens", "3")
+
+
+def test_a_third_party_registers_rules_and_proposers(monkeypatch):
+    monkeypatch.setattr(RULES, "_entries", dict(RULES._entries))
+    monkeypatch.setattr(PROPOSERS, "_entries", dict(PROPOSERS._entries))
+    RULES.register("mine", "vllm_spechub.rules.spechub:UnorderedSpecHub")
+    RULES.register("mine", "vllm_spechub.rules.spechub:UnorderedSpecHub")  # idempotent
+    PROPOSERS.register("mine", "vllm_spechub.proposers.draft_model:DraftModelProposer")
+    spec = configured({"verification": "mine", "proposer": "mine"}).speculative_config
+    assert (spec.verification, spec.proposer) == ("mine", "mine")
+    with pytest.raises(ValueError, match="already"):
+        RULES.register("ordered", "elsewhere:Rule")
+
+
+def test_registry_names_what_it_has():
+    registry = Registry("rule", {"a": "json:JSONDecoder"})
+    assert registry.load("a") is json.JSONDecoder
+    with pytest.raises(ValueError, match="no rule 'b', allowed: a"):
+        registry.load("b")

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_spechub.topology import MAX_NODES, TokenTree
+
+
+@st.composite
+def trees(draw):
+    """Random breadth-first trees of up to 20 nodes, at most 4 children each."""
+    parents, node = [], 0
+    budget = draw(st.integers(1, 20))
+    while len(parents) < budget and node <= len(parents):
+        least = 1 if node == len(parents) else 0  # someone has to go on
+        count = draw(st.integers(least, min(4, budget - len(parents))))
+        parents += [node] * count
+        node += 1
+    return TokenTree(tuple(parents))
+
+
+@given(trees())
+def test_tables_agree_with_parents(tree):
+    for node, parent in enumerate(tree.parents, start=1):
+        assert tree.depths[node] == tree.depths[parent] + 1
+        first = tree.first_child[parent]
+        assert first <= node < first + tree.num_children[parent]
+        assert tree.paths[node] == (*tree.paths[parent], node)
+    for node, mask in enumerate(tree.ancestor_masks.view(np.uint64).tolist()):
+        assert {i for i in range(64) if mask >> i & 1} == set(tree.paths[node])
+    internal = np.concatenate(tree.internal_levels())
+    assert internal.tolist() == tree.internal_nodes.tolist()
+    assert tree.internal_index[internal].tolist() == list(range(len(internal)))
+    assert TokenTree.parse(list(tree.parents)) == tree
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_nodes", "depth"),
+    [
+        ("binary:3", 14, 3),
+        ("binary:5", 62, 5),
+        ("kary:4:2", 20, 2),
+        ("chain:7", 7, 7),
+        ("caterpillar:5", 10, 5),
+        ("caterpillar:5:3", 15, 5),
+        ([0, 0, 1, 2, 2], 5, 2),
+    ],
+)
+def test_parse(spec, num_nodes, depth):
+    tree = TokenTree.parse(spec)
+    assert (tree.num_nodes, tree.depth) == (num_nodes, depth)
+
+
+def test_bit_63_of_the_widest_tree():
+    tree = TokenTree.chain(MAX_NODES)
+    assert tree.ancestor_masks[-1] == -1  # all 64 bits
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("binary:6", "1 to 63 drafted nodes"),
+        ("chain:64", "1 to 63 drafted nodes"),
+        ("kary:5:1", "at most 4"),
+        ("kary:2", "none of"),
+        ("binary:0", "none of"),
+        ("spruce:3", "binary:DEPTH"),
+        ([], "1 to 63"),
+        ([0, 1, 0], "breadth-first"),
+        ([1], "parent in 0..0"),
+        ([0, -1], "parent in 0..1"),
+        ([0, 0, 0, 0, 0], "at most 4"),
+        ([0.0], "list of parents"),
+        (3, "list of parents"),
+    ],
+)
+def test_bad_trees_say_what_is_allowed(spec, message):
+    with pytest.raises(ValueError, match=message):
+        TokenTree.parse(spec)
+
+
+def test_str_is_readable():
+    assert str(TokenTree.parse("binary:3")) == "binary:3"
+    assert str(TokenTree.parse("chain:4")) == "chain:4"
+    assert str(TokenTree((0, 0, 1))) == "[0, 0, 1]"

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Child sampling in Triton: one program per row, one pass over its logits."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..rng_device import CHILD, LABEL, element_hash, exponential, row_key, uniform
+
+# Stands for the logit -inf, so that masked tokens still rank above empty list entries.
+_LOWEST = tl.constexpr(-3.0e38)
+_EMPTY = tl.constexpr(-3.4e38)
+_NO_INDEX = tl.constexpr(2**31 - 1)
+
+BLOCK_SIZE = 2048
+NUM_WARPS = 16
+
+
+@triton.jit
+def _insert(value, index, entry_value, entry_index):
+    """Keep the better of a newcomer and a list entry; hand the other one on."""
+    ahead = (value > entry_value) | ((value == entry_value) & (index < entry_index))
+    return (
+        tl.where(ahead, value, entry_value),
+        tl.where(ahead, index, entry_index),
+        tl.where(ahead, entry_value, value),
+        tl.where(ahead, entry_index, index),
+    )
+
+
+@triton.jit
+def _race_score(value, index, key, scale, greedy):
+    noise = tl.log(exponential(element_hash(key, index)))
+    score = tl.maximum(value * scale - tl.where(greedy, 0.0, noise), _LOWEST)
+    return tl.where(value == _EMPTY, _EMPTY, score)
+
+
+@triton.jit
+def _best(value, index):
+    """The largest value over lanes and its index, the lowest of a tie."""
+    best = tl.max(value, axis=0)
+    return best, tl.min(tl.where(value == best, index, _NO_INDEX), axis=0)
+
+
+@triton.jit
+def _sample_children_kernel(
+    # [num_rows, max_children]
+    tokens_ptr,
+    # [num_rows]
+    sample_slot_ptr,
+    # [num_rows, vocab_size]
+    logits_ptr,
+    logits_stride,
+    # [max_num_reqs]
+    temperature_ptr,
+    # [max_num_reqs]
+    seeds_ptr,
+    # [num_rows]
+    req_idx_ptr,
+    # [num_rows]
+    root_positions_ptr,
+    # [num_rows]
+    node_ids_ptr,
+    # [num_rows]
+    num_children_ptr,
+    vocab_size,
+    ORDERED: tl.constexpr,
+    MAX_CHILDREN: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_tokens_ptr = tokens_ptr + row * MAX_CHILDREN
+    req = tl.load(req_idx_ptr + row).to(tl.int64)
+    if req < 0:
+        for slot in tl.static_range(MAX_CHILDREN):
+            tl.store(row_tokens_ptr + slot, -1)
+        tl.store(sample_slot_ptr + row, -1)
+        return
+    num_children = tl.load(num_children_ptr + row)
+    temperature = tl.load(temperature_ptr + req)
+    greedy = temperature == 0.0
+    scale = 1.0 / tl.where(greedy, 1.0, temperature)
+    seed = tl.load(seeds_ptr + req)
+    position = tl.load(root_positions_ptr + row)
+    node = tl.load(node_ids_ptr + row)
+    key = row_key(seed, position, node, CHILD)
+
+    # Each lane keeps its own MAX_CHILDREN - 1 best tokens. What falls off its list is no hub: it
+    # joins the race for the sampled child and the mass off the hubs (relative to the lane's best).
+    lane = tl.arange(0, BLOCK_SIZE)
+    hub0 = tl.full([BLOCK_SIZE], _EMPTY, tl.float32)
+    hub1 = hub0
+    hub2 = hub0
+    index0 = tl.full([BLOCK_SIZE], _NO_INDEX, tl.int32)
+    index1 = index0
+    index2 = index0
+    race = hub0
+    winner = index0
+    mass = tl.zeros([BLOCK_SIZE], tl.float32)
+    for start in range(0, vocab_size, BLOCK_SIZE):
+        index = start + lane
+        valid = index < vocab_size
+        value = tl.load(logits_ptr + row * logits_stride + index, mask=valid, other=0.0)
+        value = tl.where(valid, tl.maximum(value.to(tl.float32), _LOWEST), _EMPTY)
+        if MAX_CHILDREN > 1:
+            peak = hub0
+            hub0, index0, value, index = _insert(value, index, hub0, index0)
+            if MAX_CHILDREN > 2:
+                hub1, index1, value, index = _insert(value, index, hub1, index1)
+            if MAX_CHILDREN > 3:
+                hub2, index2, value, index = _insert(value, index, hub2, index2)
+            if ORDERED:
+                mass = mass * tl.exp((peak - hub0) * scale) + tl.exp((value - hub0) * scale)
+        score = _race_score(value, index, key, scale, greedy)
+        race, winner, score, index = _insert(score, index, race, winner)
+
+    # Hubs: the best over all lanes, MAX_CHILDREN - 1 times. A row with fewer children takes fewer.
+    lane_peak = hub0
+    row_peak = 0.0
+    threshold0 = 0.0
+    threshold1 = 0.0
+    threshold2 = 0.0
+    hub_token0 = -1
+    hub_token1 = -1
+    hub_token2 = -1
+    if MAX_CHILDREN > 1:
+        row_peak, _ = _best(hub0, index0)
+    for rank in tl.static_range(MAX_CHILDREN - 1):
+        best, token = _best(hub0, index0)
+        is_hub = rank < num_children - 1
+        taken = is_hub & (index0 == token)
+        hub0 = tl.where(taken, hub1, hub0)
+        index0 = tl.where(taken, index1, index0)
+        hub1 = tl.where(taken, hub2, hub1)
+        index1 = tl.where(taken, index2, index1)
+        hub2 = tl.where(taken, _EMPTY, hub2)
+        index2 = tl.where(taken, _NO_INDEX, index2)
+        token = tl.where(is_hub, token, -1)
+        weight = tl.where(is_hub, tl.exp((best - row_peak) * scale), 0.0)
+        if rank == 0:
+            hub_token0 = token
+            threshold0 = weight
+            threshold1 = weight
+            threshold2 = weight
+        if rank == 1:
+            hub_token1 = token
+            threshold1 += weight
+            threshold2 += weight
+        if rank == 2:
+            hub_token2 = token
+            threshold2 += weight
+
+    # The lists' remaining entries are no hubs either.
+    if MAX_CHILDREN > 1:
+        score = _race_score(hub0, index0, key, scale, greedy)
+        race, winner, score, index = _insert(score, index0, race, winner)
+    if MAX_CHILDREN > 2:
+        score = _race_score(hub1, index1, key, scale, greedy)
+        race, winner, score, index = _insert(score, index1, race, winner)
+    if MAX_CHILDREN > 3:
+        score = _race_score(hub2, index2, key, scale, greedy)
+        race, winner, score, index = _insert(score, index2, race, winner)
+    _, sampled = _best(race, winner)
+
+    # Rank of the hub in slot 0; num_children - 1 where the sampled child is.
+    main = num_children - 1
+    if ORDERED and MAX_CHILDREN > 1:
+        mass *= tl.exp((lane_peak - row_peak) * scale)
+        mass += tl.exp((hub0 - row_peak) * scale)
+        if MAX_CHILDREN > 2:
+            mass += tl.exp((hub1 - row_peak) * scale)
+        if MAX_CHILDREN > 3:
+            mass += tl.exp((hub2 - row_peak) * scale)
+        draw = uniform(row_key(seed, position, node, LABEL))
+        draw = tl.where(greedy, 0.0, draw * (threshold2 + tl.sum(mass, axis=0)))
+        passed = (threshold0 <= draw).to(tl.int32)
+        passed += (threshold1 <= draw).to(tl.int32)
+        passed += (threshold2 <= draw).to(tl.int32)
+        # Ranks past the last hub repeat its threshold.
+        main = tl.minimum(passed, num_children - 1)
+
+    sample_slot = num_children - 1
+    if ORDERED:
+        sample_slot = tl.where(main == num_children - 1, 0, num_children - 1)
+    for rank in tl.static_range(MAX_CHILDREN - 1):
+        token = hub_token0
+        if rank == 1:
+            token = hub_token1
+        if rank == 2:
+            token = hub_token2
+        slot = rank
+        if ORDERED:
+            slot = tl.where(main == rank, 0, rank + (main > rank).to(tl.int32))
+        # Ranks without a hub write -1 past the last child.
+        slot = tl.where(rank < num_children - 1, slot, rank + 1)
+        tl.store(row_tokens_ptr + slot, token.to(tl.int64))
+    tl.store(row_tokens_ptr + sample_slot, sampled.to(tl.int64))
+    tl.store(sample_slot_ptr + row, sample_slot)
+
+
+def sample_children(
+    # [num_rows, vocab_size]
+    logits: torch.Tensor,
+    # [max_num_reqs]
+    temperature: torch.Tensor,
+    # [max_num_reqs]
+    seeds: torch.Tensor,
+    # [num_rows]
+    req_idx: torch.Tensor,
+    # [num_rows]
+    root_positions: torch.Tensor,
+    # [num_rows]
+    node_ids: torch.Tensor,
+    # [num_rows]
+    num_children: torch.Tensor,
+    *,
+    ordered: bool,
+    max_children: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`child_sampling.sample_children` on the GPU, without argument checks."""
+    num_rows, vocab_size = logits.shape
+    tokens = torch.empty(num_rows, max_children, dtype=torch.int64, device=logits.device)
+    sample_slot = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
+    if num_rows:
+        _sample_children_kernel[(num_rows,)](
+            tokens,
+            sample_slot,
+            logits,
+            logits.stride(0),
+            temperature,
+            seeds,
+            req_idx,
+            root_positions,
+            node_ids,
+            num_children,
+            vocab_size,
+            ORDERED=ordered,
+            MAX_CHILDREN=max_children,
+            BLOCK_SIZE=BLOCK_SIZE,
+            num_warps=NUM_WARPS,
+        )
+    return tokens, sample_slot

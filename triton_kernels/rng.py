@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counter-based random numbers: a hash of (seed, root position, node, purpose, element).
+
+No state: every rank and every replay of a step draws the same numbers, and no two draws share
+noise. `rng_device.py` holds the same functions for Triton kernels, equal bit by bit. The mixing
+steps are MurmurHash3's (32 bits). Here they run on int32 tensors: two's-complement products, sums
+and left shifts have the bits of the unsigned ones; only right shifts need a mask.
+"""
+
+from functools import lru_cache
+
+import torch
+
+# What a number is for. The purposes of one node never share noise: verification is only lossless
+# when its draws are independent of the draft's.
+CHILD = 0  # which off-hub token is drafted
+LABEL = 1  # which child takes slot 0 (ordered rule)
+ACCEPT = 2  # which outcome verification takes
+RESIDUAL = 3  # which token is emitted at the walk's end
+
+# Murmur's constants, as unsigned 32-bit integers.
+MIX_FIRST = 0xCC9E2D51
+MIX_SECOND = 0x1B873593
+MIX_ADD = 0xE6546B64
+FINAL_FIRST = 0x85EBCA6B
+FINAL_SECOND = 0xC2B2AE35
+
+# The largest float32 below 1.
+BELOW_ONE = 1.0 - 2.0**-24
+# Below this, -log(1 - u) is summed as a series: 1 - u would round away what u holds.
+SERIES_LIMIT = 2.0**-8
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 32) if constant >= 1 << 31 else constant
+
+
+def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
+    return (value >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+def _rotate_left(value: torch.Tensor, bits: int) -> torch.Tensor:
+    return (value << bits).bitwise_or_(_shift_right(value, 32 - bits))
+
+
+def _scramble(word: torch.Tensor) -> torch.Tensor:
+    return _rotate_left(word * _signed(MIX_FIRST), 15).mul_(_signed(MIX_SECOND))
+
+
+def _mix(state: torch.Tensor, scrambled: torch.Tensor) -> torch.Tensor:
+    return _rotate_left(state ^ scrambled, 13).mul_(5).add_(_signed(MIX_ADD))
+
+
+def _finalize(state: torch.Tensor) -> torch.Tensor:
+    state = (state ^ _shift_right(state, 16)).mul_(_signed(FINAL_FIRST))
+    state.bitwise_xor_(_shift_right(state, 13)).mul_(_signed(FINAL_SECOND))
+    return state.bitwise_xor_(_shift_right(state, 16))
+
+
+@lru_cache(maxsize=8)
+def _scrambled_range(size: int, device: torch.device) -> torch.Tensor:
+    return _scramble(torch.arange(size, dtype=torch.int32, device=device))
+
+
+def row_key(
+    # [...]
+    seed: torch.Tensor,
+    # [...]
+    position: torch.Tensor,
+    # [...]
+    node: torch.Tensor | int,
+    purpose: int,
+) -> torch.Tensor:
+    """Hash what identifies one draw.
+
+    Args:
+        seed: int64, the request's seed; all 64 bits count.
+        position: int64, the sequence position of the tree's root; the low 32 bits count.
+        node: integer, breadth-first node id.
+        purpose: CHILD, LABEL, ACCEPT or RESIDUAL.
+
+    Returns:
+        int32, broadcast over the arguments: the key's 32 bits.
+    """
+    state = _mix(torch.zeros_like(seed, dtype=torch.int32), _scramble(seed.to(torch.int32)))
+    state = _mix(state, _scramble((seed >> 32).to(torch.int32)))
+    state = _mix(state, _scramble(position.to(torch.int32)))
+    node = torch.as_tensor(node, device=seed.device).to(torch.int32)
+    return _finalize(_mix(state, _scramble(node * 4 + purpose)))
+
+
+def element_hash(
+    # [...]
+    key: torch.Tensor,
+    size: int,
+) -> torch.Tensor:
+    """int32 [..., size]: one hash for each of the elements 0..size-1 under `key` (int32 [...])."""
+    return _finalize(_mix(key.unsqueeze(-1), _scrambled_range(size, key.device)))
+
+
+def uniform(
+    # [...]
+    bits: torch.Tensor,
+) -> torch.Tensor:
+    """float32 in (0, 1) from 32 hash bits: (bits + 1/2) / 2^32, correctly rounded.
+
+    Near 0 all 32 bits survive, which 24-bit uniforms lose; near 1 the result is clamped.
+    """
+    high = _shift_right(bits, 16).to(torch.float32)
+    low = (bits & 0xFFFF).to(torch.float32)
+    # Both terms are exact, so the sum rounds once.
+    return high.mul_(2.0**-16).add_(low.add_(0.5).mul_(2.0**-32)).clamp_(max=BELOW_ONE)
+
+
+def exponential(
+    # [...]
+    bits: torch.Tensor,
+) -> torch.Tensor:
+    """float32 in (0, 17): a standard exponential variate from 32 hash bits.
+
+    The token with the least `exponential / weight` is a draw from the weights. Small variates carry
+    full relative precision, so improbable tokens are drawn as often as they should be.
+    """
+    u = uniform(bits)
+    # u + u^2/2 + u^3/3 + u^4/4
+    series = (u * 0.25).add_(1.0 / 3.0).mul_(u).add_(0.5).mul_(u).add_(1.0).mul_(u)
+    return torch.where(u < SERIES_LIMIT, series, u.neg().add_(1.0).log_().neg_())

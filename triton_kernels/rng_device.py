@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rng.py` as device functions for Triton kernels: the same bits from the same arguments."""
+
+import triton
+import triton.language as tl
+
+from . import rng
+
+CHILD = tl.constexpr(rng.CHILD)
+LABEL = tl.constexpr(rng.LABEL)
+ACCEPT = tl.constexpr(rng.ACCEPT)
+RESIDUAL = tl.constexpr(rng.RESIDUAL)
+
+_MIX_FIRST = tl.constexpr(rng.MIX_FIRST)
+_MIX_SECOND = tl.constexpr(rng.MIX_SECOND)
+_MIX_ADD = tl.constexpr(rng.MIX_ADD)
+_FINAL_FIRST = tl.constexpr(rng.FINAL_FIRST)
+_FINAL_SECOND = tl.constexpr(rng.FINAL_SECOND)
+_BELOW_ONE = tl.constexpr(rng.BELOW_ONE)
+_SERIES_LIMIT = tl.constexpr(rng.SERIES_LIMIT)
+
+
+@triton.jit
+def _rotate_left(value, bits: tl.constexpr):
+    return (value << bits) | (value >> (32 - bits))
+
+
+@triton.jit
+def _mix(state, word):
+    word *= _MIX_FIRST
+    word = _rotate_left(word, 15)
+    word *= _MIX_SECOND
+    return _rotate_left(state ^ word, 13) * 5 + _MIX_ADD
+
+
+@triton.jit
+def _finalize(state):
+    state ^= state >> 16
+    state *= _FINAL_FIRST
+    state ^= state >> 13
+    state *= _FINAL_SECOND
+    return state ^ (state >> 16)
+
+
+@triton.jit
+def row_key(seed, position, node, purpose: tl.constexpr):
+    """uint32 scalar from int64 scalars and the node id."""
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    state = _mix(low ^ low, low)
+    state = _mix(state, ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32))
+    state = _mix(state, (position & 0xFFFFFFFF).to(tl.uint32))
+    return _finalize(_mix(state, (node * 4 + purpose).to(tl.uint32)))
+
+
+@triton.jit
+def element_hash(key, index):
+    """uint32 of `index`'s shape (int32, not negative)."""
+    return _finalize(_mix(key, index.to(tl.uint32)))
+
+
+@triton.jit
+def uniform(bits):
+    """float32 in (0, 1)."""
+    # Halves convert exactly, also where no instruction converts unsigned integers.
+    high = (bits >> 16).to(tl.int32).to(tl.float32)
+    low = (bits & 0xFFFF).to(tl.int32).to(tl.float32)
+    return tl.minimum(high * 2.0**-16 + (low + 0.5) * 2.0**-32, _BELOW_ONE)
+
+
+@triton.jit
+def exponential(bits):
+    """Standard exponential variate, float32."""
+    u = uniform(bits)
+    series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25)))
+    return tl.where(u < _SERIES_LIMIT, series, -tl.log(1.0 - u))

@@ -1,0 +1,526 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels for paged tree attention.
+
+One flash-attention loop (Dao, "FlashAttention-2", 2023) whose rows are the query tokens of one
+request times the query heads of one KV head, as in vLLM's `triton_unified_attention`. Keys that
+every row of a block sees are folded in without a mask; only the last tiles, which hold the causal
+diagonal or the tree, test visibility. Small batches also split the keys over programs
+(flash-decoding), and a second kernel merges the parts.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+# Below this many programs a GPU has idle multiprocessors, so the keys are split as well.
+TARGET_PROGRAMS = 256
+MAX_SPLITS = 16
+
+
+@triton.jit
+def _bitwise_or(left, right):
+    return left | right
+
+
+@triton.jit
+def _find_request(
+    # [num_reqs + 1]
+    query_start_loc_ptr,
+    query_block,
+    num_reqs,
+    BLOCK_Q: tl.constexpr,
+):
+    """The last request whose first query block is not past `query_block`.
+
+    Request `r` owns the blocks from `query_start_loc[r] // BLOCK_Q + r`: an upper bound on the
+    blocks before it that needs no prefix sum over rounded lengths.
+    """
+    left = 0
+    right = num_reqs
+    while left < right:
+        middle = (left + right) // 2
+        first_block = tl.load(query_start_loc_ptr + middle) // BLOCK_Q + middle
+        if first_block <= query_block:
+            left = middle + 1
+        else:
+            right = middle
+    return left - 1
+
+
+@triton.jit
+def _attend_tile(
+    # [BLOCK_M, HEAD_PADDED]
+    query,
+    # [BLOCK_M]
+    row_max,
+    # [BLOCK_M]
+    row_sum,
+    # [BLOCK_M, HEAD_PADDED]
+    acc,
+    # [BLOCK_M]
+    until,
+    # [BLOCK_M]
+    mask,
+    key_cache_ptr,
+    value_cache_ptr,
+    # [max_num_blocks], this request's row
+    block_row_ptr,
+    tile_start,
+    key_end,
+    plain_end,
+    tree_root,
+    tree_union,
+    qk_scale,
+    softcap,
+    key_block_stride,
+    key_slot_stride,
+    key_dim_stride,
+    value_block_stride,
+    value_slot_stride,
+    value_dim_stride,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    USE_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Fold the keys `tile_start .. tile_start + TILE` into the running softmax."""
+    dims = tl.arange(0, HEAD_PADDED)
+    keys_at = tile_start + tl.arange(0, TILE)
+    dim_mask = dims < HEAD_SIZE
+    if MASKED:
+        # A slot that nobody sees may hold anything, and a weight of 0 times NaN is NaN.
+        root_distance = keys_at - tree_root
+        in_tree = (root_distance >= 0) & (root_distance < 64)
+        in_tree = in_tree & (((tree_union >> (root_distance & 63).to(tl.int64)) & 1) == 1)
+        key_mask = ((keys_at < plain_end) | in_tree) & (keys_at < key_end)
+        block = tl.load(block_row_ptr + keys_at // BLOCK_SIZE, mask=key_mask, other=0)
+        load_mask = key_mask[:, None] & dim_mask[None, :]
+    else:
+        block = tl.load(block_row_ptr + keys_at // BLOCK_SIZE)
+        load_mask = dim_mask[None, :]
+    block = block.to(tl.int64)
+    slot = keys_at % BLOCK_SIZE
+
+    # [TILE, HEAD_PADDED]
+    key = tl.load(
+        key_cache_ptr
+        + (block * key_block_stride + slot * key_slot_stride)[:, None]
+        + (dims * key_dim_stride)[None, :],
+        mask=load_mask,
+        other=0.0,
+    )
+    # [BLOCK_M, TILE]
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * qk_scale
+    if USE_SOFTCAP:
+        # tanh(y) = 1 - 2 / (exp(2y) + 1) saturates for either sign; the scores become base-2 after.
+        capped = 1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0)
+        scores = softcap * 1.4426950408889634 * capped
+    if MASKED:
+        node = keys_at[None, :] - until[:, None]
+        # The shift must stay in 0..63 also where the bit is not used.
+        bit = (mask[:, None] >> (node & 63).to(tl.int64)) & 1
+        visible = ((node < 0) | ((node < 64) & (bit == 1))) & key_mask[None, :]
+        scores = tl.where(visible, scores, float("-inf"))
+
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_max[:, None])
+    decay = tl.exp2(row_max - new_max)
+    row_sum = row_sum * decay + tl.sum(weights, axis=1)
+    # [TILE, HEAD_PADDED]
+    value = tl.load(
+        value_cache_ptr
+        + (block * value_block_stride + slot * value_slot_stride)[:, None]
+        + (dims * value_dim_stride)[None, :],
+        mask=load_mask,
+        other=0.0,
+    )
+    acc = tl.dot(weights.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
+    return new_max, row_sum, acc
+
+
+@triton.jit(do_not_specialize=["num_reqs"])
+def _tree_attention_kernel(
+    # NUM_SPLITS == 1: [num_tokens, num_q_heads, head_size], the output itself
+    # NUM_SPLITS > 1: [NUM_SPLITS, num_tokens, num_q_heads, head_size] float32
+    output_ptr,
+    # [NUM_SPLITS, num_tokens, num_q_heads] float32, base-2 log of each part's softmax sum
+    part_lse_ptr,
+    # [num_tokens, num_q_heads, head_size]
+    query_ptr,
+    # [num_blocks, BLOCK_SIZE, num_kv_heads, head_size]
+    key_cache_ptr,
+    # [num_blocks, BLOCK_SIZE, num_kv_heads, head_size]
+    value_cache_ptr,
+    # [num_reqs + 1]
+    query_start_loc_ptr,
+    # [num_reqs]
+    seq_lens_ptr,
+    # [num_reqs, max_num_blocks]
+    block_table_ptr,
+    # [num_tokens]
+    visible_until_ptr,
+    # [num_tokens]
+    tree_mask_ptr,
+    qk_scale,
+    softcap,
+    num_reqs,
+    block_table_stride,
+    query_token_stride,
+    query_head_stride,
+    output_split_stride,
+    output_token_stride,
+    output_head_stride,
+    lse_split_stride,
+    lse_token_stride,
+    key_block_stride,
+    key_slot_stride,
+    key_head_stride,
+    key_dim_stride,
+    value_block_stride,
+    value_slot_stride,
+    value_head_stride,
+    value_dim_stride,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    USE_SOFTCAP: tl.constexpr,
+):
+    """Grid: (query blocks upper bound, num_kv_heads, NUM_SPLITS)."""
+    query_block = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+
+    req = _find_request(query_start_loc_ptr, query_block, num_reqs, BLOCK_Q)
+    query_start = tl.load(query_start_loc_ptr + req)
+    query_len = tl.load(query_start_loc_ptr + req + 1) - query_start
+    seq_len = tl.load(seq_lens_ptr + req)
+    first_token = (query_block - query_start // BLOCK_Q - req) * BLOCK_Q
+    if first_token >= query_len:
+        return
+
+    rows = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, HEAD_PADDED)
+    token_in_req = first_token + rows // GROUP_SIZE
+    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+    # BLOCK_Q * GROUP_SIZE may be less than BLOCK_M, for groups that are no power of two.
+    row_mask = (token_in_req < query_len) & (rows < BLOCK_Q * GROUP_SIZE)
+    # 64-bit: a long prefill times a wide model passes 2^31 elements.
+    token = (query_start + token_in_req).to(tl.int64)
+    tile_mask = row_mask[:, None] & (dims < HEAD_SIZE)[None, :]
+    # [BLOCK_M, HEAD_PADDED]
+    query = tl.load(
+        query_ptr
+        + (token * query_token_stride + head * query_head_stride)[:, None]
+        + dims[None, :],
+        mask=tile_mask,
+        other=0.0,
+    )
+
+    until = tl.load(visible_until_ptr + token, mask=row_mask, other=0)
+    mask = tl.load(tree_mask_ptr + token, mask=row_mask, other=0)
+    is_causal = until < 0
+    until = tl.where(is_causal, seq_len - query_len + token_in_req + 1, until)
+    mask = tl.where(is_causal, 0, mask)
+    # Rows of padding see nothing, and must not bound what the others share either.
+    furthest = tl.where(row_mask, tl.where(mask == 0, until, until + 64), 0)
+    key_end = tl.minimum(seq_len, tl.max(furthest, axis=0))
+    shared_end = tl.minimum(seq_len, tl.min(tl.where(row_mask, until, seq_len), axis=0))
+
+    # What any row sees, to skip slots that nobody does: before `plain_end`, or in the union of the
+    # masks. Masks of different roots do not line up; then every slot counts as seen.
+    plain_end = tl.max(tl.where(row_mask, until, 0), axis=0)
+    tree_root = tl.min(tl.where(mask == 0, seq_len, until), axis=0)
+    last_root = tl.max(tl.where(mask == 0, 0, until), axis=0)
+    tree_union = tl.reduce(mask, 0, _bitwise_or)
+    plain_end = tl.where(tree_root < last_root, key_end, plain_end)
+
+    num_tiles = (key_end + TILE - 1) // TILE
+    tiles_per_split = (num_tiles + NUM_SPLITS - 1) // NUM_SPLITS
+    first_tile = split * tiles_per_split
+    last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)
+    shared_tile = tl.maximum(tl.minimum(shared_end // TILE, last_tile), first_tile)
+
+    key_cache_ptr += kv_head.to(tl.int64) * key_head_stride
+    value_cache_ptr += kv_head.to(tl.int64) * value_head_stride
+    block_row_ptr = block_table_ptr + req.to(tl.int64) * block_table_stride
+
+    # Finite, so that a row that has seen nothing yet subtracts no infinities.
+    row_max = tl.full([BLOCK_M], -3.0e38, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_PADDED], tl.float32)
+    for tile in range(first_tile, shared_tile):
+        row_max, row_sum, acc = _attend_tile(
+            query,
+            row_max,
+            row_sum,
+            acc,
+            until,
+            mask,
+            key_cache_ptr,
+            value_cache_ptr,
+            block_row_ptr,
+            tile * TILE,
+            key_end,
+            plain_end,
+            tree_root,
+            tree_union,
+            qk_scale,
+            softcap,
+            key_block_stride,
+            key_slot_stride,
+            key_dim_stride,
+            value_block_stride,
+            value_slot_stride,
+            value_dim_stride,
+            BLOCK_SIZE,
+            HEAD_SIZE,
+            HEAD_PADDED,
+            TILE,
+            USE_SOFTCAP,
+            MASKED=False,
+        )
+    for tile in range(shared_tile, last_tile):
+        row_max, row_sum, acc = _attend_tile(
+            query,
+            row_max,
+            row_sum,
+            acc,
+            until,
+            mask,
+            key_cache_ptr,
+            value_cache_ptr,
+            block_row_ptr,
+            tile * TILE,
+            key_end,
+            plain_end,
+            tree_root,
+            tree_union,
+            qk_scale,
+            softcap,
+            key_block_stride,
+            key_slot_stride,
+            key_dim_stride,
+            value_block_stride,
+            value_slot_stride,
+            value_dim_stride,
+            BLOCK_SIZE,
+            HEAD_SIZE,
+            HEAD_PADDED,
+            TILE,
+            USE_SOFTCAP,
+            MASKED=True,
+        )
+
+    empty = row_sum == 0.0
+    acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
+    tl.store(
+        output_ptr
+        + split.to(tl.int64) * output_split_stride
+        + (token * output_token_stride + head * output_head_stride)[:, None]
+        + dims[None, :],
+        acc.to(output_ptr.dtype.element_ty),
+        mask=tile_mask,
+    )
+    if NUM_SPLITS > 1:
+        lse = tl.where(empty, float("-inf"), row_max + tl.log2(row_sum))
+        tl.store(
+            part_lse_ptr + split * lse_split_stride + token * lse_token_stride + head,
+            lse,
+            mask=row_mask,
+        )
+
+
+@triton.jit(do_not_specialize=["num_reqs"])
+def _merge_splits_kernel(
+    # [num_tokens, num_q_heads, head_size]
+    output_ptr,
+    # [NUM_SPLITS, num_tokens, num_q_heads, head_size] float32
+    part_output_ptr,
+    # [NUM_SPLITS, num_tokens, num_q_heads] float32
+    part_lse_ptr,
+    # [num_reqs + 1]
+    query_start_loc_ptr,
+    num_reqs,
+    output_token_stride,
+    output_head_stride,
+    part_split_stride,
+    part_token_stride,
+    part_head_stride,
+    lse_split_stride,
+    lse_token_stride,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+):
+    """Grid: (num_tokens, num_q_heads)."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    # Parts of padding tokens were never written.
+    if token >= tl.load(query_start_loc_ptr + num_reqs):
+        return
+    splits = tl.arange(0, NUM_SPLITS).to(tl.int64)
+    dims = tl.arange(0, HEAD_PADDED)
+    dim_mask = dims < HEAD_SIZE
+    lse = tl.load(part_lse_ptr + splits * lse_split_stride + token * lse_token_stride + head)
+    highest = tl.maximum(tl.max(lse, axis=0), -3.0e38)
+    weights = tl.exp2(lse - highest)
+    total = tl.sum(weights, axis=0)
+    # [NUM_SPLITS, HEAD_PADDED]
+    parts = tl.load(
+        part_output_ptr
+        + (splits * part_split_stride)[:, None]
+        + token * part_token_stride
+        + head * part_head_stride
+        + dims[None, :],
+        mask=dim_mask[None, :],
+        other=0.0,
+    )
+    merged = tl.sum(parts * weights[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(
+        output_ptr + token * output_token_stride + head * output_head_stride + dims,
+        merged.to(output_ptr.dtype.element_ty),
+        mask=dim_mask,
+    )
+
+
+def launch_config(
+    dtype: torch.dtype, head_size: int, group_size: int, max_query_len: int
+) -> dict[str, int]:
+    """Tile sizes and launch options, chosen to keep the accumulators in registers.
+
+    Args:
+        dtype: of queries and cache.
+        head_size: before padding.
+        group_size: query heads per KV head.
+        max_query_len: longest request of the batch.
+
+    Returns:
+        `BLOCK_M`, `TILE`, `num_warps`, `num_stages`.
+    """
+    wide = head_size > 128
+    if dtype == torch.float32:
+        # Without tensor cores the operands of a dot live in registers.
+        most_rows, tile, num_warps = (32 if head_size <= 64 else 16), 16, 4
+    elif wide:
+        most_rows, tile, num_warps = 64, 32, 8
+    else:
+        most_rows, tile, num_warps = 64, 64, 4
+    rows = triton.next_power_of_2(max(max_query_len, 1) * group_size)
+    block_m = max(16, triton.next_power_of_2(group_size), min(rows, most_rows))
+    # Three stages: block numbers, keys and values, arithmetic.
+    return {"BLOCK_M": block_m, "TILE": tile, "num_warps": num_warps, "num_stages": 3}
+
+
+def choose_num_splits(num_programs: int) -> int:
+    """How many programs share the keys of one query block; a power of two."""
+    splits = triton.next_power_of_2(triton.cdiv(TARGET_PROGRAMS, max(num_programs, 1)))
+    return 1 if num_programs * 2 > TARGET_PROGRAMS else min(splits, MAX_SPLITS)
+
+
+def tree_attention_triton(
+    # [num_tokens, num_q_heads, head_size]
+    query: torch.Tensor,
+    # [num_blocks, block_size, num_kv_heads, head_size]
+    key_cache: torch.Tensor,
+    # [num_blocks, block_size, num_kv_heads, head_size]
+    value_cache: torch.Tensor,
+    # [num_tokens, num_q_heads, head_size]
+    output: torch.Tensor,
+    # [num_reqs + 1]
+    query_start_loc: torch.Tensor,
+    # [num_reqs]
+    seq_lens: torch.Tensor,
+    # [num_reqs, max_num_blocks]
+    block_table: torch.Tensor,
+    # [num_tokens]
+    visible_until: torch.Tensor,
+    # [num_tokens]
+    tree_mask: torch.Tensor,
+    scale: float,
+    max_query_len: int,
+    softcap: float = 0.0,
+    num_splits: int | None = None,
+) -> None:
+    """Launch the kernels; never waits for the device. Arguments as `tree_attention`.
+
+    Args:
+        num_splits: parts the keys are divided into, a power of two; by default from the grid,
+            which depends on shapes only and so is the same at CUDA graph capture and replay.
+    """
+    num_tokens, num_q_heads, head_size = query.shape
+    num_reqs = seq_lens.shape[0]
+    num_kv_heads = key_cache.shape[2]
+    group_size = num_q_heads // num_kv_heads
+    config = launch_config(query.dtype, head_size, group_size, max_query_len)
+    block_q = config["BLOCK_M"] // group_size
+    # sum_r ceil(len_r / block_q) <= num_tokens // block_q + num_reqs, without knowing the lengths.
+    num_query_blocks = num_tokens // block_q + num_reqs
+    if num_tokens == 0 or num_reqs == 0:
+        return
+    if num_splits is None:
+        num_splits = choose_num_splits(num_query_blocks * num_kv_heads)
+    head_padded = triton.next_power_of_2(head_size)
+
+    if num_splits == 1:
+        # [1, num_tokens, num_q_heads, head_size]
+        parts = output.unsqueeze(0)
+        lse = None
+        lse_strides = (0, 0)
+    else:
+        parts = query.new_empty((num_splits, *query.shape), dtype=torch.float32)
+        lse = query.new_empty((num_splits, num_tokens, num_q_heads), dtype=torch.float32)
+        lse_strides = lse.stride()[:2]
+
+    # tanh takes the plain score, exp2 takes it times log2(e).
+    qk_scale = scale if softcap > 0 else scale * LOG2_E
+    _tree_attention_kernel[(num_query_blocks, num_kv_heads, num_splits)](
+        parts,
+        lse,
+        query,
+        key_cache,
+        value_cache,
+        query_start_loc,
+        seq_lens,
+        block_table,
+        visible_until,
+        tree_mask,
+        qk_scale,
+        softcap,
+        num_reqs,
+        block_table.stride(0),
+        *query.stride()[:2],
+        *parts.stride()[:3],
+        *lse_strides,
+        *key_cache.stride(),
+        *value_cache.stride(),
+        BLOCK_SIZE=key_cache.shape[1],
+        HEAD_SIZE=head_size,
+        HEAD_PADDED=head_padded,
+        GROUP_SIZE=group_size,
+        BLOCK_Q=block_q,
+        NUM_SPLITS=num_splits,
+        USE_SOFTCAP=softcap > 0,
+        **config,
+    )
+    if lse is not None:
+        _merge_splits_kernel[(num_tokens, num_q_heads)](
+            output,
+            parts,
+            lse,
+            query_start_loc,
+            num_reqs,
+            *output.stride()[:2],
+            *parts.stride()[:3],
+            *lse_strides,
+            HEAD_SIZE=head_size,
+            HEAD_PADDED=head_padded,
+            NUM_SPLITS=num_splits,
+        )

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Index arithmetic for ragged rows, which the kernels do with one program per row."""
+
+import numpy as np
+
+
+def ragged_index(
+    # [num_rows]
+    counts: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row of every element and its offset in that row, rows laid end to end.
+
+    Examples::
+
+        >>> ragged_index(np.array([2, 0, 1]))
+        (array([0, 0, 2]), array([0, 1, 0]))
+    """
+    rows = np.repeat(np.arange(counts.size), counts)
+    firsts = np.cumsum(counts) - counts
+    return rows, np.arange(rows.size) - firsts[rows]

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Renders the patch ledger into `docs/patches.md`: `python -m vllm_spechub.patches.ledger`."""
+
+from pathlib import Path
+
+from vllm_spechub.patches import SUPPORTED_VLLM, frontend, runner
+
+OFFICIAL = """\
+## Extension points used as vLLM offers them
+
+| what | for |
+|---|---|
+| entry point `vllm.general_plugins` | loading the plugin in every process |
+| `parallel_config.worker_cls` | our workers, named only in a spechub configuration |
+| `register_backend(AttentionBackendEnum.CUSTOM, ..)` | tree attention on CUDA |
+| `register_backend(AttentionBackendEnum.CPU_ATTN, ..)` | tree attention on the CPU, \
+in a spechub worker only |
+| `vllm.triton_utils.dispatcher.register_kernels` | host versions of the V2 runner's Triton \
+kernels, in a spechub CPU worker only |
+| `ModelState` and its hooks | positions, masks, sampler, cache tensors |
+"""
+
+
+def render() -> str:
+    """The page's text."""
+    lines = [
+        "# Patch ledger",
+        "",
+        "<!-- rendered by python -m vllm_spechub.patches.ledger; edit vllm_spechub/patches/ -->",
+        "",
+        f"Every symbol of vLLM {SUPPORTED_VLLM} that the plugin replaces. Version and signatures "
+        "are checked when the plugin loads; on a mismatch vLLM stays as it is, and asking for "
+        "spechub gives an error that names the supported version.",
+        "",
+    ]
+    for title, where, ledger in (
+        ("In every process", "when vLLM loads its plugins", frontend.PATCHES),
+        ("In a worker that serves trees", "before its model runner is built", runner.PATCHES),
+    ):
+        lines += [f"## {title}", "", f"Applied {where}.", ""]
+        for patch in ledger:
+            lines += [
+                f"### `{patch.symbol}`",
+                "",
+                f"- parameters: `({', '.join(patch.parameters)})`",
+                f"- why: {patch.why}",
+                f"- how: {patch.how}",
+                f"- upstream: {patch.upstream}",
+                f"- can go when: {patch.until}",
+                "",
+            ]
+    return "\n".join(lines) + OFFICIAL
+
+
+if __name__ == "__main__":
+    Path(__file__).parents[2].joinpath("docs", "patches.md").write_text(render())
