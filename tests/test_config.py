@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_spechub.config import SpecHubConfig, Unsupported
@@ -19,6 +20,11 @@ from vllm_spechub.rules import RULES
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plugin():
+    load_general_plugins()  # as vLLM's command line does before it builds its parser
 
 
 def from_command_line(*arguments: str):
@@ -133,8 +139,10 @@ def test_a_draft_with_another_vocabulary_size(tmp_path):
 
 def test_a_draft_with_another_tokenizer(tmp_path):
     draft = Path(edited_draft(tmp_path / "draft"))
-    text = (draft / "tokenizer.json").read_text()
-    (draft / "tokenizer.json").write_text(text.replace('"self"', '"selv"'))
+    tokenizer = json.loads((draft / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match="tokenizer differs"):
         configured({"model": str(draft)})
 

@@ -129,12 +129,12 @@ def create_config(
     return spechub
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: Exception | str) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        return f"{where}: {message}" if where else message
+        error = f"{where}: {message}" if where else message
     return str(error).strip().splitlines()[0]
 
 

@@ -493,7 +493,7 @@ def tree_attention_triton(
         visible_until,
         tree_mask,
         qk_scale,
-        softcap,
+        float(softcap),
         num_reqs,
         block_table.stride(0),
         *query.stride()[:2],
