@@ -6,14 +6,13 @@ The first two run as vLLM runs them on this machine, with its default runner and
 """
 
 import json
-import logging
+import multiprocessing
 import os
+import tempfile
 import time
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
-
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "1")
 
 import typer
 from rich.console import Console
@@ -22,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 PAIR = Path(__file__).parent / "demo_pair"
+TEMPERATURES = (0.0, 1.0)
 console = Console(width=None if os.environ.get("COLUMNS") else 110, highlight=False)
 
 
@@ -76,24 +76,61 @@ def measure(llm, prompts: list[str], temperature: float, max_tokens: int) -> Res
     )
 
 
-def ways(tree: str, num_nodes: int, on_cpu: bool) -> dict[str, dict]:
+def ways(tree: str, num_nodes: int) -> dict[str, dict]:
+    """The three engines' names and options."""
     draft = str(PAIR / "draft")
     chain = {
-        "speculative_config": {
-            "method": "draft_model",
-            "model": draft,
-            "num_speculative_tokens": num_nodes,
-            "draft_sample_method": "probabilistic",
-        }
+        "method": "draft_model",
+        "model": draft,
+        "num_speculative_tokens": num_nodes,
+        "draft_sample_method": "probabilistic",
     }
-    if on_cpu:
-        chain["worker_extension_cls"] = "fixed_chain.FixedChain"
-    spechub = {"speculative_config": {"method": "spechub", "model": draft, "tree": tree}}
     return {
         "no speculation": {},
-        f"vLLM chain of {num_nodes}": chain,
-        f"SpecHub {tree}": spechub,
+        f"vLLM chain of {num_nodes}": {"speculative_config": chain},
+        f"SpecHub {tree}": {
+            "speculative_config": {"method": "spechub", "model": draft, "tree": tree}
+        },
     }
+
+
+def run_engine(
+    connection: Connection, log: Path, options: dict, prompts: list[str], max_tokens: int
+) -> None:
+    """One way in a process of its own: start, say so, then measure whenever asked."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and options.get("speculative_config", {}).get(
+        "draft_sample_method"
+    ):
+        options = options | {"worker_extension_cls": "fixed_chain.FixedChain"}
+    llm = LLM(
+        model=str(PAIR / "target"),
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=max(8, len(prompts)),
+        kv_cache_memory_bytes=256 << 20,
+        disable_log_stats=False,
+        enable_prefix_caching=False,
+        **options,
+    )
+    connection.send(current_platform.is_cpu())
+    for temperature in iter(connection.recv, None):
+        connection.send(measure(llm, prompts, temperature, max_tokens))
+    llm.llm_engine.engine_core.shutdown()
+
+
+def receive(connection: Connection, log: Path):
+    """A message of an engine's process, or its last words."""
+    try:
+        return connection.recv()
+    except EOFError:
+        console.print("".join(log.read_text().splitlines(keepends=True)[-30:]), markup=False)
+        raise SystemExit("an engine stopped; its last lines are above") from None
 
 
 def show(results: dict[tuple[str, float], Result], depth: int, on_cpu: bool) -> None:
@@ -138,40 +175,40 @@ def main(
     max_tokens: int = typer.Option(96, min=1, help="Tokens to generate per request."),
 ) -> None:
     start = time.monotonic()
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    from vllm import LLM
-    from vllm.platforms import current_platform
-
     from vllm_spechub.topology import TokenTree
 
     shape = TokenTree.parse(tree)
-    on_cpu = current_platform.is_cpu()
     lines = (PAIR / "prompts.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["turns"][0] for line in lines]
     prompts = [prompts[i % len(prompts)] for i in range(requests)]
-    results: dict[tuple[str, float], Result] = {}
+    engines = ways(tree, shape.num_nodes)
+    spawn = multiprocessing.get_context("spawn")
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=9)
-        for way, options in ways(tree, shape.num_nodes, on_cpu).items():
-            progress.update(task, description=f"{way}: starting the engine")
-            llm = LLM(
-                model=str(PAIR / "target"),
-                dtype="float32",
-                max_model_len=512,
-                max_num_seqs=max(8, requests),
-                kv_cache_memory_bytes=256 << 20,
-                disable_log_stats=False,
-                enable_prefix_caching=False,
-                **options,
-            )
+    results: dict[tuple[str, float], Result] = {}
+    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
+        # They start side by side, which two cores share well, and are measured one at a time.
+        task = progress.add_task("starting the engines", total=3 * len(engines))
+        running = {}
+        for i, (way, options) in enumerate(engines.items()):
+            ours, theirs = spawn.Pipe()
+            log = Path(folder) / f"{i}.log"
+            arguments = (theirs, log, options, prompts, max_tokens)
+            process = spawn.Process(target=run_engine, args=arguments)
+            process.start()
+            theirs.close()
+            running[way] = (process, ours, log)
+        for _process, connection, log in running.values():
+            on_cpu = receive(connection, log)
             progress.advance(task)
-            for temperature in (0.0, 1.0):
+        for way, (_process, connection, log) in running.items():
+            for temperature in TEMPERATURES:
                 progress.update(task, description=f"{way}: generating at T = {temperature:g}")
-                results[way, temperature] = measure(llm, prompts, temperature, max_tokens)
+                connection.send(temperature)
+                results[way, temperature] = receive(connection, log)
                 progress.advance(task)
-            llm.llm_engine.engine_core.shutdown()
-            del llm
+        for process, connection, _log in running.values():
+            connection.send(None)
+            process.join()
 
     show(results, shape.depth, on_cpu)
     text = results[f"SpecHub {tree}", 1.0].texts[0]

@@ -33,7 +33,7 @@ CONTEXT = 512  # tokens per training row
 ROWS = 8  # rows per step
 MODELS = {
     "target": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4},
-    "draft": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 1},
+    "draft": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2},
 }
 HEAD_SIZE = 64
 console = Console()

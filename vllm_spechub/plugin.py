@@ -12,14 +12,11 @@ def register() -> None:
     With another vLLM than the supported one nothing changes for other users: the error is kept
     for whoever asks for spechub.
     """
-    from vllm_spechub.patches import PatchMismatch, check_all, frontend
+    from vllm_spechub.patches import PatchMismatch, apply_all, frontend
 
     try:
         # A worker's own patches are checked there: its modules are costly to import.
-        check_all(frontend.PATCHES)
+        apply_all(frontend.PATCHES)
     except PatchMismatch as mismatch:
         logger.warning("%s; spechub is switched off", mismatch)
         frontend.refuse_spechub(mismatch)
-        return
-    for patch in frontend.PATCHES:
-        patch.apply()

@@ -17,7 +17,8 @@ IRREGULAR = [0, 0, 0, 1, 1, 2, 4, 4, 4, 4, 6, 11]
 
 @pytest.mark.parametrize("verification", ["ordered", "unordered"])
 @pytest.mark.parametrize(
-    "tree", ["chain:3", "binary:1", "binary:3", "kary:4:2", "caterpillar:5:3", IRREGULAR, "binary:5"]
+    "tree",
+    ["chain:3", "binary:1", "binary:3", "kary:4:2", "caterpillar:5:3", IRREGULAR, "binary:5"],
 )
 def test_tree_shapes(tree, verification):
     with engine(tree, verification=verification) as llm:
@@ -124,7 +125,9 @@ def test_aborted_requests():
         core = llm.llm_engine
         free_blocks = core.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
         before = free_blocks.get_num_free_blocks()
-        ids = [core.add_request(str(i), prompt, greedy_params()) for i, prompt in enumerate(PROMPTS)]
+        ids = [
+            core.add_request(str(i), prompt, greedy_params()) for i, prompt in enumerate(PROMPTS)
+        ]
         answers = {}
         for step in range(200):
             for output in core.step():

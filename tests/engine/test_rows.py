@@ -125,10 +125,11 @@ def test_every_node_equals_its_path_decoded_plainly(recorded, options):
             continue
         plain = reference_model()(input_ids=torch.tensor([text]), use_cache=True).past_key_values
         for layer, (key, value) in enumerate(cache.layers):
-            for held, wanted in ((key, plain.layers[layer].keys), (value, plain.layers[layer].values)):
-                torch.testing.assert_close(
-                    held, wanted[0].transpose(0, 1), atol=2e-4, rtol=1e-4
-                )
+            for held, wanted in (
+                (key, plain.layers[layer].keys),
+                (value, plain.layers[layer].values),
+            ):
+                torch.testing.assert_close(held, wanted[0].transpose(0, 1), atol=2e-4, rtol=1e-4)
 
 
 def test_processors_see_each_nodes_own_history(recorded, monkeypatch):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's CPU attention with tree masks.
 
-The C++ kernel knows causal masks only. It keeps every ordinary token; tree tokens attend here, in
-PyTorch, over the same paged cache. A batch of trees alone never enters the C++ kernel.
+The C++ kernel knows causal masks only. It keeps every ordinary token; tree tokens attend in a host
+kernel of ours, over the same paged cache. A batch of trees alone never enters the C++ kernel.
 """
 
 from dataclasses import dataclass
@@ -19,20 +19,23 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_spechub.attention.visibility import TreeVisibility
+from vllm_spechub.host_kernels.attention import attend_trees
 
 
 @dataclass
 class TreeRows:
-    """The tree tokens of a batch, gathered once per step and used by every layer."""
+    """The tree tokens of a batch, as the host kernel takes them."""
 
-    # [num_tree_reqs, max_tree_tokens] token indices; short trees repeat their last one
-    tokens: torch.Tensor
-    # [num_tree_reqs, num_blocks]
-    block_table: torch.Tensor
-    # [num_tree_reqs, 1, 1, max_tree_tokens, num_keys] True where a key is hidden
-    hidden: torch.Tensor
-    # [num_tree_reqs, 1, num_keys, 1] True where a slot holds none of the request's keys
-    stale: torch.Tensor
+    # [num_tree_reqs, num_blocks] int32
+    block_table: np.ndarray
+    # [num_tree_reqs] int32
+    seq_lens: np.ndarray
+    # [num_tree_reqs] int64 each
+    first_token: np.ndarray
+    num_tree_tokens: np.ndarray
+    # [num_tokens] int32 and int64
+    visible_until: np.ndarray
+    tree_mask: np.ndarray
     # no ordinary token is left for the C++ kernel
     whole_batch: bool
 
@@ -130,24 +133,16 @@ class CPUTreeMetadataBuilder(CPUAttentionMetadataBuilder):
         reqs = np.flatnonzero(counts)
         if len(reqs) == 0:
             return None
-        counts = counts[reqs].astype(np.int64)
-        first = common.query_start_loc_cpu.numpy()[reqs + 1] - counts
-        column = np.minimum(np.arange(counts.max()), (counts - 1)[:, None])
-        tokens = torch.from_numpy(first[:, None] + column)
-
+        counts = counts[reqs]
         seq_lens = common.seq_lens.numpy()[reqs]
         num_blocks = -(-int(seq_lens.max()) // self.block_size)
-        position = torch.arange(num_blocks * self.block_size)
-        until = tree.visible_until[tokens].unsqueeze(-1)
-        node = position - until
-        bit = (tree.tree_mask[tokens].unsqueeze(-1) >> node.clamp(0, 63)) & 1
-        visible = (node < 0) | ((node < 64) & (bit == 1))
-        stale = position >= torch.from_numpy(seq_lens).unsqueeze(-1)
         return TreeRows(
-            tokens=tokens,
-            block_table=common.block_table_tensor[torch.from_numpy(reqs), :num_blocks],
-            hidden=~visible[:, None, None],
-            stale=stale[:, None, :, None],
+            block_table=common.block_table_tensor.numpy()[reqs, :num_blocks],
+            seq_lens=seq_lens,
+            first_token=common.query_start_loc_cpu.numpy()[reqs + 1] - counts,
+            num_tree_tokens=counts,
+            visible_until=tree.visible_until.numpy(),
+            tree_mask=tree.tree_mask.numpy(),
             whole_batch=int(counts.sum()) == common.num_actual_tokens,
         )
 
@@ -160,7 +155,7 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
             ("ALiBi", self.alibi_slopes is not None),
             ("attention sinks", self.sinks is not None),
             (f"kv_cache_dtype={self.kv_cache_dtype!r}", self.is_fp8_kv_cache),
-            (f"{self.attn_type} attention", self.attn_type != AttentionType.DECODER),
+            (f"{self.attn_type!s} attention", self.attn_type != AttentionType.DECODER),
         ):
             if used:
                 raise ValueError(
@@ -212,35 +207,27 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
         # [num_tokens, num_heads, head_size]
         output: torch.Tensor,
     ) -> None:
-        num_reqs, num_rows = rows.tokens.shape
-        num_keys = rows.stale.shape[2]
-        heads = (self.num_kv_heads, self.num_queries_per_kv)
-        block_size, head_size = kv_cache.shape[2], self.head_size
-        # [num_reqs, num_blocks, num_kv_heads, 2, block_size * head_size]
-        blocks = kv_cache.view(-1, heads[0], 2, block_size * head_size)[rows.block_table]
-        # [num_reqs, num_kv_heads, head_size, num_keys]
-        keys = (
-            blocks[:, :, :, 0]
-            .unflatten(-1, (head_size, block_size))
-            .permute(0, 2, 3, 1, 4)
-            .reshape(num_reqs, heads[0], head_size, num_keys)
+        # [num_blocks, num_kv_heads, 2, block_size * head_size], see `cache_views`
+        cache = kv_cache.view(len(kv_cache), self.num_kv_heads, 2, -1)
+        block_table = rows.block_table
+        attended = output
+        if cache.dtype != torch.float32:
+            # the host kernel reads float32: convert the blocks in use
+            cache = cache[torch.from_numpy(block_table)].flatten(0, 1).float()
+            block_table = np.arange(len(cache), dtype=np.int32).reshape(block_table.shape)
+            attended = output.float()
+        attend_trees(
+            query.float().contiguous().numpy(),
+            cache.numpy(),
+            block_table,
+            rows.seq_lens,
+            rows.first_token,
+            rows.num_tree_tokens,
+            rows.visible_until,
+            rows.tree_mask,
+            np.float32(self.scale),
+            np.float32(self.logits_soft_cap),
+            attended.numpy(),
         )
-        # [num_reqs, num_kv_heads, num_keys, head_size]
-        values = (
-            blocks[:, :, :, 1]
-            .unflatten(-1, (block_size, head_size))
-            .permute(0, 2, 1, 3, 4)
-            .reshape(num_reqs, heads[0], num_keys, head_size)
-            .masked_fill(rows.stale, 0)  # a freed block may hold NaN, and 0 * NaN is NaN
-        )
-        # [num_reqs, num_kv_heads, num_queries_per_kv * num_rows, head_size]
-        queries = query[rows.tokens].unflatten(2, heads).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        scores = torch.matmul(queries, keys).float().mul_(self.scale)
-        if self.logits_soft_cap:
-            scores.div_(self.logits_soft_cap).tanh_().mul_(self.logits_soft_cap)
-        scores = scores.unflatten(2, (heads[1], num_rows))
-        scores.masked_fill_(rows.hidden, float("-inf"))
-        weights = scores.softmax(-1).to(values.dtype).flatten(2, 3)
-        # [num_reqs, num_kv_heads, num_queries_per_kv, num_rows, head_size]
-        attended = torch.matmul(weights, values).unflatten(2, (heads[1], num_rows))
-        output[rows.tokens] = attended.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        if attended is not output:
+            output.copy_(attended)

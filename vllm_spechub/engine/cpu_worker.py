@@ -6,12 +6,15 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_spechub.engine.worker import SpecHubWorker
+from vllm_spechub.host_kernels.warm_up import warm_up
+from vllm_spechub.patches import apply_all, cpu
 
 
 class SpecHubCPUWorker(SpecHubWorker, CPUWorker):
     """vLLM's CPU worker with trees. Where a Triton compiler exists for the CPU it is used."""
 
     def init_device(self) -> None:
+        apply_all(cpu.PATCHES)
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "vllm_spechub.attention.cpu_tree.CPUTreeBackend"
         )
@@ -19,4 +22,5 @@ class SpecHubCPUWorker(SpecHubWorker, CPUWorker):
             from vllm_spechub import host_kernels
 
             host_kernels.register()
+        warm_up()
         super().init_device()

@@ -3,14 +3,12 @@
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_spechub.patches import check_all, runner
+from vllm_spechub.patches import apply_all, runner
 
 
 class SpecHubWorker(Worker):
     """vLLM's GPU worker with trees."""
 
     def init_device(self) -> None:
-        check_all(runner.PATCHES)
-        for patch in runner.PATCHES:
-            patch.apply()
+        apply_all(runner.PATCHES)
         super().init_device()

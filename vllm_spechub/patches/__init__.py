@@ -84,6 +84,18 @@ def vllm_version() -> str:
     return vllm.__version__.partition("+")[0]
 
 
+def apply_all(patches: Iterable[Patch]) -> None:
+    """Check vLLM's version and every signature, then install the replacements, once.
+
+    Raises:
+        PatchMismatch: as `check_all`; nothing is installed then.
+    """
+    patches = tuple(patches)
+    check_all(patches)
+    for patch in patches:
+        patch.apply()
+
+
 def check_all(patches: Iterable[Patch]) -> None:
     """Check vLLM's version and every signature.
 

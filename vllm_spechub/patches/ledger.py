@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from vllm_spechub.patches import SUPPORTED_VLLM, frontend, runner
+from vllm_spechub.patches import SUPPORTED_VLLM, cpu, frontend, runner
 
 OFFICIAL = """\
 ## Extension points used as vLLM offers them
@@ -36,6 +36,7 @@ def render() -> str:
     for title, where, ledger in (
         ("In every process", "when vLLM loads its plugins", frontend.PATCHES),
         ("In a worker that serves trees", "before its model runner is built", runner.PATCHES),
+        ("In such a worker on the CPU", "before its host kernels are registered", cpu.PATCHES),
     ):
         lines += [f"## {title}", "", f"Applied {where}.", ""]
         for patch in ledger:

@@ -10,11 +10,16 @@ sample, accepted by standard rejection.
 from typing import ClassVar
 
 import torch
+from vllm.platforms import current_platform
 
 from vllm_spechub.drafting import DraftLevel, DraftState
 from vllm_spechub.rules import VerificationRule, VerifiedPaths
-from vllm_spechub.triton_kernels.child_sampling import sample_children
-from vllm_spechub.triton_kernels.verification import verify_tree
+
+if current_platform.is_cpu():
+    from vllm_spechub.host_kernels.tree_sampling import sample_children, verify_tree
+else:
+    from vllm_spechub.triton_kernels.child_sampling import sample_children
+    from vllm_spechub.triton_kernels.verification import verify_tree
 
 
 class _SpecHub(VerificationRule):
