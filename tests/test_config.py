@@ -132,7 +132,7 @@ def edited_draft(folder: Path, **changes) -> str:
 
 
 def test_a_draft_with_another_vocabulary_size(tmp_path):
-    with pytest.raises(ValueError, match="vocab_size=2048.*vocab_size=4096") as caught:
+    with pytest.raises(ValueError, match=r"vocab_size=2048.*vocab_size=4096") as caught:
         configured({"model": edited_draft(tmp_path / "draft", vocab_size=4096)})
     assert len(str(caught.value).splitlines()) == 1
 
@@ -149,7 +149,7 @@ def test_a_draft_with_another_tokenizer(tmp_path):
 
 def test_a_draft_that_reads_less_than_the_target(tmp_path):
     draft = edited_draft(tmp_path / "draft", max_position_embeddings=128)
-    with pytest.raises(ValueError, match="reads 128 positions.*max_model_len"):
+    with pytest.raises(ValueError, match=r"reads 128 positions.*max_model_len"):
         configured({"model": draft})
     configured({"model": draft}, max_model_len=128)
 

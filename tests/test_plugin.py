@@ -50,7 +50,7 @@ def test_another_vllm_is_left_alone(monkeypatch):
     plugin.register()
     target = str(PAIR / "target")
     spec = {"method": "spechub", "model": str(PAIR / "draft")}
-    with pytest.raises(PatchMismatch, match="supports vLLM 0.32.0, this is 0.33.0"):
+    with pytest.raises(PatchMismatch, match=r"supports vLLM 0\.32\.0, this is 0\.33\.0"):
         EngineArgs(model=target, speculative_config=spec).create_engine_config()
     EngineArgs(model=target).create_engine_config()
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
 from vllm_spechub.triton_kernels.child_sampling import sample_children
 
 

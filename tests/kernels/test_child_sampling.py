@@ -6,6 +6,7 @@ import pytest
 import torch
 from drafting import huge_rows
 from scipy import stats
+
 from vllm_spechub.triton_kernels.child_sampling import kernel, sample_children
 
 TEMPERATURES = [0.0, 0.5, 1.0, 0.02]

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+
 from vllm_spechub.triton_kernels.compaction import KVCompactor
 from vllm_spechub.triton_kernels.compaction.kernel import (
     ELEMENT_BITS,

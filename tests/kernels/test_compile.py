@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
 from vllm_spechub.triton_kernels.verification import kernel as verification
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+
 from vllm_spechub.triton_kernels.verification.reference import draft_law, node_outcome
 
 TOLERANCE = 1e-12

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from scipy import stats
+
 from vllm_spechub.triton_kernels import rng, rng_device
 
 PURPOSES = [rng.CHILD, rng.LABEL, rng.ACCEPT, rng.RESIDUAL]

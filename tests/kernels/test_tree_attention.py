@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
+
 from vllm_spechub.triton_kernels.tree_attention import (
     CAUSAL,
     tree_attention,

@@ -17,12 +17,12 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm_spechub.triton_kernels.tree_attention import CAUSAL, tree_attention_reference
-from vllm_spechub.triton_kernels.tree_attention.kernel import tree_attention_triton
 
 from vllm_spechub.attention import triton_tree
 from vllm_spechub.attention.triton_tree import TritonTreeBackend, cache_views
 from vllm_spechub.attention.visibility import TreeAttnMetadata, TreeVisibility
+from vllm_spechub.triton_kernels.tree_attention import CAUSAL, tree_attention_reference
+from vllm_spechub.triton_kernels.tree_attention.kernel import tree_attention_triton
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 4, 2, 64, 16
 MAX_NUM_TOKENS, MAX_NUM_REQS, NUM_NODES = 64, 8, 14

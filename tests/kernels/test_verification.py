@@ -8,6 +8,7 @@ import pytest
 import torch
 from drafting import BINARY, CHAIN, UNEQUAL, WIDE, Draft, Tree, draft_tree, huge_rows
 from scipy import stats
+
 from vllm_spechub.triton_kernels.verification import kernel, verify_tree
 
 TREES = {"binary": BINARY, "unequal": UNEQUAL, "chain": CHAIN, "wide": WIDE}

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be served is refused as vLLM refuses it, and what shares its batch is not disturbed."""
+
+from functools import cache
+
+import pytest
+from conftest import PROMPTS, engine, greedy_params, plain_greedy, token_ids
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
+
+TREE = "binary:3"
+TOO_LONG = {"prompt_token_ids": [5] * 300}
+FULL = {"max_model_len": 128, "block_size": 32, "num_gpu_blocks_override": 5}  # one request of max_model_len, no more
+TO_THE_END = [greedy_params(128, ignore_eos=True)] * 5
+
+
+def with_grammar(**constraint):
+    return greedy_params(40, structured_outputs=StructuredOutputsParams(**constraint))
+
+
+GRAMMARS = [
+    with_grammar(regex="[a-zA-Z_ .=()]{40}"),
+    with_grammar(choice=["return None", "return self.value", "raise ValueError(name)"]),
+    with_grammar(regex=r"(\w|[ .,()=:\n]){60}"),
+]
+MIXED = [
+    greedy_params(),
+    greedy_params(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3),
+    greedy_params(stop=["self", "return"], min_tokens=12),
+    greedy_params(stop_token_ids=[11, 40], bad_words=[" =", "self"]),
+    greedy_params(logprobs=3, frequency_penalty=0.9),
+    greedy_params(stop="):", include_stop_str_in_output=True),
+]
+SAMPLED = [
+    SamplingParams(temperature=1.0, max_tokens=40, seed=1),
+    SamplingParams(temperature=0.8, top_p=0.9, max_tokens=30, presence_penalty=0.5),
+    SamplingParams(temperature=0.7, top_k=20, max_tokens=50, stop=["def"], min_tokens=20),
+]
+
+
+def ask(llm, params, prompts=PROMPTS):
+    return llm.generate(prompts[: len(params)], params, use_tqdm=False)
+
+
+def grammar_batch(llm):
+    """A request with a grammar after every ordinary one. -> (with grammar, ordinary)"""
+    prompts = [prompt for prompt in PROMPTS[: len(GRAMMARS)] for _ in range(2)]
+    params = [params for grammar in GRAMMARS for params in (greedy_params(), grammar)]
+    answers = token_ids(ask(llm, params, prompts))
+    return answers[1::2], answers[::2]
+
+
+def finish(core):
+    """Step until every request is done. -> the token ids by request id"""
+    answers = {}
+    while core.has_unfinished_requests():
+        for output in core.step():
+            if output.finished:
+                answers[output.request_id] = list(output.outputs[0].token_ids)
+    return answers
+
+
+@cache
+def plain():
+    """What plain vLLM answers to everything asked here."""
+    with engine() as llm:
+        grammars = token_ids(ask(llm, GRAMMARS))
+        assert grammars != token_ids(ask(llm, [greedy_params()] * len(GRAMMARS)))
+        mixed = [output.outputs[0] for output in ask(llm, MIXED)]
+        with pytest.raises(VLLMValidationError) as too_long:
+            llm.generate(TOO_LONG, greedy_params(), use_tqdm=False)
+    with engine(**FULL) as llm:
+        full = token_ids(ask(llm, TO_THE_END))
+    with pytest.raises(ValueError) as no_room, engine(**FULL | {"num_gpu_blocks_override": 4}):
+        pass
+    return {
+        "grammars": grammars,
+        "mixed": [(list(answer.token_ids), answer.text, answer.stop_reason) for answer in mixed],
+        "too_long": str(too_long.value),
+        "full": full,
+        "no_room": str(no_room.value),
+    }
+
+
+@pytest.fixture(scope="module")
+def llm():
+    plain(), plain_greedy()  # one engine at a time
+    with engine(TREE) as llm:
+        yield llm
+
+
+def test_a_prompt_too_long_is_refused_and_others_go_on(llm):
+    core = llm.llm_engine
+    for i in (0, 4):
+        core.add_request(str(i), PROMPTS[i], greedy_params())
+    core.step()
+    core.step()
+    with pytest.raises(VLLMValidationError) as error:
+        core.add_request("long", TOO_LONG, greedy_params())
+    assert str(error.value) == plain()["too_long"]
+    assert finish(core) == {str(i): plain_greedy()[i] for i in (0, 4)}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0, min_p=0.1),
+        SamplingParams(temperature=0.0, logit_bias={40: 5.0}),
+        SamplingParams(temperature=1.0, logit_bias={40: 5.0}),
+    ],
+)
+def test_parameters_that_vllm_does_not_speculate_with_are_refused(llm, params):
+    with pytest.raises(VLLMValidationError, match="min_p and logit_bias .* not yet supported with spec"):
+        ask(llm, [greedy_params(), params])
+    assert not llm.llm_engine.has_unfinished_requests()
+    assert token_ids(ask(llm, [greedy_params()])) == plain_greedy()[:1]
+
+
+def test_grammars_share_a_batch_with_trees(llm, monkeypatch):
+    from vllm_spechub.engine.sampler import TreeRejectionSampler
+
+    mixed_steps = 0
+    original = TreeRejectionSampler.__call__
+
+    def spy(self, logits, batch, *args):
+        nonlocal mixed_steps
+        drafts = batch.num_draft_tokens_per_req
+        if drafts is not None and 0 in drafts and self.tree.num_nodes in drafts:
+            mixed_steps += 1
+        return original(self, logits, batch, *args)
+
+    monkeypatch.setattr(TreeRejectionSampler, "__call__", spy)
+    with_grammar, ordinary = grammar_batch(llm)
+    assert with_grammar == plain()["grammars"]
+    assert ordinary == plain_greedy()[: len(GRAMMARS)]
+    assert mixed_steps >= 5
+
+
+def test_greedy_requests_in_a_mixed_batch(llm):
+    """Each answers as it would without trees, whatever its neighbours ask for."""
+    prompts = [*PROMPTS, *PROMPTS[: len(SAMPLED)]]
+    outputs = [output.outputs[0] for output in ask(llm, MIXED + SAMPLED, prompts)]
+    answers = [(list(o.token_ids), o.text, o.stop_reason) for o in outputs[: len(MIXED)]]
+    assert answers == plain()["mixed"]
+    assert sum(reason is not None for *_, reason in answers) >= 2
+    for output, params in zip(outputs[len(MIXED) :], SAMPLED, strict=True):
+        assert params.min_tokens <= len(output.token_ids) <= params.max_tokens
+        assert output.finish_reason in ("stop", "length")
+
+
+def test_grammars_with_async_scheduling(monkeypatch):
+    """vLLM turns it off on the CPU; grammars then meet drafts that were scheduled before them."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def keep_async(cls, vllm_config):
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    plain(), plain_greedy()
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_async))
+    with engine(TREE) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        assert type(core.scheduler).__name__ == "AsyncScheduler"
+        with_grammar, ordinary = grammar_batch(llm)
+    assert with_grammar == plain()["grammars"]
+    assert ordinary == plain_greedy()[: len(GRAMMARS)]
+
+
+def test_a_cache_that_cannot_hold_one_request_is_refused():
+    with (
+        pytest.raises(ValueError, match="larger than the available KV cache") as error,
+        engine(TREE, **FULL | {"num_gpu_blocks_override": 4}),
+    ):
+        pass
+    # the same line, with the draft's layers counted in
+    first, _, _ = str(error.value).partition("(")
+    assert plain()["no_room"].startswith(first)
+
+
+def test_a_cache_that_holds_exactly_one_request():
+    """Five requests grow to max_model_len and take turns."""
+    with engine(TREE, **FULL) as llm:
+        answers = token_ids(ask(llm, TO_THE_END))
+        preemptions = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
+    assert answers == plain()["full"]
+    assert preemptions[0] > 0

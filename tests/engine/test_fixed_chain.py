@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The correction that comparisons with vLLM's own chain on the CPU rest on."""
+
+import sys
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DRAFT, PROMPTS, TARGET, engine, spec_metrics
+from scipy.stats import chisquare
+from test_distribution import LENGTHS, SAMPLES, likely_prefixes
+from transformers import AutoTokenizer
+from vllm import SamplingParams
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+CHAIN = {
+    "method": "draft_model",
+    "model": DRAFT,
+    "num_speculative_tokens": 3,
+    "draft_sample_method": "probabilistic",
+}
+
+
+@pytest.fixture(autouse=True)
+def _not_yet_imported(monkeypatch):
+    """It registers its kernel when a worker imports it, which must be after vLLM's own."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.delitem(sys.modules, "fixed_chain", raising=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])
+@pytest.mark.parametrize("counts", [[3, 0, 1, 5, 0, 0, 2], [0, 0], [4], [0, 7, 0]])
+def test_expand_kernel(counts, dtype):
+    expand_kernel = import_module("fixed_chain").expand_kernel
+    values = torch.arange(len(counts)).to(dtype)  # the first one, 0, is replaced
+    output = torch.full((sum(counts) + 2,), -7, dtype=dtype)
+    cumulative = torch.tensor(counts, dtype=torch.int32).cumsum(0).to(torch.int32)
+
+    expand_kernel(output, values, cumulative, 0, 1, MAX_NUM_TOKENS=32)
+
+    expected = []
+    for value, count in zip(values.tolist(), counts, strict=True):
+        expected += [1 if value == 0 else value] * count
+    assert output.tolist() == [*expected, -7, -7]
+    assert output.dtype == dtype
+
+
+def test_expand_kernel_keeps_fractions():
+    expand_kernel = import_module("fixed_chain").expand_kernel
+    values = torch.tensor([0.7, 0.0, 1.3])
+    output = torch.zeros(4)
+    expand_kernel(output, values, torch.tensor([2, 3, 4], dtype=torch.int32), 0, 1)
+    torch.testing.assert_close(output, torch.tensor([0.7, 0.7, 1.0, 1.3]), rtol=0, atol=0)
+
+
+def test_the_chain_follows_the_target():
+    prompt = AutoTokenizer.from_pretrained(TARGET)(PROMPTS[4])["input_ids"]
+    params = SamplingParams(n=SAMPLES, max_tokens=LENGTHS[-1], temperature=0.7, ignore_eos=True)
+    with engine(
+        speculative_config=CHAIN,
+        worker_extension_cls="fixed_chain.FixedChain",
+        max_num_seqs=128,
+        max_num_batched_tokens=4096,
+    ) as llm:
+        output = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0]
+        metrics = spec_metrics(llm)
+    assert metrics["num_accepted_tokens"] > 0.5 * metrics["num_drafts"]
+
+    for length in LENGTHS:
+        expected = likely_prefixes(prompt, params, length)
+        counts = Counter(tuple(sample.token_ids[:length]) for sample in output.outputs)
+        observed = [counts[prefix] for prefix in expected]
+        wanted = [mass * SAMPLES for mass in expected.values()]
+        observed.append(SAMPLES - sum(observed))  # every other prefix, in one bin
+        wanted.append(SAMPLES - sum(wanted))
+        assert min(wanted) >= 5
+        assert len(wanted) >= 5
+        p_value = chisquare(observed, wanted).pvalue
+        assert p_value > 1e-4, f"p = {p_value:.2e} over {len(wanted)} prefixes of {length} tokens"

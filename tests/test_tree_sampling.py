@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU's compiled versions of our kernels, against the PyTorch references and on their own."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from vllm_spechub.host_kernels import compiled
+from vllm_spechub.host_kernels.attention import attend_trees
+from vllm_spechub.host_kernels.tree_sampling import sample_children, verify_tree
+from vllm_spechub.topology import TokenTree
+from vllm_spechub.triton_kernels import rng
+from vllm_spechub.triton_kernels.child_sampling import reference as child_reference
+from vllm_spechub.triton_kernels.tree_attention import tree_attention_reference
+from vllm_spechub.triton_kernels.verification import reference as tree_reference
+
+TREES = ["binary:3", "chain:3", "kary:4:2", [0, 0, 0, 0, 1, 1, 2, 5]]
+
+
+class Drafts:
+    """Random drafts of one tree, drawn with the references, and target rows that resemble them."""
+
+    def __init__(self, tree, vocab_size, temperature, ordered, num_reqs=60, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.tree = TokenTree.parse(tree)
+        self.ordered, self.num_reqs, width = ordered, num_reqs, self.tree.num_nodes + 1
+        tables = (self.tree.first_child, self.tree.num_children, self.tree.internal_index)
+        self.first_child, self.num_children, self.internal = map(torch.from_numpy, tables)
+        self.temperature = torch.full((num_reqs,), temperature)
+        self.seeds = torch.randint(-(2**62), 2**62, (num_reqs,), generator=g)
+        self.positions = torch.randint(0, 10000, (num_reqs,), generator=g)
+        self.reqs = torch.arange(num_reqs)
+        num_internal = len(self.tree.internal_nodes)
+        self.draft = torch.randn(num_reqs, num_internal, vocab_size, generator=g) * 2
+        self.target = torch.randn(num_reqs, width, vocab_size, generator=g) * 2
+        for node in self.tree.internal_nodes:
+            self.target[:, node] = 0.5 * self.target[:, node] + self.draft[:, self.internal[node]]
+        self.draft[:, :, 1] = -torch.inf
+        self.target[:, :, 2] = -torch.inf
+        self.draft[::7, :, 3] = self.draft[::7, :, 0]  # ties
+        self.draft[::11] *= 60  # near certain
+        self.tokens = torch.zeros(num_reqs, width, dtype=torch.int64)
+        self.slots = torch.zeros(num_reqs, num_internal, dtype=torch.int32)
+        self.num_nodes = torch.randint(0, width, (num_reqs,), generator=g, dtype=torch.int32)
+        self.num_nodes[::2] = width - 1
+
+    def node_arguments(self, node):
+        full = torch.full((self.num_reqs,), int(node), dtype=torch.int32)
+        count = torch.full_like(full, int(self.num_children[node]))
+        draft = self.draft[:, self.internal[node]]
+        ids = (self.reqs, self.positions, full, count)
+        return (draft, self.temperature, self.seeds, *ids), int(count[0])
+
+    def draw(self, sampler):
+        """Draw every node's children; what differs between samplers stays comparable."""
+        drawn = []
+        for node in self.tree.internal_nodes:
+            arguments, count = self.node_arguments(node)
+            tokens, slots = sampler(*arguments, ordered=self.ordered, max_children=count)
+            first = int(self.first_child[node])
+            self.tokens[:, first : first + count] = tokens
+            self.slots[:, self.internal[node]] = slots
+            drawn.append(torch.cat([tokens, slots[:, None]], dim=1))
+        return drawn
+
+    def verify(self, verifier):
+        width = self.tree.num_nodes + 1
+        return verifier(
+            self.target.flatten(0, 1),
+            torch.arange(self.num_reqs, dtype=torch.int32) * width,
+            self.num_nodes,
+            self.tokens.flatten(),
+            self.draft,
+            self.slots,
+            self.reqs,
+            self.temperature,
+            self.temperature,
+            self.seeds,
+            self.positions,
+            self.first_child,
+            self.num_children,
+            self.internal,
+            max_depth=self.tree.depth,
+            ordered=self.ordered,
+        )
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 1.7])
+@pytest.mark.parametrize("tree", TREES)
+def test_same_tokens_as_the_references(tree, temperature, ordered):
+    """Token for token; a near tie may fall the other way once in ten thousand draws."""
+    drawn = wrong = 0
+    for vocab_size in (5, 63, 500, 2048):
+        drafts = Drafts(tree, vocab_size, temperature, ordered, seed=vocab_size)
+        ours = drafts.draw(sample_children)
+        theirs = drafts.draw(child_reference.sample_children)
+        pairs = list(zip(ours, theirs, strict=True))
+        pairs += zip(
+            drafts.verify(verify_tree), drafts.verify(tree_reference.verify_tree), strict=True
+        )
+        for a, b in pairs:
+            rows = (a != b).reshape(drafts.num_reqs, -1).any(1)
+            drawn, wrong = drawn + len(rows), wrong + int(rows.sum())
+    assert wrong <= max(1, drawn * 1e-3)
+
+
+def test_skipped_rows_and_half_precision():
+    drafts = Drafts("binary:1", 100, 1.0, True)
+    arguments, count = drafts.node_arguments(0)
+    arguments = list(arguments)
+    arguments[0] = arguments[0].bfloat16()
+    arguments[3] = torch.where(drafts.reqs % 3 == 0, -1, drafts.reqs)
+    ours = sample_children(*arguments, ordered=True, max_children=count)
+    theirs = child_reference.sample_children(*arguments, ordered=True, max_children=count)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert (ours[0][::3] == -1).all()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_emitted_tokens_follow_the_target(ordered):
+    """One node with unlike draft and target, 40,000 seeds: chi-square of the first token."""
+    samples = 40_000
+    drafts = Drafts("kary:3:1", 12, 0.8, ordered, num_reqs=samples)
+    drafts.draft[:] = drafts.draft[1, 0]
+    drafts.target[:] = drafts.target[1]
+    drafts.num_nodes[:] = 3
+    children = drafts.draw(sample_children)[0]
+    tokens, emitted, _ = drafts.verify(verify_tree)
+    target = (drafts.target[0, 0].double() / 0.8).softmax(0)
+    counts = torch.bincount(tokens[:, 0], minlength=12)
+    kept = target * samples > 5
+    assert counts[~kept].sum() < 100
+    expected = target[kept] / target[kept].sum() * counts[kept].sum()
+    assert chisquare(counts[kept].numpy(), expected.numpy()).pvalue > 1e-3
+
+    # acceptance is the closed form: p on the hubs plus min(p, w) off them
+    law = (drafts.draft[0, 0].double() / 0.8).softmax(0)
+    hubs = law.topk(2).indices
+    off = law.clone()
+    off[hubs] = 0
+    alpha = target[hubs].sum() + torch.minimum(target, off / off.sum())[off > 0].sum()
+    assert abs((emitted == 2).double().mean() - alpha) < 4 * (0.25 / samples) ** 0.5
+    if ordered:  # what stands in slot 0 is distributed as the draft
+        counts = torch.bincount(children[:, 0], minlength=12)
+        kept = law * samples > 5
+        expected = law[kept] / law[kept].sum() * counts[kept].sum()
+        assert chisquare(counts[kept].numpy(), expected.numpy()).pvalue > 1e-3
+
+
+def test_noise_has_the_references_bits():
+    key = rng.row_key(torch.tensor([-5]), torch.tensor([77]), 3, rng.CHILD)
+    expected = rng.exponential(rng.element_hash(key, 5000))[0].numpy()
+    row, scratch, uniforms = (np.empty(5000, np.float32) for _ in range(3))
+    found_key = compiled.row_key(np.int64(-5), np.int64(77), 3, rng.CHILD)
+    assert np.uint32(found_key) == key.numpy().view(np.uint32)[0]
+    compiled.exponential_row(found_key, row, row.view(np.int32), scratch, uniforms)
+    np.testing.assert_allclose(row, expected, rtol=1e-6)
+
+
+def test_exp_and_log_are_accurate():
+    x = np.linspace(-86, 0, 9999, dtype=np.float32)
+    row, scratch = x.copy(), np.empty_like(x)
+    compiled.exp_row(row, scratch, scratch.view(np.int32))
+    np.testing.assert_allclose(row, np.exp(x.astype(np.float64)), rtol=3e-7)
+    hidden = np.array([-np.inf, -1000, 0], np.float32)
+    compiled.exp_row(hidden, scratch[:3], scratch[:3].view(np.int32))
+    assert hidden.tolist() == [0, 0, 1]
+    x = np.geomspace(2.0**-33, 20, 9999).astype(np.float32)
+    row = x.copy()
+    compiled.log_row(row, row.view(np.int32), scratch)
+    np.testing.assert_allclose(row, np.log(x.astype(np.float64)), rtol=3e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), [(4, 2, 64), (3, 3, 32)])
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap):
+    """Whole, truncated and one-node trees; slots that nobody may see hold NaN."""
+    from vllm_spechub.attention.cpu_tree import cache_views
+
+    torch.manual_seed(0)
+    tree = TokenTree.parse("binary:3")
+    counts = np.array([15, 6, 1, 15], dtype=np.int64)
+    roots = np.array([70, 31, 0, 129])
+    seq_lens = (roots + counts).astype(np.int32)
+    first = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    num_tokens, num_blocks = int(counts.sum()), -(-seq_lens.max() // block_size)
+    cache = torch.full((20, num_kv_heads, block_size, 2 * head_size), torch.nan)
+    table = torch.randperm(20)[: 4 * num_blocks].view(4, num_blocks).int()
+    keys, values = cache_views(cache)
+    unwritten = {(0, 3), (3, 9)}  # (request, node): nobody's ancestor but their own
+    for r in range(4):
+        for slot in range(seq_lens[r]):
+            if (r, slot - roots[r]) in unwritten:
+                continue
+            block, offset = table[r, slot // block_size].long(), slot % block_size
+            keys[block, offset] = torch.randn(num_kv_heads, head_size)
+            values[block, offset] = torch.randn(num_kv_heads, head_size)
+    until = torch.from_numpy(np.repeat(roots, counts).astype(np.int32))
+    masks = [torch.from_numpy(tree.ancestor_masks[:n]) for n in counts]
+    query = torch.randn(num_tokens, num_heads, head_size)
+    found, expected = torch.zeros_like(query), torch.zeros_like(query)
+    attend_trees(
+        query.numpy(),
+        cache.view(20, num_kv_heads, 2, -1).numpy(),
+        table.numpy(),
+        seq_lens,
+        first,
+        counts,
+        until.numpy(),
+        torch.cat(masks).numpy(),
+        np.float32(0.2),
+        np.float32(softcap),
+        found.numpy(),
+    )
+    starts = torch.from_numpy(np.append(first, num_tokens).astype(np.int32))
+    tree_attention_reference(
+        query,
+        keys.nan_to_num(),
+        values.nan_to_num(),
+        expected,
+        starts,
+        torch.from_numpy(seq_lens),
+        table,
+        until,
+        torch.cat(masks),
+        0.2,
+        max_query_len=15,
+        softcap=softcap,
+    )
+    seen = torch.ones(num_tokens, dtype=torch.bool)
+    for r, node in unwritten:  # these rows see their own unwritten slot
+        for below in range(counts[r]):
+            seen[first[r] + below] &= not tree.ancestor_masks[below] >> node & 1
+    torch.testing.assert_close(found[seen], expected[seen], atol=2e-6, rtol=1e-5)
+    assert not found[seen].isnan().any()

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the Numba kernels, or loads them from its cache, before the first request needs them."""
+
+import numpy as np
+import torch
+
+from vllm_spechub.host_kernels.attention import attend_trees
+from vllm_spechub.host_kernels.tree_sampling import sample_children, verify_tree
+from vllm_spechub.topology import TokenTree
+
+
+def warm_up() -> None:
+    tree = TokenTree.chain(1)
+    tables = [torch.from_numpy(t) for t in (tree.first_child, tree.num_children)]
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    logits = torch.zeros(1, 8)
+    for ordered in (True, False):
+        sample_children(
+            logits, one, zero, zero, zero, zero, zero + 1, ordered=ordered, max_children=1
+        )
+        verify_tree(
+            logits.expand(2, -1),
+            zero,
+            zero + 1,
+            torch.zeros(2, dtype=torch.int64),
+            logits.view(1, 1, -1),
+            torch.zeros(1, 1, dtype=torch.int32),
+            zero,
+            one,
+            one,
+            zero,
+            zero,
+            *tables,
+            torch.from_numpy(tree.internal_index),
+            max_depth=1,
+            ordered=ordered,
+        )
+    query = np.zeros((1, 1, 4), np.float32)
+    count = np.ones(1, np.int64)
+    attend_trees(
+        query,
+        np.zeros((1, 1, 2, 64), np.float32),
+        np.zeros((1, 1), np.int32),
+        np.ones(1, np.int32),
+        count - 1,
+        count,
+        np.zeros(1, np.int32),
+        count,
+        np.float32(1.0),
+        np.float32(0.0),
+        query.copy(),
+    )
