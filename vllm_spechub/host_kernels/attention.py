@@ -7,7 +7,7 @@ pass per request and KV head over the cache in place beats a dozen small PyTorch
 
 import numpy as np
 
-from vllm_spechub.host_kernels.compiled import argmax, exp_row, f32, i32, jit
+from vllm_spechub.host_kernels.compiled import argmax, exp_row, f32, i32, jit, jit_sums
 
 
 @jit
@@ -59,7 +59,7 @@ def _weigh(
             out_b[d] += wb[s] * v0[d]
 
 
-@jit
+@jit_sums
 def attend_trees(
     # [num_tokens, num_heads, head_size] float32
     query,

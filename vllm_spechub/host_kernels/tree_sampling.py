@@ -15,6 +15,7 @@ from vllm_spechub.host_kernels.compiled import (
     f32,
     i32,
     jit,
+    jit_sums,
     log_row,
     row_key,
     uniform,
@@ -22,7 +23,7 @@ from vllm_spechub.host_kernels.compiled import (
 from vllm_spechub.triton_kernels import rng
 
 
-@jit
+@jit_sums
 def _sample_children(
     # [num_rows, vocab_size]
     logits,
@@ -115,7 +116,7 @@ def _ratio(numerator, denominator):
     return numerator / denominator
 
 
-@jit
+@jit_sums
 def _softmax(
     # [size] each
     row,
@@ -134,7 +135,7 @@ def _softmax(
         row[i] /= total
 
 
-@jit
+@jit_sums
 def _outcome(
     # [size] the target's probabilities; on return what a rejection emits from, unnormalised
     target,
@@ -262,8 +263,10 @@ def _verify_tree(
     num_nodes,
     # [num_rows]
     node_tokens,
-    # [max_num_reqs, num_internal, vocab_size]
+    # [num_drafts, num_internal, vocab_size]
     draft_logits,
+    # [num_reqs], each request's draft
+    draft_idx,
     # [max_num_reqs, num_internal]
     sample_slots,
     # [num_reqs]
@@ -315,7 +318,7 @@ def _verify_tree(
                 _softmax(target, scratch, scratch_bits)
                 if not leaf:
                     inner = internal_index[node]
-                    draft[:] = draft_logits[req, inner]
+                    draft[:] = draft_logits[draft_idx[r], inner]
                     reject = _outcome(
                         target,
                         draft,
@@ -433,14 +436,18 @@ def verify_tree(
     tokens = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int64)
     path = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int32)
     num_emitted = torch.empty(num_reqs, dtype=torch.int32)
+    req_idx = draft_idx = req_idx.long()
+    if draft_logits.dtype != torch.float32:  # convert this batch's drafts, not every request's
+        draft_logits, draft_idx = draft_logits[req_idx], torch.arange(num_reqs)
     _verify_tree(
         _rows(target_logits),
         row_start.int().numpy(),
         num_nodes.int().numpy(),
         node_tokens.long().numpy(),
         _rows(draft_logits),
+        draft_idx.numpy(),
         sample_slots.numpy(),
-        req_idx.long().numpy(),
+        req_idx.numpy(),
         target_temperature.numpy(),
         draft_temperature.numpy(),
         seeds.numpy(),
