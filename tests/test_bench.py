@@ -17,9 +17,9 @@ COMMON += ["--kv-cache-memory-bytes", str(32 << 20), "--speculative-config", "sp
 def bench(what, *options, output):
     """Run `vllm bench`. -> its JSON report and its log"""
     env = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    vllm = Path(sys.executable).with_name("vllm")
     done = subprocess.run(
-        [Path(sys.executable).with_name("vllm"), "bench", what, *COMMON, *options]
-        + ["--output-json", output],
+        [vllm, "bench", what, *COMMON, *options, "--output-json", output],
         capture_output=True,
         text=True,
         timeout=300,

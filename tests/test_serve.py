@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real `vllm serve` with spechub, through OpenAI's client: plain vLLM's answers, and no upsets."""
+"""A real `vllm serve` with spechub, through OpenAI's client: plain vLLM's answers, no upsets."""
 
 import json
 import os

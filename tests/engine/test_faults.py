@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cannot be served is refused as vLLM refuses it, and what shares its batch is not disturbed."""
+"""What cannot be served is refused as vLLM refuses it, and its neighbours are not disturbed."""
 
 from functools import cache
 
@@ -11,7 +11,11 @@ from vllm.sampling_params import StructuredOutputsParams
 
 TREE = "binary:3"
 TOO_LONG = {"prompt_token_ids": [5] * 300}
-FULL = {"max_model_len": 128, "block_size": 32, "num_gpu_blocks_override": 5}  # one request of max_model_len, no more
+FULL = {
+    "max_model_len": 128,
+    "block_size": 32,
+    "num_gpu_blocks_override": 5,
+}  # one request of max_model_len, no more
 TO_THE_END = [greedy_params(128, ignore_eos=True)] * 5
 
 
@@ -27,10 +31,10 @@ GRAMMARS = [
 MIXED = [
     greedy_params(),
     greedy_params(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3),
-    greedy_params(stop=["self", "return"], min_tokens=12),
+    greedy_params(stop=["self", "\n"], min_tokens=12),
     greedy_params(stop_token_ids=[11, 40], bad_words=[" =", "self"]),
     greedy_params(logprobs=3, frequency_penalty=0.9),
-    greedy_params(stop="):", include_stop_str_in_output=True),
+    greedy_params(stop="b", include_stop_str_in_output=True),
 ]
 SAMPLED = [
     SamplingParams(temperature=1.0, max_tokens=40, seed=1),
@@ -90,6 +94,20 @@ def llm():
         yield llm
 
 
+def test_trees_after_plain_vllm_in_one_process(monkeypatch):
+    """vLLM remembers which attention backend it chose; plain vLLM's sees no trees."""
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends import registry
+
+    monkeypatch.delitem(registry._ATTN_OVERRIDES, registry.AttentionBackendEnum.CPU_ATTN, False)
+    selector._cached_get_attn_backend.cache_clear()
+    with engine() as llm:
+        expected = token_ids(ask(llm, [greedy_params()] * len(PROMPTS)))
+    with engine(TREE) as llm:
+        answers = token_ids(ask(llm, [greedy_params()] * len(PROMPTS)))
+    assert answers == expected
+
+
 def test_a_prompt_too_long_is_refused_and_others_go_on(llm):
     core = llm.llm_engine
     for i in (0, 4):
@@ -111,7 +129,9 @@ def test_a_prompt_too_long_is_refused_and_others_go_on(llm):
     ],
 )
 def test_parameters_that_vllm_does_not_speculate_with_are_refused(llm, params):
-    with pytest.raises(VLLMValidationError, match="min_p and logit_bias .* not yet supported with spec"):
+    with pytest.raises(
+        VLLMValidationError, match=r"min_p and logit_bias .* not yet supported with spec"
+    ):
         ask(llm, [greedy_params(), params])
     assert not llm.llm_engine.has_unfinished_requests()
     assert token_ids(ask(llm, [greedy_params()])) == plain_greedy()[:1]
@@ -120,21 +140,21 @@ def test_parameters_that_vllm_does_not_speculate_with_are_refused(llm, params):
 def test_grammars_share_a_batch_with_trees(llm, monkeypatch):
     from vllm_spechub.engine.sampler import TreeRejectionSampler
 
-    mixed_steps = 0
+    with_drafts = []  # per step of all six requests, how many have a tree
     original = TreeRejectionSampler.__call__
 
     def spy(self, logits, batch, *args):
-        nonlocal mixed_steps
-        drafts = batch.num_draft_tokens_per_req
-        if drafts is not None and 0 in drafts and self.tree.num_nodes in drafts:
-            mixed_steps += 1
+        if batch.num_reqs == 2 * len(GRAMMARS):
+            with_drafts.append(int((batch.num_draft_tokens_per_req > 0).sum()))
         return original(self, logits, batch, *args)
 
     monkeypatch.setattr(TreeRejectionSampler, "__call__", spy)
     with_grammar, ordinary = grammar_batch(llm)
     assert with_grammar == plain()["grammars"]
     assert ordinary == plain_greedy()[: len(GRAMMARS)]
-    assert mixed_steps >= 5
+    # in the first, the prompt of one token that joins is padded to a tree's length
+    assert len(with_drafts) >= 4
+    assert set(with_drafts[1:]) == {len(GRAMMARS)}
 
 
 def test_greedy_requests_in_a_mixed_batch(llm):
@@ -147,6 +167,21 @@ def test_greedy_requests_in_a_mixed_batch(llm):
     for output, params in zip(outputs[len(MIXED) :], SAMPLED, strict=True):
         assert params.min_tokens <= len(output.token_ids) <= params.max_tokens
         assert output.finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize("head_start", [0, 1, 2, 5])
+def test_a_seed_holds_beside_other_requests(llm, head_start):
+    """A prompt's step may share its batch with trees, which are sampled by another sampler."""
+    core = llm.llm_engine
+    seeds = [SamplingParams(temperature=1.0, seed=seed, max_tokens=12) for seed in range(4)]
+    alone = [list(o.outputs[0].token_ids) for o in ask(llm, seeds, PROMPTS[:1] * len(seeds))]
+    core.add_request("other", PROMPTS[2], greedy_params(60, ignore_eos=True))
+    for _ in range(head_start):
+        core.step()
+    for i, params in enumerate(seeds):
+        core.add_request(str(i), PROMPTS[0], params)
+    answers = finish(core)
+    assert [answers[str(i)] for i in range(len(seeds))] == alone
 
 
 def test_grammars_with_async_scheduling(monkeypatch):

@@ -15,17 +15,26 @@ from conftest import (
 IRREGULAR = [0, 0, 0, 1, 1, 2, 4, 4, 4, 4, 6, 11]
 
 
-@pytest.mark.parametrize("verification", ["ordered", "unordered"])
 @pytest.mark.parametrize(
-    "tree",
-    ["chain:3", "binary:1", "binary:3", "kary:4:2", "caterpillar:5:3", IRREGULAR, "binary:5"],
+    ("tree", "verification"),
+    [
+        ("chain:3", "ordered"),
+        ("binary:1", "unordered"),
+        ("binary:3", "ordered"),
+        ("binary:3", "unordered"),
+        ("kary:4:2", "ordered"),
+        ("caterpillar:5:3", "ordered"),
+        (IRREGULAR, "ordered"),
+        (IRREGULAR, "unordered"),
+        ("binary:5", "ordered"),
+    ],
 )
 def test_tree_shapes(tree, verification):
     with engine(tree, verification=verification) as llm:
         answers = token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False))
         metrics = spec_metrics(llm)
     assert answers == plain_greedy()
-    # the trees were used: something was accepted, and something was moved to get there
+    # the trees were used
     assert metrics["num_accepted_tokens"] > 0.2 * metrics["num_drafts"]
 
 
@@ -52,7 +61,7 @@ def test_tight_budgets_truncate_trees(budget, monkeypatch):
     with engine("binary:3", max_num_batched_tokens=budget) as llm:
         answers = token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False))
     assert answers == plain_greedy()
-    assert len(truncated) > 20
+    assert len(truncated) >= 8
 
 
 def test_preemption():

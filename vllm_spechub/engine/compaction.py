@@ -32,6 +32,13 @@ class PathCompactor:
         self.compactors = []
         for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
             layers = [self.layers[name] for name in group.layer_names]
+            for layer in layers:
+                backend = layer.get_attn_backend()
+                if not getattr(backend.get_builder_cls(), "accepts_tree", False):
+                    raise RuntimeError(
+                        f"spechub: an attention layer runs on {backend.__name__}, which knows no "
+                        "trees; leave attention_backend unset"
+                    )
             views = [
                 view
                 for layer in layers

@@ -2,6 +2,7 @@
 """The CPU worker: trees, tree attention, and host versions of the V2 runner's Triton kernels."""
 
 from vllm.triton_utils import HAS_TRITON
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -18,6 +19,8 @@ class SpecHubCPUWorker(SpecHubWorker, CPUWorker):
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "vllm_spechub.attention.cpu_tree.CPUTreeBackend"
         )
+        # an engine before this one in the same process may have chosen vLLM's own
+        selector._cached_get_attn_backend.cache_clear()
         if not HAS_TRITON:
             from vllm_spechub import host_kernels
 

@@ -6,6 +6,7 @@ from vllm.config import SpeculativeConfig
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
@@ -73,6 +74,7 @@ class TreeRejectionSampler(RejectionSampler):
             sampler.sampling_states.seeds.gpu,
             draft,
         )
+        self._sample_without_tree(processed, processed is logits, batch, root_positions, tokens)
         self.compactor(root_positions, path)
         self._compact_input_ids(batch.input_ids, root_tokens, tokens, path)
 
@@ -134,6 +136,38 @@ class TreeRejectionSampler(RejectionSampler):
             batch.seq_lens_cpu_upper_bound.numpy(),
         )
         return processed[result], (temperature > 0).to(temperature.dtype)
+
+    def _sample_without_tree(
+        self,
+        # [num_rows, vocab_size]
+        processed: torch.Tensor,
+        apply_temperature: bool,
+        batch: InputBatch,
+        # [num_reqs]
+        root_positions: torch.Tensor,
+        # [num_reqs, depth + 1]
+        tokens: torch.Tensor,
+    ) -> None:
+        """Draw for requests that brought no tree as vLLM's sampler does.
+
+        It samples batches without any tree, and a request's seed must give the same token
+        whether or not others in its batch have one.
+        """
+        without = torch.from_numpy((batch.num_draft_tokens_per_req == 0).nonzero()[0])
+        if len(without) == 0:
+            return
+        without = without.to(tokens.device, non_blocking=True)
+        states = self.sampler.sampling_states
+        tokens[without, 0] = gumbel_sample(
+            processed[batch.cu_num_logits[without]],
+            batch.idx_mapping[without],
+            states.temperature.gpu,
+            states.seeds.gpu,
+            root_positions[without],
+            apply_temperature=apply_temperature,
+            is_drafting=False,
+            use_fp64=self.sampler.use_fp64_gumbel,
+        )
 
     @staticmethod
     def _compact_input_ids(

@@ -15,6 +15,8 @@ OFFICIAL = """\
 | `register_backend(AttentionBackendEnum.CUSTOM, ..)` | tree attention on CUDA |
 | `register_backend(AttentionBackendEnum.CPU_ATTN, ..)` | tree attention on the CPU, \
 in a spechub worker only |
+| `selector._cached_get_attn_backend.cache_clear()` | forgetting the backend that an earlier \
+engine of the same process chose, in a spechub CPU worker only |
 | `vllm.triton_utils.dispatcher.register_kernels` | host versions of the V2 runner's Triton \
 kernels, in a spechub CPU worker only |
 | `ModelState` and its hooks | positions, masks, sampler, cache tensors |
