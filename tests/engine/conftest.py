@@ -31,7 +31,12 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", **op
     """A vLLM engine, with spechub if a tree is given, gone again at the end of the block."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends import registry
 
+    # Plain vLLM runs on its own backend, whatever engine ran here before.
+    registry._ATTN_OVERRIDES.pop(registry.AttentionBackendEnum.CPU_ATTN, None)
+    selector._cached_get_attn_backend.cache_clear()
     settings = {
         "model": model,
         "dtype": "float32",
