@@ -133,6 +133,24 @@ def receive(connection: Connection, log: Path):
         raise SystemExit("an engine stopped; its last lines are above") from None
 
 
+def measure_all(running: dict) -> tuple[dict[tuple[str, float], Result], bool]:
+    """Wait until all engines are up, then measure them one at a time. -> (results, on the CPU?)"""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    results: dict[tuple[str, float], Result] = {}
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("starting the engines", total=3 * len(running))
+        for _process, connection, log in running.values():
+            on_cpu = receive(connection, log)
+            progress.advance(task)
+        for way, (_process, connection, log) in running.items():
+            for temperature in TEMPERATURES:
+                progress.update(task, description=f"{way}: generating at T = {temperature:g}")
+                connection.send(temperature)
+                results[way, temperature] = receive(connection, log)
+                progress.advance(task)
+    return results, on_cpu
+
+
 def show(results: dict[tuple[str, float], Result], depth: int, on_cpu: bool) -> None:
     table = Table(title="One run, the same prompts, warm", title_justify="left")
     for column in ("way", "T", "tokens/step", "accepted by depth", "ms/step", "tokens/s"):
@@ -182,35 +200,28 @@ def main(
     prompts = [json.loads(line)["turns"][0] for line in lines]
     prompts = [prompts[i % len(prompts)] for i in range(requests)]
     engines = ways(tree, shape.num_nodes)
-    spawn = multiprocessing.get_context("spawn")
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    results: dict[tuple[str, float], Result] = {}
-    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
+    # vLLM is imported once; its own processes are started as vLLM starts them.
+    import vllm.entrypoints.llm  # noqa: F401
+
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
         # They start side by side, which two cores share well, and are measured one at a time.
-        task = progress.add_task("starting the engines", total=3 * len(engines))
         running = {}
         for i, (way, options) in enumerate(engines.items()):
-            ours, theirs = spawn.Pipe()
+            ours, theirs = fork.Pipe()
             log = Path(folder) / f"{i}.log"
             arguments = (theirs, log, options, prompts, max_tokens)
-            process = spawn.Process(target=run_engine, args=arguments)
+            process = fork.Process(target=run_engine, args=arguments)
             process.start()
             theirs.close()
             running[way] = (process, ours, log)
-        for _process, connection, log in running.values():
-            on_cpu = receive(connection, log)
-            progress.advance(task)
-        for way, (_process, connection, log) in running.items():
-            for temperature in TEMPERATURES:
-                progress.update(task, description=f"{way}: generating at T = {temperature:g}")
-                connection.send(temperature)
-                results[way, temperature] = receive(connection, log)
-                progress.advance(task)
-        for process, connection, _log in running.values():
+        results, on_cpu = measure_all(running)
+        for _process, connection, _log in running.values():
             connection.send(None)
+        show(results, shape.depth, on_cpu)
+        for process, _connection, _log in running.values():
             process.join()
 
-    show(results, shape.depth, on_cpu)
     text = results[f"SpecHub {tree}", 1.0].texts[0]
     console.print(Text("SpecHub at T = 1, after this prompt:", style="bold"))
     console.print(Text(prompts[0], style="dim"), Text(text), sep="")
