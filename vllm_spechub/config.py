@@ -34,6 +34,8 @@ VLLM_WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker",
 }
 
+TRITON_BACKEND = "vllm_spechub.attention.triton_tree.TritonTreeBackend"
+
 ALLOWED_KEYS = (
     "method",
     "model",
@@ -161,9 +163,7 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
         apply_all(cpu.PATCHES)  # for a worker in this process, where Numba may be loaded already
     else:
         parallel.worker_cls = WORKERS["cuda"]
-        register_backend(
-            AttentionBackendEnum.CUSTOM, "vllm_spechub.attention.triton_tree.TritonTreeBackend"
-        )
+        register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
         vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
 
 

@@ -93,3 +93,20 @@ def test_a_seed_fixes_the_tokens(tree):
     assert first == again
     assert first[2] == alone
     assert all(a != b for a, b in zip(first, third, strict=True))
+
+
+def test_the_checked_entry_points_take_what_the_engine_passes(monkeypatch):
+    """On CUDA the engine calls `triton_kernels`, whose references must sample the same tokens."""
+    from vllm_spechub.rules import spechub
+    from vllm_spechub.triton_kernels.child_sampling import sample_children
+    from vllm_spechub.triton_kernels.verification import verify_tree
+
+    params = SamplingParams(temperature=0.9, top_p=0.95, seed=5, max_tokens=24, ignore_eos=True)
+    tokens = []
+    for calls in ({}, {"sample_children": sample_children, "verify_tree": verify_tree}):
+        for name, function in calls.items():
+            monkeypatch.setattr(spechub, name, function)
+        with engine([0, 0, 0, 0, 1, 1, 2, 5]) as llm:
+            outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+        tokens.append([list(o.outputs[0].token_ids) for o in outputs])
+    assert tokens[0] == tokens[1]

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Workers for spechub configurations: they prepare the V2 model runner before it is built."""
 
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_spechub.config import TRITON_BACKEND
 from vllm_spechub.patches import apply_all, runner
 
 
@@ -11,4 +13,6 @@ class SpecHubWorker(Worker):
 
     def init_device(self) -> None:
         apply_all(runner.PATCHES)
+        # The registry is each process's own; the configuration only names the entry.
+        register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
         super().init_device()
