@@ -46,6 +46,22 @@ def likely_prefixes(
     return prefixes
 
 
+def assert_prefixes_follow(output, prompt: list[int], params: SamplingParams) -> None:
+    """Chi-square of the emitted prefixes of every length against the target's own law."""
+    for length in LENGTHS:
+        expected = likely_prefixes(prompt, params, length)
+        counts = Counter(tuple(sample.token_ids[:length]) for sample in output.outputs)
+        observed = [counts[prefix] for prefix in expected]
+        wanted = [mass * SAMPLES for mass in expected.values()]
+        observed.append(SAMPLES - sum(observed))  # every other prefix, in one bin
+        wanted.append(max(SAMPLES - sum(wanted), 1e-9))
+        if wanted[-1] < 5:
+            observed[-2:], wanted[-2:] = [sum(observed[-2:])], [sum(wanted[-2:])]
+        assert len(wanted) >= 5
+        p_value = chisquare(observed, wanted).pvalue
+        assert p_value > 1e-4, f"p = {p_value:.2e} over {len(wanted)} prefixes of {length} tokens"
+
+
 @pytest.mark.parametrize(
     ("tree", "verification", "params"),
     [
@@ -66,18 +82,7 @@ def test_prefixes_follow_the_target(tree, verification, params):
         metrics = spec_metrics(llm)
     assert metrics["num_accepted_tokens"] > 0.3 * SAMPLES
 
-    for length in LENGTHS:
-        expected = likely_prefixes(prompt, params, length)
-        counts = Counter(tuple(sample.token_ids[:length]) for sample in output.outputs)
-        observed = [counts[prefix] for prefix in expected]
-        wanted = [mass * SAMPLES for mass in expected.values()]
-        observed.append(SAMPLES - sum(observed))  # every other prefix, in one bin
-        wanted.append(max(SAMPLES - sum(wanted), 1e-9))
-        if wanted[-1] < 5:
-            observed[-2:], wanted[-2:] = [sum(observed[-2:])], [sum(wanted[-2:])]
-        assert len(wanted) >= 5
-        p_value = chisquare(observed, wanted).pvalue
-        assert p_value > 1e-4, f"p = {p_value:.2e} over {len(wanted)} prefixes of {length} tokens"
+    assert_prefixes_follow(output, prompt, params)
 
 
 @pytest.mark.parametrize("tree", ["binary:3", "caterpillar:4:3"])

@@ -2,15 +2,13 @@
 """The correction that comparisons with vLLM's own chain on the CPU rest on."""
 
 import sys
-from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import DRAFT, PROMPTS, TARGET, engine, spec_metrics
-from scipy.stats import chisquare
-from test_distribution import LENGTHS, SAMPLES, likely_prefixes
+from test_distribution import LENGTHS, SAMPLES, assert_prefixes_follow
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 
@@ -67,15 +65,4 @@ def test_the_chain_follows_the_target():
         output = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0]
         metrics = spec_metrics(llm)
     assert metrics["num_accepted_tokens"] > 0.5 * metrics["num_drafts"]
-
-    for length in LENGTHS:
-        expected = likely_prefixes(prompt, params, length)
-        counts = Counter(tuple(sample.token_ids[:length]) for sample in output.outputs)
-        observed = [counts[prefix] for prefix in expected]
-        wanted = [mass * SAMPLES for mass in expected.values()]
-        observed.append(SAMPLES - sum(observed))  # every other prefix, in one bin
-        wanted.append(SAMPLES - sum(wanted))
-        assert min(wanted) >= 5
-        assert len(wanted) >= 5
-        p_value = chisquare(observed, wanted).pvalue
-        assert p_value > 1e-4, f"p = {p_value:.2e} over {len(wanted)} prefixes of {length} tokens"
+    assert_prefixes_follow(output, prompt, params)
