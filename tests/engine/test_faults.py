@@ -169,17 +169,18 @@ def test_greedy_requests_in_a_mixed_batch(llm):
         assert output.finish_reason in ("stop", "length")
 
 
+@pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS[1]], ids=["long", "one token"])
 @pytest.mark.parametrize("head_start", [0, 1, 2, 5])
-def test_a_seed_holds_beside_other_requests(llm, head_start):
+def test_a_seed_holds_beside_other_requests(llm, head_start, prompt):
     """A prompt's step may share its batch with trees, which are sampled by another sampler."""
     core = llm.llm_engine
     seeds = [SamplingParams(temperature=1.0, seed=seed, max_tokens=12) for seed in range(4)]
-    alone = [list(o.outputs[0].token_ids) for o in ask(llm, seeds, PROMPTS[:1] * len(seeds))]
+    alone = [list(o.outputs[0].token_ids) for o in ask(llm, seeds, [prompt] * len(seeds))]
     core.add_request("other", PROMPTS[2], greedy_params(60, ignore_eos=True))
     for _ in range(head_start):
         core.step()
     for i, params in enumerate(seeds):
-        core.add_request(str(i), PROMPTS[0], params)
+        core.add_request(str(i), prompt, params)
     answers = finish(core)
     assert [answers[str(i)] for i in range(len(seeds))] == alone
 

@@ -148,12 +148,13 @@ class TreeRejectionSampler(RejectionSampler):
         # [num_reqs, depth + 1]
         tokens: torch.Tensor,
     ) -> None:
-        """Draw for requests that brought no tree as vLLM's sampler does.
+        """Draw for requests that brought no tree, or a placeholder, as vLLM's sampler does.
 
         It samples batches without any tree, and a request's seed must give the same token
         whether or not others in its batch have one.
         """
-        without = torch.from_numpy((batch.num_draft_tokens_per_req == 0).nonzero()[0])
+        no_tree = (batch.num_draft_tokens_per_req == 0) | batch.is_prefilling_np
+        without = torch.from_numpy(no_tree.nonzero()[0])
         if len(without) == 0:
             return
         without = without.to(tokens.device, non_blocking=True)
