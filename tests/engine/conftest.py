@@ -106,3 +106,17 @@ def reference_model():
 def _no_grad():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def async_scheduling(monkeypatch):
+    """vLLM turns it off on the CPU; its placeholders and its scheduler are the same there."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def keep_async(cls, vllm_config):
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_async))

@@ -185,18 +185,10 @@ def test_a_seed_holds_beside_other_requests(llm, head_start, prompt):
     assert [answers[str(i)] for i in range(len(seeds))] == alone
 
 
-def test_grammars_with_async_scheduling(monkeypatch):
-    """vLLM turns it off on the CPU; grammars then meet drafts that were scheduled before them."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    original = CpuPlatform.check_and_update_config.__func__
-
-    def keep_async(cls, vllm_config):
-        original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
+def test_grammars_with_async_scheduling(request):
+    """Grammars then meet drafts that were scheduled before them."""
     plain(), plain_greedy()
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_async))
+    request.getfixturevalue("async_scheduling")
     with engine(TREE) as llm:
         core = llm.llm_engine.engine_core.engine_core
         assert type(core.scheduler).__name__ == "AsyncScheduler"

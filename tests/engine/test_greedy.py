@@ -101,17 +101,7 @@ def test_max_model_len_and_max_tokens():
         assert token_ids(llm.generate(PROMPTS, lengths, use_tqdm=False)) == short
 
 
-def test_async_scheduling(monkeypatch):
-    """vLLM turns it off on the CPU; its placeholders and its scheduler are the same there."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    original = CpuPlatform.check_and_update_config.__func__
-
-    def keep_async(cls, vllm_config):
-        original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_async))
+def test_async_scheduling(async_scheduling):
     with engine("binary:3") as llm:
         core = llm.llm_engine.engine_core.engine_core
         assert type(core.scheduler).__name__ == "AsyncScheduler"
