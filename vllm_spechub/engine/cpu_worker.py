@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU worker: trees, tree attention, and host versions of the V2 runner's Triton kernels."""
 
-from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_spechub import host_kernels
 from vllm_spechub.engine.worker import SpecHubWorker
 from vllm_spechub.host_kernels.warm_up import warm_up
 from vllm_spechub.patches import apply_all, cpu
@@ -21,9 +21,6 @@ class SpecHubCPUWorker(SpecHubWorker, CPUWorker):
         )
         # an engine before this one in the same process may have chosen vLLM's own
         selector._cached_get_attn_backend.cache_clear()
-        if not HAS_TRITON:
-            from vllm_spechub import host_kernels
-
-            host_kernels.register()
+        host_kernels.register()
         warm_up()
         super().init_device()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from vllm_spechub.patches import SUPPORTED_VLLM, cpu, frontend, runner
 
-OFFICIAL = """\
-## Extension points used as vLLM offers them
+TOUCHES = """\
+## Extension points and other touches, which replace nothing
 
 | what | for |
 |---|---|
@@ -19,6 +19,8 @@ in a spechub worker only |
 engine of the same process chose, in a spechub CPU worker only |
 | `vllm.triton_utils.dispatcher.register_kernels` | host versions of the V2 runner's Triton \
 kernels, in a spechub CPU worker only |
+| `triton.next_power_of_2`, set where vLLM's placeholder for Triton lacks it | launchers that \
+compute block sizes with it, in a spechub CPU worker only |
 | `ModelState` and its hooks | positions, masks, sampler, cache tensors |
 """
 
@@ -52,7 +54,7 @@ def render() -> str:
                 f"- can go when: {patch.until}",
                 "",
             ]
-    return "\n".join(lines) + OFFICIAL
+    return "\n".join(lines) + TOUCHES
 
 
 if __name__ == "__main__":
