@@ -170,8 +170,8 @@ def test_flags_that_contradict_the_json():
 def test_a_third_party_registers_rules_and_proposers(monkeypatch):
     monkeypatch.setattr(RULES, "_entries", dict(RULES._entries))
     monkeypatch.setattr(PROPOSERS, "_entries", dict(PROPOSERS._entries))
-    RULES.register("mine", "vllm_spechub.rules.spechub:UnorderedSpecHub")
-    RULES.register("mine", "vllm_spechub.rules.spechub:UnorderedSpecHub")  # idempotent
+    RULES.register("mine", "vllm_spechub.rules.builtin:UnorderedSpecHub")
+    RULES.register("mine", "vllm_spechub.rules.builtin:UnorderedSpecHub")  # idempotent
     PROPOSERS.register("mine", "vllm_spechub.proposers.draft_model:DraftModelProposer")
     spec = configured({"verification": "mine", "proposer": "mine"}).speculative_config
     assert (spec.verification, spec.proposer) == ("mine", "mine")

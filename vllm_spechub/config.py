@@ -41,6 +41,7 @@ ALLOWED_KEYS = (
     "model",
     "tree",
     "verification",
+    "sharpening",
     "proposer",
     "draft_tensor_parallel_size",
     "quantization",
@@ -65,6 +66,8 @@ class SpecHubConfig(SpeculativeConfig):
     list of its drafted nodes' parents, breadth-first, 0 being the root."""
     verification: str = "ordered"
     """The verification rule, by its registered name."""
+    sharpening: float = 1.0
+    """The exponent of the draft's law in the slots that SpecHub samples."""
     proposer: str = "draft_model"
     """What drafts the tree, by its registered name."""
 
@@ -77,7 +80,7 @@ class SpecHubConfig(SpeculativeConfig):
         return (
             f"SpecHubConfig(model={self.model!r}, tree={self.tree}, nodes={self.tree.num_nodes}, "
             f"depth={self.tree.depth}, verification={self.verification!r}, "
-            f"proposer={self.proposer!r})"
+            f"sharpening={self.sharpening}, proposer={self.proposer!r})"
         )
 
 
@@ -111,6 +114,11 @@ def create_config(
             raise ValueError(
                 f"speculative_config[{key!r}] is {options[key]!r}, allowed: {', '.join(registry)}"
             )
+    sharpening = options.get("sharpening", 1.0)
+    if type(sharpening) not in (int, float) or not 0 < sharpening < float("inf"):
+        raise ValueError(
+            f"speculative_config['sharpening'] is {sharpening!r}, allowed: a finite number above 0"
+        )
     try:
         tree = TokenTree.parse(options.pop("tree", DEFAULT_TREE))
     except ValueError as error:
@@ -128,6 +136,7 @@ def create_config(
         )
     except (ValidationError, OSError, ValueError) as error:
         raise ValueError(f"speculative_config: {_first_line(error)}") from error
+    RULES.load(spechub.verification).check_config(spechub)
     proposer.check_config(spechub)
     return spechub
 

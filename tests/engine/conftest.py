@@ -27,7 +27,9 @@ PROMPTS = [
 
 
 @contextmanager
-def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", **options):
+def engine(
+    tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", sharpening=1.0, **options
+):
     """A vLLM engine, with spechub if a tree is given, gone again at the end of the block."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -52,6 +54,7 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", **op
             "model": draft,
             "tree": tree,
             "verification": verification,
+            "sharpening": sharpening,
         }
     llm = LLM(**(settings | options))
     try:

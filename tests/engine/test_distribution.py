@@ -5,7 +5,16 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import PROMPTS, TARGET, engine, reference_model, spec_metrics
+from conftest import (
+    PROMPTS,
+    TARGET,
+    engine,
+    greedy_params,
+    plain_greedy,
+    reference_model,
+    spec_metrics,
+    token_ids,
+)
 from scipy.stats import chisquare
 from transformers import AutoTokenizer
 from vllm import SamplingParams
@@ -13,6 +22,7 @@ from vllm import SamplingParams
 SAMPLES = 3000
 LENGTHS = (2, 3, 4)  # the first token comes from the prompt's step, the others from trees
 FLOOR = 10 / SAMPLES
+UNEQUAL = [0, 0, 0, 0, 1, 1, 2, 5]
 
 
 def next_token(prefixes: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -68,8 +78,8 @@ def assert_prefixes_follow(output, prompt: list[int], params: SamplingParams) ->
         ("binary:3", "ordered", {"temperature": 1.0}),
         ("binary:3", "unordered", {"temperature": 0.7}),
         ("kary:3:2", "ordered", {"temperature": 0.6, "top_k": 20, "top_p": 0.9}),
-        ([0, 0, 0, 0, 1, 1, 2, 5], "unordered", {"temperature": 0.8, "top_k": 5}),
-        ([0, 0, 0, 0, 1, 1, 2, 5], "ordered", {"temperature": 0.8, "top_p": 0.8}),
+        (UNEQUAL, "unordered", {"temperature": 0.8, "top_k": 5}),
+        (UNEQUAL, "ordered", {"temperature": 0.8, "top_p": 0.8}),
         ("chain:3", "ordered", {"temperature": 0.7, "min_p": 0.0}),
     ],
 )
@@ -83,6 +93,37 @@ def test_prefixes_follow_the_target(tree, verification, params):
     assert metrics["num_accepted_tokens"] > 0.3 * SAMPLES
 
     assert_prefixes_follow(output, prompt, params)
+
+
+@pytest.mark.parametrize(
+    ("tree", "speculative"),
+    [
+        (UNEQUAL, {"verification": "traversal"}),
+        ("binary:3", {"verification": "traversal", "sharpening": 1.5}),
+        (UNEQUAL, {"verification": "ordered", "sharpening": 0.6}),
+        (UNEQUAL, {"verification": "unordered"}),
+        (UNEQUAL, {"verification": "rrs"}),
+        (UNEQUAL, {"verification": "rrsw"}),
+        ("chain:3", {"verification": "chain"}),
+    ],
+)
+def test_rules(tree, speculative):
+    """Two temperatures, and plain vLLM's tokens at temperature 0, from one engine per rule."""
+    prompt = AutoTokenizer.from_pretrained(TARGET)(PROMPTS[4])["input_ids"]
+    settings = [
+        SamplingParams(n=SAMPLES, max_tokens=LENGTHS[-1], ignore_eos=True, temperature=temperature)
+        for temperature in (0.5, 1.0)
+    ]
+    options = {"max_num_seqs": 128, "max_num_batched_tokens": 4096}
+    with engine(tree, **speculative, **options) as llm:
+        answers = token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False))
+        inputs = [{"prompt_token_ids": prompt}] * len(settings)
+        outputs = llm.generate(inputs, settings, use_tqdm=False)
+        metrics = spec_metrics(llm)
+    assert answers == plain_greedy()
+    assert metrics["num_accepted_tokens"] > 0.6 * SAMPLES
+    for output, params in zip(outputs, settings, strict=True):
+        assert_prefixes_follow(output, prompt, params)
 
 
 @pytest.mark.parametrize("tree", ["binary:3", "caterpillar:4:3"])
@@ -102,7 +143,7 @@ def test_a_seed_fixes_the_tokens(tree):
 
 def test_the_checked_entry_points_take_what_the_engine_passes(monkeypatch):
     """On CUDA the engine calls `triton_kernels`, whose references must sample the same tokens."""
-    from vllm_spechub.rules import spechub
+    from vllm_spechub.rules import kernels
     from vllm_spechub.triton_kernels.child_sampling import sample_children
     from vllm_spechub.triton_kernels.verification import verify_tree
 
@@ -110,8 +151,8 @@ def test_the_checked_entry_points_take_what_the_engine_passes(monkeypatch):
     tokens = []
     for calls in ({}, {"sample_children": sample_children, "verify_tree": verify_tree}):
         for name, function in calls.items():
-            monkeypatch.setattr(spechub, name, function)
-        with engine([0, 0, 0, 0, 1, 1, 2, 5]) as llm:
+            monkeypatch.setattr(kernels, name, function)
+        with engine(UNEQUAL) as llm:
             outputs = llm.generate(PROMPTS, params, use_tqdm=False)
         tokens.append([list(o.outputs[0].token_ids) for o in outputs])
     assert tokens[0] == tokens[1]
