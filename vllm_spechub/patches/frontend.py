@@ -5,7 +5,7 @@ import functools
 import json
 from typing import Any
 
-from vllm_spechub.patches import Patch, PatchMismatch
+from vllm_spechub.patches import Patch, PatchMismatch, metrics
 
 METHOD = "spechub"
 
@@ -145,6 +145,7 @@ PATCHES = (
         until="grammars are walked over trees here",
         replace=_validate_tokens,
     ),
+    *metrics.PATCHES,
 )
 
 _mismatch: PatchMismatch | None = None
