@@ -151,7 +151,6 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         for feature, used in (
-            ("sliding-window attention", self.sliding_window != -1),
             ("ALiBi", self.alibi_slopes is not None),
             ("attention sinks", self.sinks is not None),
             (f"kv_cache_dtype={self.kv_cache_dtype!r}", self.is_fp8_kv_cache),
@@ -227,6 +226,7 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
             rows.tree_mask,
             np.float32(self.scale),
             np.float32(self.logits_soft_cap),
+            max(self.sliding_window, 0),
             attended.numpy(),
         )
         if attended is not output:
