@@ -98,6 +98,14 @@ def test_without_a_spechub_config_nothing_changes():
     assert in_fresh_process(program)[-1] == in_fresh_process(program, VLLM_PLUGINS="")[-1]
 
 
+def test_help_shows_the_method():
+    program = (
+        "import sys; sys.argv = ['vllm', 'serve', '--help=speculative']; "
+        "from vllm.entrypoints.cli.main import main; main()"
+    )
+    assert "spechub" in " ".join(in_fresh_process(program))
+
+
 def test_docs_show_the_ledger():
     from vllm_spechub.patches.ledger import render
 

@@ -28,6 +28,10 @@ WORKERS = {
     "cpu": "vllm_spechub.engine.cpu_worker.SpecHubCPUWorker",
     "cuda": "vllm_spechub.engine.worker.SpecHubWorker",
 }
+SCHEDULERS = {
+    False: "vllm_spechub.engine.scheduler.TreeScheduler",
+    True: "vllm_spechub.engine.scheduler.AsyncTreeScheduler",
+}
 VLLM_WORKERS = {
     "auto",
     "vllm.v1.worker.cpu_worker.CPUWorker",
@@ -160,6 +164,8 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
     _raise_first(_engine_refusals(vllm_config))
     _raise_first(_model_refusals(vllm_config.model_config))
     _raise_first(_model_refusals(vllm_config.speculative_config.draft_model_config))
+    scheduler = vllm_config.scheduler_config
+    scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
     parallel = vllm_config.parallel_config
     if current_platform.is_cpu():
         parallel.worker_cls = WORKERS["cpu"]
@@ -195,6 +201,11 @@ def _engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
     yield (
         parallel.worker_cls not in VLLM_WORKERS | set(WORKERS.values()),
         f"worker_cls={parallel.worker_cls!r}: trees bring their own worker; leave it unset",
+    )
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    yield (
+        scheduler not in (None, *SCHEDULERS.values()),
+        f"scheduler_cls={scheduler!r}: trees bring their own scheduler; leave it unset",
     )
     yield (
         parallel.pipeline_parallel_size > 1,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verifies every request's tree and puts the accepted path where a plain decode would have it."""
 
+from dataclasses import dataclass
+
 import torch
 from vllm.config import SpeculativeConfig
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
@@ -16,6 +18,14 @@ from vllm_spechub.drafting import DraftState
 from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.history import HistoryProcessors, unroll
 from vllm_spechub.rules import VerificationRule
+
+
+@dataclass
+class TreeSamplerOutput(SamplerOutput):
+    """vLLM's output, and which nodes the accepted tokens are."""
+
+    # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end
+    accepted_paths: torch.Tensor | None = None
 
 
 class TreeRejectionSampler(RejectionSampler):
@@ -81,12 +91,13 @@ class TreeRejectionSampler(RejectionSampler):
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             num_emitted, batch.seq_lens, batch.cu_num_logits, batch.idx_mapping, prefill_len
         )
-        return SamplerOutput(
+        return TreeSamplerOutput(
             sampled_token_ids=tokens,
             logprobs_tensors=self._logprobs(logits, processed, batch, tokens, num_sampled, path),
             num_nans=num_nans,
             num_sampled=num_sampled,
             num_rejected=num_rejected,
+            accepted_paths=path,
         )
 
     def process(

@@ -5,9 +5,13 @@ import functools
 import json
 from typing import Any
 
-from vllm_spechub.patches import Patch, PatchMismatch
+from vllm_spechub.patches import Patch, PatchMismatch, metrics
 
 METHOD = "spechub"
+HELP = (
+    " Method 'spechub' drafts trees: the word spechub with --spec-model DRAFT, or JSON such as "
+    '{"method": "spechub", "model": "DRAFT", "tree": "binary:3", "verification": "ordered"}.'
+)
 
 
 def parse_speculative_config(text: str) -> dict[str, Any] | None:
@@ -24,6 +28,7 @@ def _add_cli_args(original):
         for action in parser._actions:
             if "--speculative-config" in action.option_strings:
                 action.type = parse_speculative_config
+                action.help = f"{action.help}{HELP}"
             elif "--spec-method" in action.option_strings and action.choices is not None:
                 action.choices = [*action.choices, METHOD]
         return parser
@@ -103,7 +108,8 @@ PATCHES = (
         symbol="vllm.engine.arg_utils:EngineArgs.add_cli_args",
         parameters=("parser",),
         why="`--speculative-config` takes JSON only, and `--spec-method` has fixed choices.",
-        how="Lets the one accept the bare word `spechub` and adds it to the other's choices.",
+        how="Lets the one accept the bare word `spechub`, says so in its help, and adds the method "
+        "to the other's choices.",
         upstream="none yet",
         until="vLLM lets plugins register speculative methods",
         replace=_add_cli_args,
@@ -145,6 +151,7 @@ PATCHES = (
         until="grammars are walked over trees here",
         replace=_validate_tokens,
     ),
+    *metrics.PATCHES,
 )
 
 _mismatch: PatchMismatch | None = None
