@@ -40,12 +40,15 @@ VLLM_WORKERS = {
 
 TRITON_BACKEND = "vllm_spechub.attention.triton_tree.TritonTreeBackend"
 
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
+
 ALLOWED_KEYS = (
     "method",
     "model",
     "tree",
     "verification",
     "proposer",
+    "kv_cache_dtype",
     "draft_tensor_parallel_size",
     "quantization",
     "revision",
@@ -228,16 +231,18 @@ def _engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
         "before its accepted path is in place; remove it",
     )
     yield vllm_config.ec_transfer_config is not None, "ec_transfer_config is not supported"
-    yield vllm_config.lora_config is not None, "enable_lora is not supported; turn it off"
     yield (
         getattr(vllm_config, "watermark_config", None) is not None,
         "watermark_config is not supported; remove it",
     )
-    yield (
-        cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
-        f"kv_cache_dtype={cache.cache_dtype!r} is not supported, allowed: 'auto', 'bfloat16', "
-        "'float16'",
-    )
+    for where, dtype in (
+        ("kv_cache_dtype", cache.cache_dtype),
+        ("speculative_config['kv_cache_dtype']", vllm_config.speculative_config.kv_cache_dtype),
+    ):
+        yield (
+            dtype not in (None, *KV_CACHE_DTYPES),
+            f"{where}={dtype!r} is not supported, allowed: {', '.join(KV_CACHE_DTYPES)}",
+        )
     yield cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill is not supported; turn it off"
     yield (
         attention is not None and attention.name not in ("CUSTOM", "CPU_ATTN"),
@@ -271,10 +276,9 @@ def _model_refusals(model: "ModelConfig | None") -> Iterator[tuple[bool, str]]:
         f"{name} is a diffusion model; not supported",
     )
     yield (
-        bool(model.get_sliding_window())
-        or "sliding_attention" in (getattr(hf, "layer_types", None) or ()),
-        f"{name} has sliding-window attention layers; not supported "
-        "(their window is counted in slots, a tree's in depth)",
+        model.attention_chunk_size is not None,
+        f"{name} has chunked attention layers; not supported "
+        "(their chunks are counted in slots, a tree's positions in depth)",
     )
     yield (
         getattr(hf, "alibi", False) or getattr(hf, "model_type", "") in ("bloom", "mpt"),
