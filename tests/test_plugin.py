@@ -9,13 +9,13 @@ import pytest
 import vllm
 
 from vllm_spechub import patches, plugin
-from vllm_spechub.patches import Patch, PatchMismatch, cpu, frontend, runner
+from vllm_spechub.patches import Patch, PatchMismatch, cpu, frontend, grammar, runner
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 
 
 def test_signatures_match_this_vllm():
-    patches.check_all((*frontend.PATCHES, *runner.PATCHES, *cpu.PATCHES))
+    patches.check_all((*frontend.PATCHES, *grammar.PATCHES, *runner.PATCHES, *cpu.PATCHES))
 
 
 def test_register_twice_wraps_once():

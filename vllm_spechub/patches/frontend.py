@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches for every process: the command line, the configuration, the grammar check."""
+"""Patches for every process: the command line and the configuration."""
 
 import functools
 import json
@@ -86,18 +86,6 @@ def _validate_v2_model_runner(original):
     return _validate_v2_model_runner
 
 
-def _validate_tokens(original):
-    @functools.wraps(original)
-    def validate_tokens(self, request, spec_tokens):
-        from vllm_spechub.config import is_spechub
-
-        if request.use_structured_output and is_spechub(self.vllm_config):
-            return []
-        return original(self, request, spec_tokens)
-
-    return validate_tokens
-
-
 PATCHES = (
     Patch(
         symbol="vllm.engine.arg_utils:EngineArgs.add_cli_args",
@@ -135,15 +123,6 @@ PATCHES = (
         upstream="none yet",
         until="vLLM runs the V2 model runner on the CPU, and has a hook for plugins' checks",
         replace=_validate_v2_model_runner,
-    ),
-    Patch(
-        symbol="vllm.v1.structured_output:StructuredOutputManager.validate_tokens",
-        parameters=("self", "request", "spec_tokens"),
-        why="Grammars accept drafts as one chain, so a tree's siblings would be cut or mistaken.",
-        how="Returns no drafts for a request with a grammar under spechub: it decodes plainly.",
-        upstream="none yet",
-        until="grammars are walked over trees here",
-        replace=_validate_tokens,
     ),
 )
 

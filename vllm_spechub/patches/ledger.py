@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from vllm_spechub.patches import SUPPORTED_VLLM, cpu, frontend, runner
+from vllm_spechub.patches import SUPPORTED_VLLM, cpu, frontend, grammar, runner
 
 TOUCHES = """\
 ## Extension points and other touches, which replace nothing
@@ -21,6 +21,8 @@ engine of the same process chose, in a spechub CPU worker only |
 kernels, in a spechub CPU worker only |
 | `triton.next_power_of_2`, set where vLLM's placeholder for Triton lacks it | launchers that \
 compute block sizes with it, in a spechub CPU worker only |
+| `StructuredOutputManager._get_constraint_bounds`, `._grammar_bitmask` | asking whether a token \
+ends the reasoning; the buffer of masks |
 | `ModelState` and its hooks | positions, masks, sampler, cache tensors |
 """
 
@@ -38,7 +40,11 @@ def render() -> str:
         "",
     ]
     for title, where, ledger in (
-        ("In every process", "when vLLM loads its plugins", frontend.PATCHES),
+        (
+            "In every process",
+            "when vLLM loads its plugins",
+            (*frontend.PATCHES, *grammar.PATCHES),
+        ),
         ("In a worker that serves trees", "before its model runner is built", runner.PATCHES),
         ("In such a worker on the CPU", "before its host kernels are registered", cpu.PATCHES),
     ):
