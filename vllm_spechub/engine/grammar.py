@@ -145,7 +145,7 @@ def grammar_bitmask(
     request_ids: list[str],
     drafts: dict[str, list[int]],
 ) -> "npt.NDArray[np.int32]":
-    """The masks of a batch, those of a request side by side in node order, as the worker reads them.
+    """A batch's masks, those of a request side by side in node order, as the worker reads them.
 
     Args:
         request_ids: the requests with a grammar, in the masks' order.

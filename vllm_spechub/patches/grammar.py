@@ -75,9 +75,7 @@ def _get_grammar_bitmask(original):
 
 def _init_spec_decoding_prom(original):
     @functools.wraps(original)
-    def __init__(
-        self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion=False
-    ):
+    def __init__(self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion=False):
         from vllm_spechub.config import SpecHubConfig
 
         original(self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion)
