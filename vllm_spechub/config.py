@@ -13,7 +13,7 @@ from vllm.config.utils import config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from vllm_spechub.patches import apply_all, cpu
+from vllm_spechub.patches import apply_all, ledger
 from vllm_spechub.patches.frontend import METHOD
 from vllm_spechub.proposers import PROPOSERS
 from vllm_spechub.rules import RULES
@@ -169,7 +169,9 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
     parallel = vllm_config.parallel_config
     if current_platform.is_cpu():
         parallel.worker_cls = WORKERS["cpu"]
-        apply_all(cpu.PATCHES)  # for a worker in this process, where Numba may be loaded already
+        apply_all(
+            ledger.CPU_WORKER
+        )  # for a worker in this process, where Numba may be loaded already
     else:
         parallel.worker_cls = WORKERS["cuda"]
         register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)

@@ -58,7 +58,7 @@ class TreeRejectionSampler(RejectionSampler):
         logits: torch.Tensor,
         input_batch: InputBatch,
         draft: DraftState,
-        # [num_rows], rows whose draft a grammar does not cover
+        # [num_rows], rows whose draft the grammar has not seen
         invalid_drafts: torch.Tensor | None = None,
     ) -> SamplerOutput:
         sampler, batch = self.sampler, input_batch
@@ -70,7 +70,7 @@ class TreeRejectionSampler(RejectionSampler):
 
         num_nodes = batch.cu_num_logits[1:] - row_start - 1
         if invalid_drafts is not None:
-            # Grammars check chains. A tree of such a request is not used; its root's row is masked.
+            # With asynchronous scheduling a grammar may miss a tree: only its root's row is masked.
             num_nodes = num_nodes * ~invalid_drafts[row_start + num_nodes.clamp(max=1)]
         # A tree below a prompt token is a placeholder that pads a new request's first step.
         num_nodes = num_nodes * (root_positions >= prefill_len[batch.idx_mapping])

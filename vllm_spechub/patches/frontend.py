@@ -5,7 +5,7 @@ import functools
 import json
 from typing import Any
 
-from vllm_spechub.patches import Patch, PatchMismatch, metrics
+from vllm_spechub.patches import Patch, PatchMismatch
 
 METHOD = "spechub"
 HELP = (
@@ -89,18 +89,6 @@ def _validate_v2_model_runner(original):
             original(self)
 
     return _validate_v2_model_runner
-
-
-def _validate_tokens(original):
-    @functools.wraps(original)
-    def validate_tokens(self, request, spec_tokens):
-        from vllm_spechub.config import is_spechub
-
-        if request.use_structured_output and is_spechub(self.vllm_config):
-            return []
-        return original(self, request, spec_tokens)
-
-    return validate_tokens
 
 
 def _validate_spec_decode(original):
@@ -197,15 +185,6 @@ PATCHES = (
         replace=_validate_v2_model_runner,
     ),
     Patch(
-        symbol="vllm.v1.structured_output:StructuredOutputManager.validate_tokens",
-        parameters=("self", "request", "spec_tokens"),
-        why="Grammars accept drafts as one chain, so a tree's siblings would be cut or mistaken.",
-        how="Returns no drafts for a request with a grammar under spechub: it decodes plainly.",
-        upstream="none yet",
-        until="grammars are walked over trees here",
-        replace=_validate_tokens,
-    ),
-    Patch(
         symbol="vllm.sampling_params:SamplingParams._validate_spec_decode",
         parameters=("self", "speculative_config"),
         why="It refuses min_p and logit_bias under any speculation.",
@@ -240,7 +219,6 @@ PATCHES = (
         until="vLLM checks these sizes when a request comes in",
         replace=_process_inputs,
     ),
-    *metrics.PATCHES,
 )
 
 _mismatch: PatchMismatch | None = None
