@@ -217,6 +217,10 @@ def _engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
         "before its accepted path is in place; remove it",
     )
     yield vllm_config.ec_transfer_config is not None, "ec_transfer_config is not supported"
+    yield (
+        vllm_config.aux_output_config.enable_return_routed_experts,
+        "enable_return_routed_experts is not supported: experts are recorded by slot; turn it off",
+    )
     yield vllm_config.lora_config is not None, "enable_lora is not supported; turn it off"
     yield (
         getattr(vllm_config, "watermark_config", None) is not None,
