@@ -234,6 +234,10 @@ def _engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
     )
     yield vllm_config.ec_transfer_config is not None, "ec_transfer_config is not supported"
     yield (
+        vllm_config.aux_output_config.enable_return_routed_experts,
+        "enable_return_routed_experts is not supported: experts are recorded by slot; turn it off",
+    )
+    yield (
         getattr(vllm_config, "watermark_config", None) is not None,
         "watermark_config is not supported; remove it",
     )
