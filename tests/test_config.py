@@ -87,6 +87,10 @@ def test_survives_pickling_into_a_fresh_process():
         ({"tree": [0, 2]}, "speculative_config['tree']: parents[1] = 2"),
         ({"verification": "maybe"}, "speculative_config['verification'] is 'maybe', allowed: orde"),
         ({"proposer": "oracle"}, "speculative_config['proposer'] is 'oracle', allowed: draft_mo"),
+        (
+            {"use_heterogeneous_vocab": True},
+            "'spechub': draft and target need one vocabulary. Allow",
+        ),
         ({"num_speculative_tokens": 3}, "speculative_config['num_speculative_tokens'] is not an"),
         ({"branching": 3}, "speculative_config['branching'] is not an option of method 'spechub'"),
         ({"rejection_sample_method": "block"}, "Allowed: method, model, tree"),
@@ -146,9 +150,10 @@ def edited_draft(folder: Path, **changes) -> str:
 
 
 def test_a_draft_with_another_vocabulary_size(tmp_path):
-    with pytest.raises(ValueError, match=r"vocab_size=2048.*vocab_size=4096") as caught:
-        configured({"model": edited_draft(tmp_path / "draft", vocab_size=4096)})
+    with pytest.raises(ValueError, match=r"vocab_size=1024.*vocab_size=2048.*up to 2047") as caught:
+        configured({"model": edited_draft(tmp_path / "draft", vocab_size=1024)})
     assert len(str(caught.value).splitlines()) == 1
+    configured({"model": edited_draft(tmp_path / "padded", vocab_size=2112)})
 
 
 def test_a_draft_with_another_tokenizer(tmp_path):

@@ -80,6 +80,9 @@ class SpecHubConfig(SpeculativeConfig):
     def _parse_tree(cls, value: Any) -> TokenTree:
         return TokenTree.parse(value)
 
+    def verify_equal_vocab_size_if_draft_model(self) -> None:
+        """Left to the proposer, which tells padding from another vocabulary."""
+
     def __repr__(self) -> str:
         return (
             f"SpecHubConfig(model={self.model!r}, tree={self.tree}, nodes={self.tree.num_nodes}, "
@@ -108,6 +111,8 @@ def create_config(
             reason = ""
             if key == "num_speculative_tokens":
                 reason = " (--spec-tokens): with spechub the tree says how many tokens are drafted"
+            if key == "use_heterogeneous_vocab":
+                reason = ": draft and target need one vocabulary"
             raise ValueError(
                 f"speculative_config[{key!r}] is not an option of method {METHOD!r}{reason}. "
                 f"Allowed: {', '.join(ALLOWED_KEYS)}"
