@@ -54,13 +54,15 @@ VERIFICATION_ARGUMENTS = {
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("ordered", "max_children"), [(False, 1), (True, 2), (True, 4)])
-def test_child_sampling(compile_for, capability, dtype, ordered, max_children):
+@pytest.mark.parametrize(
+    ("rule", "max_children"), [("unordered", 1), ("ordered", 2), ("ordered", 4)]
+)
+def test_child_sampling(compile_for, capability, dtype, rule, max_children):
     resources = compile_for(
         child_sampling._sample_children_kernel,
         CHILD_SAMPLING_ARGUMENTS | {"logits_ptr": f"*{dtype}"},
         {
-            "ORDERED": ordered,
+            "ORDERED": rule == "ordered",
             "MAX_CHILDREN": max_children,
             "BLOCK_SIZE": child_sampling.BLOCK_SIZE,
         },
@@ -73,17 +75,17 @@ def test_child_sampling(compile_for, capability, dtype, ordered, max_children):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ordered", [False, True])
-def test_verification(compile_for, capability, dtype, ordered):
+@pytest.mark.parametrize("rule", ["unordered", "ordered"])
+def test_verification(compile_for, capability, dtype, rule):
     logits = dict.fromkeys(("target_logits_ptr", "draft_logits_ptr"), f"*{dtype}")
     resources = compile_for(
         verification._verify_tree_kernel,
         VERIFICATION_ARGUMENTS | logits,
-        {"ORDERED": ordered, "BLOCK_SIZE": verification.BLOCK_SIZE},
+        {"ORDERED": rule == "ordered", "BLOCK_SIZE": verification.BLOCK_SIZE},
         capability,
         verification.NUM_WARPS,
     )
-    print(f"verify_tree, ordered {ordered}, {dtype}, sm_{capability}: {resources}")
+    print(f"verify_tree, {rule}, {dtype}, sm_{capability}: {resources}")
     assert resources.spill_bytes == 0
 
 

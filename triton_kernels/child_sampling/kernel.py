@@ -214,8 +214,9 @@ def sample_children(
     # [num_rows]
     num_children: torch.Tensor,
     *,
-    ordered: bool,
+    rule: str,
     max_children: int,
+    sharpening: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`child_sampling.sample_children` on the GPU, without argument checks."""
     num_rows, vocab_size = logits.shape
@@ -234,7 +235,7 @@ def sample_children(
             node_ids,
             num_children,
             vocab_size,
-            ORDERED=ordered,
+            ORDERED=rule == "ordered",
             MAX_CHILDREN=max_children,
             BLOCK_SIZE=BLOCK_SIZE,
             num_warps=NUM_WARPS,

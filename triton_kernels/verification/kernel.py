@@ -347,7 +347,8 @@ def verify_tree(
     internal_index: torch.Tensor,
     *,
     max_depth: int,
-    ordered: bool,
+    rule: str,
+    sharpening: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`verification.verify_tree` on the GPU, without argument checks."""
     num_reqs = row_start.shape[0]
@@ -380,7 +381,7 @@ def verify_tree(
             internal_index,
             max_depth,
             vocab_size=target_logits.shape[1],
-            ORDERED=ordered,
+            ORDERED=rule == "ordered",
             BLOCK_SIZE=BLOCK_SIZE,
             num_warps=NUM_WARPS,
         )

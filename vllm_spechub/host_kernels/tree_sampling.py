@@ -377,8 +377,9 @@ def sample_children(
     # [num_rows]
     num_children: torch.Tensor,
     *,
-    ordered: bool,
+    rule: str,
     max_children: int,
+    sharpening: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`triton_kernels.child_sampling.sample_children` on the CPU."""
     tokens = torch.full((len(logits), max_children), -1, dtype=torch.int64)
@@ -391,7 +392,7 @@ def sample_children(
         root_positions.long().numpy(),
         node_ids.int().numpy(),
         num_children.int().numpy(),
-        ordered,
+        rule == "ordered",
         tokens.numpy(),
         sample_slots.numpy(),
     )
@@ -429,7 +430,8 @@ def verify_tree(
     internal_index: torch.Tensor,
     *,
     max_depth: int,
-    ordered: bool,
+    rule: str,
+    sharpening: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`triton_kernels.verification.verify_tree` on the CPU."""
     num_reqs = len(row_start)
@@ -455,7 +457,7 @@ def verify_tree(
         first_child.numpy(),
         num_children.numpy(),
         internal_index.numpy(),
-        ordered,
+        rule == "ordered",
         tokens.numpy(),
         path.numpy(),
         num_emitted.numpy(),
