@@ -3,23 +3,6 @@
 
 import torch
 
-RULES = ("ordered", "unordered", "traversal", "rrs", "rrsw", "chain")
-SHARPENED = ("ordered", "unordered", "traversal")
-
-
-def check_rule(rule: str) -> None:
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-
-
-def check_sharpening(rule: str, sharpening: float) -> None:
-    if not sharpening > 0 or sharpening == float("inf"):
-        raise ValueError(f"sharpening must be a positive number, got {sharpening!r}")
-    if sharpening != 1.0 and rule not in SHARPENED:
-        raise ValueError(
-            f"sharpening must be 1 for rule {rule!r}; only {', '.join(SHARPENED)} take another"
-        )
-
 
 def check_probs(
     name: str,

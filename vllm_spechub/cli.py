@@ -34,7 +34,7 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first
 Temperatures = Annotated[
     list[float], typer.Option("--temperature", "-T", min=0.0, help="May be repeated.")
 ]
-Depth = Annotated[int, typer.Option(min=1, max=16, help="Depth cap of every optimised shape.")]
+MAX_DEPTH = 16
 Texts = Annotated[int, typer.Option(min=1, help="Texts sampled from the target for each prompt.")]
 Tokens = Annotated[int, typer.Option(min=4, help="Tokens of each text.")]
 Seed = Annotated[int, typer.Option(min=0, help="Equal seeds give equal results.")]
@@ -48,7 +48,7 @@ def simulate(
     draft: Draft,
     prompts: Prompts,
     limit: Limit = None,
-    temperature: Temperatures = [0.3, 0.6, 1.0],
+    temperature: Temperatures = (0.3, 0.6, 1.0),
     rule: Annotated[
         list[str],
         typer.Option(
@@ -57,11 +57,16 @@ def simulate(
             help="A rule, or RULE@SHARPENING; may be repeated.",
             show_default="all rules",
         ),
-    ] = [],
+    ] = (),
     nodes: Annotated[
         list[int], typer.Option("--nodes", "-n", help="Drafted nodes at most; may be repeated.")
-    ] = [6, 14, 30],
-    depth: Depth = 6,
+    ] = (6, 14, 30),
+    depth: Annotated[
+        list[int],
+        typer.Option(
+            "--depth", "-d", min=1, max=MAX_DEPTH, help="Depth cap of best shapes; may be repeated."
+        ),
+    ] = (5,),
     texts: Texts = 40,
     tokens: Tokens = 48,
     seed: Seed = 0,
@@ -88,7 +93,7 @@ def simulate(
         variants = _variants(rule)
         _check_nodes(nodes)
         pair, encoded, sampling = _load(
-            target, draft, prompts, limit, texts, tokens, seed, depth, device, dtype
+            target, draft, prompts, limit, texts, tokens, seed, max(depth), device, dtype
         )
         with _progress() as progress:
             found = study.run_study(
@@ -120,7 +125,7 @@ def simulate(
             "texts": texts,
             "tokens": tokens,
             "roots_per_text": sampling.roots,
-            "depth": depth,
+            "depth": list(depth),
             "seed": seed,
             "dtype": dtype,
         }
@@ -137,9 +142,11 @@ def shape(
     rule: Annotated[
         str, typer.Option("--rule", "-r", help="The rule, or RULE@SHARPENING.")
     ] = "ordered",
-    temperature: Temperatures = [1.0],
+    temperature: Temperatures = (1.0,),
     nodes: Annotated[int, typer.Option("--nodes", "-n", min=1, max=63, help="Drafted nodes.")] = 15,
-    depth: Depth = 5,
+    depth: Annotated[
+        int, typer.Option("--depth", "-d", min=1, max=MAX_DEPTH, help="Depth cap.")
+    ] = 5,
     texts: Texts = 10,
     tokens: Tokens = 48,
     seed: Seed = 0,
@@ -163,7 +170,7 @@ def shape(
         pair, encoded, sampling = _load(
             target, draft, prompts, limit, texts, tokens, seed, depth, device, dtype
         )
-        variants = _variants([]) if rates_file is not None else []
+        variants = _variants(()) if rates_file is not None else []
         variants = list(dict.fromkeys([variant, *variants]))
         rates: dict[str, dict[str, shapes.Rates]] = {}
         with _progress() as progress:
@@ -236,9 +243,8 @@ def _progress() -> Iterator:
 
 
 def _variants(rules: list[str]) -> list:
-    from vllm_spechub.checks import check_rule
     from vllm_spechub.simulation.drafts import Variant
-    from vllm_spechub.triton_kernels.rules import RULES
+    from vllm_spechub.triton_kernels.rules import RULES, check_rule
 
     variants = [Variant.parse(text) for text in rules or RULES]
     for variant in variants:

@@ -13,9 +13,10 @@ from typing import Literal
 
 import torch
 
-from vllm_spechub.checks import check_probs, check_rule
+from vllm_spechub.checks import check_probs
 from vllm_spechub.topology import TokenTree
 from vllm_spechub.triton_kernels.child_sampling import sample_children
+from vllm_spechub.triton_kernels.rules import check_rule
 
 DraftProbs = Callable[[torch.Tensor], torch.Tensor]
 
@@ -89,9 +90,7 @@ def draft_tree(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer from 1, got {batch_size!r}")
     most = int(tree.num_children.max())
-    check_rule(rule, sharpening)
-    if rule == "chain" and most > 1:
-        raise ValueError("tree has nodes with several children, but rule 'chain' drafts one")
+    check_rule(rule, sharpening, most)
     device = generator.device if generator is not None else torch.device("cpu")
     seeds = _seeds(batch_size, generator)
     logits, slots = [], []
@@ -182,7 +181,7 @@ def verify_tree(
     if not isinstance(draft, DraftTree):
         raise ValueError(f"draft must be a DraftTree, got {type(draft).__name__}")
     rule = draft.rule if rule is None else rule
-    check_rule(rule, draft.sharpening)
+    check_rule(rule, sharpening=1.0, max_children=1)
     if rule != draft.rule:
         raise ValueError(f"rule is {rule!r}, but draft was drafted by {draft.rule!r}")
     tree, device = draft.tree, draft.tokens.device

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vllm_spechub.acceptance import sampled_law
-from vllm_spechub.checks import check_probs, check_rule, check_sharpening
+from vllm_spechub.checks import check_probs
+from vllm_spechub.node_acceptance import sampled_law
 from vllm_spechub.topology import MAX_BRANCHING
+from vllm_spechub.triton_kernels.rules import check_rule
 
 MAX_VOCAB_SIZE = 12
 
@@ -87,8 +88,7 @@ def otm(p: Sequence[float], q: Sequence[float], k: int, rule: str, *, sharpening
     from scipy.optimize import linprog
     from scipy.sparse import csr_array
 
-    check_rule(rule)
-    check_sharpening(rule, sharpening)
+    check_rule(rule, sharpening, max_children=1)
     p, q = torch.as_tensor(p), torch.as_tensor(q)
     for name, probs in (("p", p), ("q", q)):
         if probs.dim() != 1 or len(probs) > MAX_VOCAB_SIZE:

@@ -20,8 +20,9 @@ Rates = Mapping[int, Sequence[float]]
 
 AUTO_NODES = 15
 AUTO_DEPTH = 5
+AUTO_FORM = "auto[:NODES[:DEPTH]]"
 SHIPPED = "acceptance_rates.json"
-_AUTO = re.compile(r"auto(?::(\d+))?(?::(\d+))?")
+_AUTO = re.compile(r"auto(?::(\d+)(?::(\d+))?)?")
 
 
 class Shape(NamedTuple):
@@ -132,9 +133,14 @@ def shipped_rates(rule: str) -> dict[int, list[float]]:
             f"'auto' has no acceptance rates for verification {rule!r}, only for "
             f"{', '.join(by_rule)}; measure a shape with `vllm-spechub shape`"
         )
-    tables = list(by_rule[rule].values())
+    tables = [{int(k): by_slot for k, by_slot in table.items()} for table in by_rule[rule].values()]
+    return average_rates(tables)
+
+
+def average_rates(tables: Sequence[Rates]) -> dict[int, list[float]]:
+    """The mean of several tables of rates."""
     return {
-        int(k): [sum(rates) / len(tables) for rates in zip(*(t[k] for t in tables), strict=True)]
+        k: [sum(rates) / len(tables) for rates in zip(*(t[k] for t in tables), strict=True)]
         for k in tables[0]
     }
 
@@ -157,13 +163,13 @@ def parse_tree(spec: str | Sequence[int] | TokenTree, rule: str) -> TokenTree:
     """
     match = _AUTO.fullmatch(spec.strip()) if isinstance(spec, str) else None
     if match is None:
-        if isinstance(spec, str) and spec.strip().startswith("auto"):
-            raise ValueError(f"{spec!r} is none of: {FAMILIES}, or a list of parents")
-        return TokenTree.parse(spec)
-    nodes, depth = int(match[1] or AUTO_NODES), int(match[2] or AUTO_DEPTH)
-    if not 1 <= nodes <= MAX_NODES or not 1 <= depth <= nodes:
-        raise ValueError(
-            f"{spec!r} asks for {nodes} nodes and {depth} levels, allowed: 1 to {MAX_NODES} nodes "
-            "and 1 to as many levels"
-        )
+        try:
+            return TokenTree.parse(spec)
+        except ValueError as error:
+            message = str(error).replace(FAMILIES, f"{FAMILIES}, {AUTO_FORM}")
+            raise ValueError(message) from None
+    nodes = int(match[1] or AUTO_NODES)
+    depth = int(match[2] or min(AUTO_DEPTH, nodes))
+    if not (1 <= nodes <= MAX_NODES and 1 <= depth <= MAX_NODES):
+        raise ValueError(f"{spec!r}: NODES and DEPTH must be in 1..{MAX_NODES}")
     return best_shape(shipped_rates(rule), nodes, depth).tree

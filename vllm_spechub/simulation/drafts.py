@@ -16,6 +16,8 @@ from vllm_spechub.simulation.texts import ModelPair, Roots
 from vllm_spechub.topology import MAX_BRANCHING, TokenTree
 from vllm_spechub.triton_kernels.child_sampling import sample_children
 
+# Products stay below 2^63, node numbers below 2^29, of which the noise takes four each.
+HASH_FACTOR, HASH_SIZE = 0x9E3779B1, (1 << 29) - 3
 CHUNK = 1 << 22
 """Most elements of a matrix of rows that is worked on at once."""
 
@@ -68,7 +70,7 @@ class Children:
         nodes: torch.Tensor,
     ) -> torch.Tensor:
         """Where nodes are in these tensors. [...]"""
-        return torch.searchsorted(self.nodes, nodes)
+        return torch.searchsorted(self.nodes, nodes.contiguous())
 
 
 @dataclass
@@ -96,7 +98,7 @@ def draft_plans(
         roots: where the trees hang.
         plans: rules with their trees.
         temperature: of the target and the draft; 0 is greedy.
-        seed: of the noise; equal seeds and plans give equal trees.
+        seed: of the noise; equal seeds give equal trees, whatever the other plans.
     """
     forest = _Forest(pair, roots, plans, temperature, seed)
     while forest.read_level():
@@ -123,7 +125,8 @@ class _Forest:
         self.readers = TreeRows(pair.target, roots), TreeRows(pair.draft, roots)
         self.plans, self.temperature = plans, temperature
         self.vocab_size, self.num_roots = pair.vocab_size, num_roots
-        # One stream per root; a node's number tells the nodes of a root apart.
+        # One stream per root; a hash of its tokens tells a node from the others of a root, so that
+        # trees do not depend on the plans that they are drafted beside.
         self.seeds = (seed << 20) + torch.arange(num_roots, device=device)
         self.temperatures = torch.full((num_roots,), float(temperature), device=device)
         self.depth = 0
@@ -131,6 +134,7 @@ class _Forest:
         self.root = torch.arange(num_roots, device=device)
         self.column = torch.zeros_like(self.root)
         self.num_columns = 1
+        self.path_hash = torch.zeros_like(self.root)
         # the level's nodes, and what the readers need of them: [num_roots, width]
         self.level = self.root
         self.place = self.column
@@ -207,6 +211,8 @@ class _Forest:
         self.tokens[root, self.place] = unique % self.vocab_size
         self.parents = root.new_zeros(self.num_roots, width)
         self.parents[root, self.place] = self.column[parent]
+        mixed = self.path_hash[parent] * HASH_FACTOR + unique % (self.vocab_size * MAX_BRANCHING)
+        self.path_hash = torch.cat([self.path_hash, (mixed + 1) % HASH_SIZE])
         self.root = torch.cat([self.root, root])
         self.column = torch.cat([self.column, self.num_columns + self.place])
         self.num_columns += width
@@ -226,7 +232,7 @@ class _Forest:
                     self.seeds,
                     self.root[chunk],
                     torch.zeros_like(chunk),
-                    chunk.to(torch.int32),
+                    self.path_hash[chunk].to(torch.int32),
                     torch.full_like(chunk, law.num_children, dtype=torch.int32),
                     rule=law.variant.rule,
                     max_children=law.num_children,

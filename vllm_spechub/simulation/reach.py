@@ -54,9 +54,7 @@ class Reach:
             rows = torch.arange(len(children.nodes), device=children.nodes.device)
             self._accept[law] = torch.cat(
                 [
-                    node_outcome(
-                        *self._at(children, chunk, law), rule=law.variant.rule
-                    ).accept
+                    node_outcome(*self._at(children, chunk, law), rule=law.variant.rule).accept
                     for chunk in rows.split(max(1, CHUNK // self._drafts.draft_logits.shape[1]))
                 ]
             )

@@ -31,22 +31,18 @@ def terminal_tables(study: Study) -> list[Table]:
     """One table of tokens per step for each temperature."""
     tables = []
     settings = by_setting(study.rows)
+    kinds = list(dict.fromkeys(row.kind for row in study.rows))
     for temperature in dict.fromkeys(t for t, _ in settings):
         table = Table(title=f"tokens per step at T = {temperature:g}, with 95% intervals")
-        for column in ("drafted nodes", "rule", "complete tree", "best shape", "its tree"):
-            table.add_column(column, justify="left" if column in ("rule", "its tree") else "right")
+        for column in ("drafted nodes", "rule", *kinds):
+            table.add_column(column, justify="left" if column == "rule" else "right")
         for (t, budget), cells in settings.items():
             if t != temperature:
                 continue
             for rule in dict.fromkeys(rule for rule, _ in cells):
-                complete, best = cells[rule, "complete"], cells[rule, "best"]
-                table.add_row(
-                    str(budget),
-                    rule,
-                    _cell(complete.tokens_per_step, complete.ci),
-                    _cell(best.tokens_per_step, best.ci),
-                    f"{best.nodes} nodes, depth {best.depth}",
-                )
+                found = [cells[rule, kind] for kind in kinds]
+                texts = [_cell(row.tokens_per_step, row.ci) for row in found]
+                table.add_row(str(budget), rule, *texts)
             table.add_section()
         tables.append(table)
     return tables
@@ -80,7 +76,7 @@ def markdown_differences(
     }
     settings = dict.fromkeys((d.temperature, d.budget) for d in differences)
     lines = [
-        f"| T | nodes | {' | '.join(f'{rule} − {other}' for rule, other in pairs)} |",
+        f"| T | nodes | {' | '.join(f'{rule} - {other}' for rule, other in pairs)} |",
         f"|---|---|{'---|' * len(pairs)}",
     ]
     for temperature, budget in settings:
@@ -138,7 +134,8 @@ def save(study: Study, settings: dict, folder: Path) -> None:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Tokens per step over nodes: a panel for each temperature, a line for each rule."""
+    """Tokens per step over nodes: a panel for each temperature, a line for each rule and kind of
+    shape (complete trees dotted, the first depth cap solid)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -146,12 +143,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     temperatures = list(dict.fromkeys(row.temperature for row in rows))
     rules = list(dict.fromkeys(row.rule for row in rows))
+    kinds = list(dict.fromkeys(row.kind for row in rows))
     figure, panels = pyplot.subplots(
         1, len(temperatures), figsize=(3.4 * len(temperatures), 3.4), sharey=True, squeeze=False
     )
     for panel, temperature in zip(panels[0], temperatures, strict=True):
         for number, rule in enumerate(rules):
-            for kind, style in (("best", "-"), ("complete", ":")):
+            for kind, style in zip(kinds, (":", "-", "--", "-."), strict=False):
                 found = [
                     row
                     for row in rows
@@ -162,21 +160,19 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                     [row.tokens_per_step for row in found],
                     yerr=[0.0 if row.ci != row.ci else row.ci for row in found],
                     fmt=style,
-                    marker="o" if kind == "best" else None,
+                    marker="o" if style == "-" else None,
                     markersize=3,
                     linewidth=1,
                     elinewidth=0.6,
                     color=f"C{number}",
-                    label=rule if kind == "best" else None,
+                    label=rule if style == "-" else None,
                 )
         panel.set_title(f"T = {temperature:g}")
         panel.set_xlabel("nodes, the root included")
         panel.set_xticks(sorted({row.budget + 1 for row in rows}))
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("tokens per step")
-    panels[0][-1].legend(fontsize=7, title="best shape (dotted: complete)", title_fontsize=7)
+    panels[0][-1].legend(fontsize=7, title=f"{kinds[1]}\n(dotted: complete)", title_fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-

@@ -105,6 +105,11 @@ def measure(
     }
 
 
+def best_kind(max_depth: int) -> str:
+    """What rows of a rule's own best shape under a depth cap are called."""
+    return f"best, depth <= {max_depth}"
+
+
 def probe_plans(variant: Variant, max_depth: int) -> list[Plan]:
     """Complete trees whose nodes have 1, 2, 3 and 4 children; a chain has one."""
     plans = [Plan(variant, TokenTree.chain(max_depth))]
@@ -223,35 +228,38 @@ def run_study(
     variants: Sequence[Variant],
     temperatures: Sequence[float],
     budgets: Sequence[int],
-    max_depth: int,
+    max_depths: Sequence[int],
     sampling: Sampling,
     progress: Progress | None = None,
 ) -> Study:
-    """Tokens per step of every rule on complete trees and on its own best shape.
+    """Tokens per step of every rule on complete trees and on its own best shapes.
 
     The shapes to choose from are those that dynamic programming gives for any rule's rates, and
-    the complete tree. Each rule takes the one that does best in a simulation on texts of their
-    own; what is reported is measured on fresh texts.
+    the complete tree. Under each depth cap a rule takes the one that does best in a simulation on
+    texts of their own; what is reported is measured on fresh texts.
     """
     study = Study()
     trial = replace(sampling, texts=max(1, sampling.texts // 4))
     for temperature in temperatures:
-        rates = measure_rates(pair, prompts, variants, temperature, trial, max_depth, progress)
+        rates = measure_rates(
+            pair, prompts, variants, temperature, trial, max(max_depths), progress
+        )
         for variant in variants:
             study.rates.setdefault(str(variant), {})[f"{temperature:g}"] = rates[variant]
 
         candidates = {
-            (variant, budget): _candidates(variant, budget, rates, max_depth)
+            (variant, budget, best_kind(max_depth)): _candidates(variant, budget, rates, max_depth)
             for variant in variants
             for budget in budgets
+            for max_depth in max_depths
         }
         plans = [Plan(key[0], tree) for key, trees in candidates.items() for tree in trees]
         label = f"T={temperature:g}: choosing shapes"
         tried = measure(pair, prompts, plans, temperature, trial, 2, progress, label)
         chosen = {}
-        for (variant, budget), trees in candidates.items():
+        for (variant, budget, kind), trees in candidates.items():
             chosen[variant, budget, "complete"] = Plan(variant, complete_tree(variant, budget))
-            chosen[variant, budget, "best"] = max(
+            chosen[variant, budget, kind] = max(
                 (Plan(variant, tree) for tree in trees), key=lambda plan: tried[plan].tokens.mean()
             )
 

@@ -119,9 +119,7 @@ def sample_roots(
         tokens = torch.cat([tokens, step], dim=1)
     stretch = num_tokens // roots_per_text
     device = tokens.device
-    offset = torch.randint(
-        stretch, (num_texts, roots_per_text), generator=generator, device=device
-    )
+    offset = torch.randint(stretch, (num_texts, roots_per_text), generator=generator, device=device)
     position = len(prompt) + torch.arange(roots_per_text, device=device) * stretch + offset
     ended = torch.zeros_like(tokens, dtype=torch.bool)
     if pair.tokenizer.eos_token_id is not None:

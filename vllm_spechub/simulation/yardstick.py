@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_spechub.acceptance import acceptance
+from vllm_spechub.node_acceptance import acceptance
 from vllm_spechub.optimal_transport import otm
 from vllm_spechub.simulation.drafts import Plan, Variant, draft_plans
 from vllm_spechub.simulation.study import Sampling

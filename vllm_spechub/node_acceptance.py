@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_spechub.checks import check_probs, check_rule, check_sharpening
+from vllm_spechub.checks import check_probs
 from vllm_spechub.topology import MAX_BRANCHING
+from vllm_spechub.triton_kernels.rules import ORDERED_SLOTS, check_rule
 
 MAX_STATES = 1 << 22
 """Most (rejected tokens, next token) pairs that sampling without replacement is summed over."""
@@ -66,8 +67,7 @@ def acceptance(
         >>> round(acceptance(p, q, 2, "ordered").node.item(), 3)  # p(0) + min(.3, .5) + min(.2, .5)
         1.0
     """
-    check_rule(rule)
-    check_sharpening(rule, sharpening)
+    check_rule(rule, sharpening, max_children=1)
     check_probs("p", p)
     check_probs("q", q)
     if p.shape != q.shape:
@@ -120,7 +120,7 @@ def _spechub(p, q, k: int, rule: str, sharpening: float) -> torch.Tensor:
     law = sampled_law(q, k, sharpening)
     hub_target = p.gather(1, law.hubs)
     off_hub = p.scatter(1, law.hubs, 0.0)
-    if rule != "ordered":
+    if rule not in ORDERED_SLOTS:
         sample = torch.minimum(off_hub, law.w).sum(dim=1, keepdim=True)
         return torch.cat([hub_target, sample], dim=1)
     if k == 1:
