@@ -310,11 +310,13 @@ def traversal_outcome(
     sample_slot: torch.Tensor,
     # [num_rows]
     path_acceptance: torch.Tensor,
+    *,
+    ordered: bool,
 ) -> TraversalOutcome:
     """What leaf-to-root verification does at nodes that are visited with path acceptance a.
 
-    The node is to emit the masses T = a p, as `_SpecHubParts` has it, ordered. A child is accepted
-    not on the spot but, by its own subtree, with exactly the probability that it is visited with.
+    The node is to emit the masses T = a p, as `_SpecHubParts` has it. A child is accepted not on
+    the spot but, by its own subtree, with exactly the probability that it is visited with.
     In the pool, whose mass is 1 - a plus all that it holds, each hub takes its mass in turn; a hub
     that fails leaves the pool. Last the node itself is accepted with the off-hub mass over what is
     then left, and emits from (a p - w)+ off the hubs. Source: traversal verification (Weng et al.,
@@ -326,17 +328,22 @@ def traversal_outcome(
         children: int64 tokens, -1 past a node's last child.
         sample_slot: int64, slot of the sampled child.
         path_acceptance: of the same dtype, a, 0 to 1.
+        ordered: which way the node emits T. Both are lossless for the slots of `traversal`: ordered
+            favours slot 0, the other way spreads the chances, so that more of the failures below
+            are made good. `verify_tree` takes the latter where all children's subtrees have one
+            size.
     """
     slot = sample_slot.unsqueeze(1)
     acceptance = path_acceptance.unsqueeze(1)
-    parts = _spechub_parts(acceptance * target_probs, law, children, slot, ordered=True)
+    parts = _spechub_parts(acceptance * target_probs, law, children, slot, ordered)
     lacking = 1.0 - acceptance
     # The pool's mass when each hub's turn comes, summed from the end: nothing cancels.
     rest = parts.residual_mass + lacking
     left = parts.hub_gain.flip(1).cumsum(dim=1).flip(1) + rest
     visit = parts.hub_gain / left.masked_fill(left == 0, 1.0)
     # The hub in slot 0 has its turn before the pool, which holds none of it if that fails.
-    visit[:, :1] = parts.accept_main
+    if ordered:
+        visit[:, :1] = parts.accept_main
     visit.scatter_(1, slot, parts.accept_sample)
     # A pool without mass is reached by rounding only, and then with a = 1: emit from the target.
     stuck = parts.residual_mass <= 0

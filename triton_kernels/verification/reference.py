@@ -264,9 +264,10 @@ def _traverse(
         (rows,) = (trees.has_children(everyone, at) & (visit[:, node] > 0)).nonzero(as_tuple=True)
         if rows.numel() == 0:
             continue
-        sample_slot, outcome = _visit_node(trees, rows, at[rows], visit[rows, node])
-        leave[rows, node] = outcome.leave
         first = first_child[node]
+        ordered = len(set(sizes[first : first + count])) > 1
+        sample_slot, outcome = _visit_node(trees, rows, at[rows], visit[rows, node], ordered)
+        leave[rows, node] = outcome.leave
         visit[rows, first : first + count] = outcome.visit[:, :count]
         # The sampled child's subtree comes first, the others' follow by slot.
         slots = torch.arange(count, device=device)
@@ -286,7 +287,7 @@ def _traverse(
     (rows,) = trees.has_children(everyone, accepted).nonzero(as_tuple=True)
     if rows.numel() > 0:
         at = accepted[rows]
-        _, outcome = _visit_node(trees, rows, at, visit[rows, at])
+        _, outcome = _visit_node(trees, rows, at, visit[rows, at], ordered=False)
         residual[rows] = torch.where(greedy[rows], residual[rows], outcome.residual)
     depths = [0] * len(parents)
     for node, parent in enumerate(parents[1:], start=1):
@@ -306,10 +307,11 @@ def _visit_node(
     nodes: torch.Tensor,
     # [num_rows]
     path_acceptance: torch.Tensor,
+    ordered: bool,
 ) -> tuple[torch.Tensor, TraversalOutcome]:
     probs, best, greedy = trees.target_probs(rows, nodes)
     children, sample_slot, law = trees.drafts(rows, nodes)
-    outcome = traversal_outcome(probs, law, children, sample_slot, path_acceptance)
+    outcome = traversal_outcome(probs, law, children, sample_slot, path_acceptance, ordered=ordered)
     # A greedy target accepts the child that holds its best token, whatever the draft.
     match = (children == best).to(torch.float32)
     outcome = outcome._replace(
