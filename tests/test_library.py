@@ -258,6 +258,11 @@ def test_acceptance_by_slot_is_what_verification_does(rule, sharpening):
             draft.logits[:, 0], ones, draft.tokens, slots, rule=rule, sharpening=sharpening
         )
         found = node_outcome(p.expand(num_drafts, -1), law, draft.tokens, slots, rule=rule).accept
+        if rule == "traversal":  # which tosses for subtrees; the children differ from each other
+            rows = p.expand(num_drafts, k + 1, -1)
+            tokens, num_tokens = verify_tree(draft, rows, generator=generator)
+            found = (draft.tokens == tokens[:, :1]) & (num_tokens == 2).unsqueeze(1)
+            found = found.float()
         expected = acceptance(p, q, k, rule, sharpening=sharpening)
         error = found.std(dim=0) / num_drafts**0.5
         assert ((found.mean(dim=0) - expected.slots).abs() < 5 * error + 1e-6).all(), (rule, k)

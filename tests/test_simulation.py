@@ -19,8 +19,9 @@ from vllm_spechub.simulation.drafts import Law, Plan, Variant, draft_plans
 from vllm_spechub.simulation.reach import Reach
 from vllm_spechub.simulation.study import Difference, Row, best_kind, mean_and_ci
 from vllm_spechub.simulation.texts import ModelPair, read_prompts, sample_roots
+from vllm_spechub.simulation.yardstick import Yardstick
 from vllm_spechub.topology import TokenTree
-from vllm_spechub.triton_kernels.rules import RULES
+from vllm_spechub.triton_kernels.rules import RECURSIVE, RULES
 
 VOCAB = 40
 TREE = TokenTree((0, 0, 0, 1, 1, 2, 4, 4, 6))
@@ -216,6 +217,9 @@ def test_simulate(folders, tmp_path):
     for d in differences:
         apart = cell[d.temperature, d.rule, d.kind] - cell[d.temperature, d.baseline, d.kind]
         assert d.difference == pytest.approx(apart, abs=1e-4)
+    for y in report.read_csv(Yardstick, tmp_path / report.YARDSTICK_CSV):
+        assert 0 < y.acceptance <= y.optimum + 1e-6
+        assert (y.rule in RECURSIVE) or y.acceptance == pytest.approx(y.optimum, abs=1e-5)
     for row in rows:
         assert TokenTree(row.tree).num_nodes == row.nodes <= 6
         assert row.kind == "complete" or row.depth <= int(row.kind[-1])

@@ -101,22 +101,12 @@ def simulate(
             )
     for table in report.terminal_tables(found):
         output.print(table)
+    yardsticks = []
     if small:
-        table = Table(title="acceptance at one node, 8 tokens, beside the optimum for its drafts")
-        for column in ("T", "rule", "children", "acceptance", "optimum", "roots"):
-            table.add_column(column, justify="left" if column == "rule" else "right")
         for t in temperature:
             if t > 0:
-                for line in yardstick.run_yardstick(pair, encoded, variants, t, sampling):
-                    table.add_row(
-                        f"{t:g}",
-                        line.rule,
-                        str(line.children),
-                        f"{line.acceptance:.4f}",
-                        f"{line.optimum:.4f}",
-                        str(line.roots),
-                    )
-        output.print(table)
+                yardsticks += yardstick.run_yardstick(pair, encoded, variants, t, sampling)
+        output.print(report.yardstick_table(yardsticks))
     if out is not None:
         settings = {
             "target": target,
@@ -129,7 +119,7 @@ def simulate(
             "seed": seed,
             "dtype": dtype,
         }
-        report.save(found, settings, out)
+        report.save(found, yardsticks, settings, out)
         notes.print(f"written to {out}")
 
 

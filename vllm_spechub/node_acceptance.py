@@ -120,15 +120,21 @@ def _spechub(p, q, k: int, rule: str, sharpening: float) -> torch.Tensor:
     law = sampled_law(q, k, sharpening)
     hub_target = p.gather(1, law.hubs)
     off_hub = p.scatter(1, law.hubs, 0.0)
-    if rule not in ORDERED_SLOTS:
+    if rule not in ORDERED_SLOTS or k == 1:
         sample = torch.minimum(off_hub, law.w).sum(dim=1, keepdim=True)
         return torch.cat([hub_target, sample], dim=1)
-    if k == 1:
-        return torch.minimum(p, law.w).sum(dim=1, keepdim=True)
-    # `main` is distributed as q on the hubs and as Z w off them.
-    main = law.off_hub_mass * law.w
     hub_draft = q.gather(1, law.hubs)
     hub_mass = hub_draft.sum(dim=1, keepdim=True)
+    if rule == "traversal":
+        # As unordered, but main, which is independent of what is accepted, comes first.
+        sample = torch.minimum(off_hub, law.w).sum(dim=1)
+        slots = p.new_zeros(p.shape[0], k)
+        slots[:, 0] = law.off_hub_mass[:, 0] * sample + (hub_draft * hub_target).sum(dim=1)
+        slots[:, -1] += hub_mass[:, 0] * sample
+        _add_hubs_behind(slots, hub_target, law.off_hub_mass[:, 0], hub_draft)
+        return slots
+    # `main` is distributed as q on the hubs and as Z w off them.
+    main = law.off_hub_mass * law.w
     excess = (off_hub - main).clamp(min=0)
     unclaimed = (hub_mass * law.w - excess).clamp(min=0).sum(dim=1, keepdim=True)
     share = unclaimed * hub_draft / hub_mass
@@ -142,12 +148,25 @@ def _spechub(p, q, k: int, rule: str, sharpening: float) -> torch.Tensor:
     slots[:, 0] = torch.minimum(off_hub, main).sum(dim=1)
     slots[:, 0] += torch.minimum(hub_target, share).sum(dim=1)
     slots[:, -1] += torch.minimum(excess, hub_mass * law.w).sum(dim=1)
-    for rank in range(k - 1):
-        # A hub follows in the slot of its rank, one later if it stands before the one in front.
-        before = sample_lost[:, 0] + hub_lost[:, rank + 1 :].sum(dim=1)
-        slots[:, rank + 1] += gain_share[:, rank] * before
-        slots[:, rank] += gain_share[:, rank] * hub_lost[:, :rank].sum(dim=1)
+    _add_hubs_behind(slots, gain_share, sample_lost[:, 0], hub_lost)
     return slots
+
+
+def _add_hubs_behind(
+    # [num_rows, k], added to
+    slots: torch.Tensor,
+    # [num_rows, k - 1]: each hub's chance where it is not the main child
+    chance: torch.Tensor,
+    # [num_rows]: how often the sampled child is the main child
+    sample_main: torch.Tensor,
+    # [num_rows, k - 1]: how often each hub is
+    hub_main: torch.Tensor,
+) -> None:
+    """Hubs behind the main child keep their rank, one slot later if they stand before it."""
+    for rank in range(chance.shape[1]):
+        later = sample_main + hub_main[:, rank + 1 :].sum(dim=1)
+        slots[:, rank + 1] += chance[:, rank] * later
+        slots[:, rank] += chance[:, rank] * hub_main[:, :rank].sum(dim=1)
 
 
 def _with_replacement(p, q, k: int) -> torch.Tensor:

@@ -99,8 +99,9 @@ class Reach:
             children = self._drafts.children[law]
             rows = children.rows(nodes[:, tree.internal_index[node]])
             at = self._at(children, rows, law)
-            outcome = traversal_outcome(*at, visit[:, node])
             below = slice(int(tree.first_child[node]), int(tree.first_child[node]) + count)
+            ordered = len(set(sizes[below].tolist())) > 1  # as `verify_tree` has it
+            outcome = traversal_outcome(*at, visit[:, node], ordered=ordered)
             visit[:, below], leave[:, node] = outcome.visit, outcome.leave
             # The sampled child's subtree is visited first, the others by slot.
             is_sample = torch.arange(count, device=device) == at[-1].unsqueeze(1)

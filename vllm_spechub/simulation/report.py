@@ -10,8 +10,10 @@ from pathlib import Path
 from rich.table import Table
 
 from vllm_spechub.simulation.study import Difference, Row, Study
+from vllm_spechub.simulation.yardstick import Yardstick
 
 ROWS_CSV, DIFFERENCES_CSV = "tokens_per_step.csv", "differences.csv"
+YARDSTICK_CSV = "yardstick.csv"
 STUDY_JSON, PLOT = "study.json", "tokens_per_step.png"
 
 
@@ -46,6 +48,21 @@ def terminal_tables(study: Study) -> list[Table]:
             table.add_section()
         tables.append(table)
     return tables
+
+
+def yardstick_table(yardsticks: Sequence[Yardstick]) -> Table:
+    """Acceptance beside its optimum."""
+    table = Table(
+        title="acceptance at one node, 8 tokens, and the optimum for its drafts"
+    )
+    for column in ("T", "rule", "children", "acceptance", "optimum", "roots"):
+        table.add_column(column, justify="left" if column == "rule" else "right")
+    for y in yardsticks:
+        accepted, optimum = f"{y.acceptance:.4f}", f"{y.optimum:.4f}"
+        table.add_row(
+            f"{y.temperature:g}", y.rule, str(y.children), accepted, optimum, str(y.roots)
+        )
+    return table
 
 
 def markdown_rows(rows: Sequence[Row], kind: str) -> str:
@@ -117,12 +134,14 @@ def read_csv(kind: type, path: Path) -> list:
     return records
 
 
-def save(study: Study, settings: dict, folder: Path) -> None:
+def save(study: Study, yardsticks: Sequence[Yardstick], settings: dict, folder: Path) -> None:
     """Write the CSV files, the JSON and the plot into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(study.rows, folder / ROWS_CSV)
     if study.differences:
         write_csv(study.differences, folder / DIFFERENCES_CSV)
+    if yardsticks:
+        write_csv(yardsticks, folder / YARDSTICK_CSV)
     record = {
         "settings": settings,
         "rows": [asdict(row) for row in study.rows],
