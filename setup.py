@@ -33,6 +33,7 @@ setup(
             "hypothesis",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "scipy",
             "triton==3.6.0",  # compiles kernels ahead of time and interprets them; no GPU needed

@@ -7,12 +7,13 @@ breadth-first order and see their ancestors only. The next step writes the accep
 in their final slots, so the draft's KV cache needs no compaction.
 """
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig, VllmConfig, replace
 from vllm.tokenizers import get_tokenizer
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
@@ -23,6 +24,7 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneAR
 
 from vllm_spechub.attention.visibility import TreeAttnMetadata, TreeVisibility
 from vllm_spechub.drafting import DraftLevel, DraftState
+from vllm_spechub.engine.truncation import truncate
 from vllm_spechub.rules import VerificationRule
 
 
@@ -76,6 +78,20 @@ class DraftModelProposer(StandaloneARSpeculator):
                     "target's; draft and target need one vocabulary"
                 )
 
+    def load_draft_model(self, target_model, target_attn_layer_names):
+        """Load the draft with its own sliding window, where vLLM would give it the target's."""
+        draft, shared = self.draft_model_config, self.vllm_config
+        layer_types = getattr(draft.hf_text_config, "layer_types", None)
+        # as vLLM decides for a target: mixed layers bring their windows themselves
+        uniform = layer_types is None or set(layer_types) == {"sliding_attention"}
+        window = draft.get_sliding_window() if uniform else None
+        self.vllm_config = copy(shared)
+        self.vllm_config.cache_config = replace(shared.cache_config, sliding_window=window)
+        try:
+            return super().load_draft_model(target_model, target_attn_layer_names)
+        finally:
+            self.vllm_config = shared
+
     def set_attn(
         self, model_state, kv_cache_config, block_tables: BlockTables, *args, **kwargs
     ) -> None:
@@ -121,8 +137,16 @@ class DraftModelProposer(StandaloneARSpeculator):
         for depth, level in enumerate(self.draft_logits.levels):
             if depth > 0:
                 hidden = step.forward_level(depth, level)
+            logits = self.compute_draft_logits(hidden, depth)
+            if not dummy_run:
+                truncate(
+                    logits,
+                    self.model_state.sampling_states,
+                    input_batch.idx_mapping,
+                    input_batch.idx_mapping_np,
+                )
             self.rule.sample_children(
-                self.compute_draft_logits(hidden, depth),
+                logits,
                 level,
                 input_batch.idx_mapping,
                 step.root_positions,
