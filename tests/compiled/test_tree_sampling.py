@@ -155,7 +155,7 @@ def test_noise_has_the_references_bits():
     row, scratch, uniforms = (np.empty(5000, np.float32) for _ in range(3))
     found_key = compiled.row_key(np.int64(-5), np.int64(77), 3, rng.CHILD)
     assert np.uint32(found_key) == key.numpy().view(np.uint32)[0]
-    compiled.exponential_row(found_key, row, row.view(np.int32), scratch, uniforms)
+    compiled.exponential_row(found_key, 0, row, row.view(np.int32), scratch, uniforms)
     np.testing.assert_allclose(row, expected, rtol=1e-6)
 
 

@@ -14,7 +14,7 @@ def warm_up() -> None:
     tables = [torch.from_numpy(t) for t in (tree.first_child, tree.num_children)]
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     logits = torch.zeros(1, 8)
-    for rule in ("ordered", "unordered"):
+    for rule in ("ordered", "traversal"):
         sample_children(logits, one, zero, zero, zero, zero, zero + 1, rule=rule, max_children=1)
         verify_tree(
             logits.expand(2, -1),
