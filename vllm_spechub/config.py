@@ -17,6 +17,7 @@ from vllm_spechub.patches import apply_all, ledger
 from vllm_spechub.patches.frontend import METHOD
 from vllm_spechub.proposers import PROPOSERS
 from vllm_spechub.rules import RULES
+from vllm_spechub.shapes import parse_tree
 from vllm_spechub.topology import TokenTree
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ class SpecHubConfig(SpeculativeConfig):
     """
 
     tree: TokenTree | str | list[int] = DEFAULT_TREE
-    """The draft tree: a family ("binary:3", "kary:4:2", "chain:5", "caterpillar:5:3") or the
-    list of its drafted nodes' parents, breadth-first, 0 being the root."""
+    """The draft tree: a family ("binary:3", "kary:4:2", "chain:5", "caterpillar:5:3"), the list of
+    its drafted nodes' parents, breadth-first, 0 being the root, or "auto[:NODES[:DEPTH]]"."""
     verification: str = "ordered"
     """The verification rule, by its registered name."""
     proposer: str = "draft_model"
@@ -124,7 +125,8 @@ def create_config(
                 f"speculative_config[{key!r}] is {options[key]!r}, allowed: {', '.join(registry)}"
             )
     try:
-        tree = TokenTree.parse(options.pop("tree", DEFAULT_TREE))
+        rule = options.get("verification", SpecHubConfig.verification)
+        tree = parse_tree(options.pop("tree", DEFAULT_TREE), rule)
     except ValueError as error:
         raise ValueError(f"speculative_config['tree']: {error}") from None
     proposer = PROPOSERS.load(options.get("proposer", SpecHubConfig.proposer))
