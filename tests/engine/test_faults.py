@@ -174,7 +174,7 @@ def test_grammars_with_async_scheduling(request):
     request.getfixturevalue("async_scheduling")
     with engine(TREE) as llm:
         core = llm.llm_engine.engine_core.engine_core
-        assert type(core.scheduler).__name__ == "AsyncScheduler"
+        assert type(core.scheduler).__name__ == "AsyncTreeScheduler"
         with_grammar, ordinary = grammar_batch(llm)
     assert with_grammar == plain()["grammars"]
     assert ordinary == plain_greedy()[: len(GRAMMARS)]

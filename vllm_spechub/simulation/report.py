@@ -52,9 +52,7 @@ def terminal_tables(study: Study) -> list[Table]:
 
 def yardstick_table(yardsticks: Sequence[Yardstick]) -> Table:
     """Acceptance beside its optimum."""
-    table = Table(
-        title="acceptance at one node, 8 tokens, and the optimum for its drafts"
-    )
+    table = Table(title="acceptance at one node, 8 tokens, and the optimum for its drafts")
     for column in ("T", "rule", "children", "acceptance", "optimum", "roots"):
         table.add_column(column, justify="left" if column == "rule" else "right")
     for y in yardsticks:
