@@ -189,8 +189,10 @@ def test_exp_and_log_are_accurate():
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), [(4, 2, 64), (3, 3, 32)])
 @pytest.mark.parametrize("block_size", [32, 128])
-def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap):
-    """Whole, truncated and one-node trees; slots that nobody may see hold NaN."""
+@pytest.mark.parametrize("window", [0, 2, 20])
+def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap, window):
+    """Whole, truncated and one-node trees; slots that nobody may see hold NaN, and so do the
+    blocks before the window."""
     from vllm_spechub.attention.cpu_tree import cache_views
 
     torch.manual_seed(0)
@@ -211,6 +213,9 @@ def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap)
             block, offset = table[r, slot // block_size].long(), slot % block_size
             keys[block, offset] = torch.randn(num_kv_heads, head_size)
             values[block, offset] = torch.randn(num_kv_heads, head_size)
+    for r in range(4 if window else 0):
+        for block in range(max(roots[r] + 1 - window, 0) // block_size):
+            keys[table[r, block].long()] = values[table[r, block].long()] = torch.nan
     until = torch.from_numpy(np.repeat(roots, counts).astype(np.int32))
     masks = [torch.from_numpy(tree.ancestor_masks[:n]) for n in counts]
     query = torch.randn(num_tokens, num_heads, head_size)
@@ -226,6 +231,7 @@ def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap)
         torch.cat(masks).numpy(),
         np.float32(0.2),
         np.float32(softcap),
+        window,
         found.numpy(),
     )
     starts = torch.from_numpy(np.append(first, num_tokens).astype(np.int32))
@@ -242,6 +248,7 @@ def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap)
         0.2,
         max_query_len=15,
         softcap=softcap,
+        window=window,
     )
     seen = torch.ones(num_tokens, dtype=torch.bool)
     for r, node in unwritten:  # these rows see their own unwritten slot

@@ -46,5 +46,6 @@ def warm_up() -> None:
         count,
         np.float32(1.0),
         np.float32(0.0),
+        0,
         query.copy(),
     )
