@@ -97,7 +97,7 @@ TRUNCATED = [
 @pytest.mark.parametrize("verification", ["ordered", "unordered"])
 def test_truncated_drafts_follow_the_target(verification):
     """In one batch; often the draft keeps fewer tokens than a node has children."""
-    prompt, each = tokens_of(PROMPTS[4]), SAMPLES // 4
+    prompt, each = tokens_of(PROMPTS[4]), 400
     params = [
         SamplingParams(n=each, max_tokens=LENGTHS[-1], ignore_eos=True, **options)
         for options in TRUNCATED

@@ -5,6 +5,8 @@ Whatever is asked together, every node's row is its own path's, every answer cou
 decode's, and no KV block is lost.
 """
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -67,8 +69,37 @@ batches = st.lists(
 )
 
 
+GREEDY = [
+    SamplingParams(temperature=0, max_tokens=16, logprobs=3, **options)
+    for options in (
+        {},
+        {"presence_penalty": 0.7, "repetition_penalty": 1.3},
+        {"logit_bias": {278: -5.0, 199: 3.0}, "min_tokens": 6, "stop_token_ids": [199]},
+        {"allowed_token_ids": list(range(200, 800)), "frequency_penalty": 1.0},
+        {"bad_words": [" =", "self", "in range"]},
+    )
+]
+
+
+def greedy_entries(llm) -> list[dict[int, float]]:
+    outputs = llm.generate(PROMPTS[: len(GREEDY)], GREEDY, use_tqdm=False)
+    return [
+        {token: entry.logprob for token, entry in entries.items()}
+        for output in outputs
+        for entries in output.outputs[0].logprobs
+    ]
+
+
+@cache
+def plain_entries() -> list[dict[int, float]]:
+    """Plain vLLM's processed logprobs of GREEDY."""
+    with engine(logprobs_mode="processed_logprobs") as llm:
+        return greedy_entries(llm)
+
+
 @pytest.fixture(scope="module", params=ENGINES)
 def llm(request):
+    plain_entries()  # one engine at a time
     options = ENGINES[request.param]
     with engine(**options, logits_processors=[Repel], reasoning_config=REASONING) as llm:
         yield llm
@@ -132,6 +163,15 @@ def test_random_mixes(llm, batch):
     assert_rows_follow_their_paths(nodes, cases)
     llm.llm_engine.step()  # frees what the last step finished
     assert pool.get_num_free_blocks() == free
+
+
+@pytest.mark.parametrize("llm", ["tight"], indirect=True)
+def test_processed_logprobs_equal_plain_vllm(llm):
+    found = greedy_entries(llm)
+    assert len(found) == len(plain_entries())
+    for row, wanted in zip(found, plain_entries(), strict=True):
+        assert row.keys() == wanted.keys()
+        np.testing.assert_allclose(list(row.values()), [wanted[t] for t in row], atol=1e-4)
 
 
 def test_the_tight_engine_was_tight(llm):
