@@ -39,7 +39,7 @@ prompts = st.builds(
 parameters = st.fixed_dictionaries(
     {
         "temperature": st.sampled_from([0.0, 0.0, 0.4, 0.9, 1.5]),
-        "max_tokens": st.integers(5, 30),
+        "max_tokens": st.integers(5, 16),
         "seed": st.integers(0, 2**31),
     },
     optional={
@@ -65,7 +65,7 @@ parameters = st.fixed_dictionaries(
 batches = st.lists(
     st.tuples(prompts, st.builds(lambda options: SamplingParams(**options), parameters)),
     min_size=1,
-    max_size=7,
+    max_size=6,
 )
 
 
@@ -106,12 +106,12 @@ def llm(request):
 
 
 def assert_rows_follow_their_paths(nodes, cases) -> None:
-    for i, node in enumerate(nodes[::3]):
+    for i, node in enumerate(nodes[::5]):
         prompt, output, params = cases[request_of(node.req_id)]
         history = [*(prompt + output)[: node.root_position + 1], *node.path_tokens]
         expected = processed_row(node.logits, prompt, history[len(prompt) :], params)
         assert_same_row(node.processed / (node.temperature or 1.0), expected)
-        if i % 40 == 0:
+        if i % 25 == 0:
             plain = reference_model()(input_ids=torch.tensor([history])).logits[0, -1]
             torch.testing.assert_close(node.logits, plain, atol=5e-4, rtol=1e-3)
 
@@ -133,7 +133,7 @@ def assert_logprobs_are_their_rows(answer, prompt, output, params, processed: bo
 
 
 @settings(
-    max_examples=8,
+    max_examples=6,
     derandomize=True,
     deadline=None,
     database=None,
