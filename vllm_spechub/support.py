@@ -32,7 +32,10 @@ MIXED = (
     "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
     "engine/test_parameters.py::test_greedy_answers_equal_plain_vllm",
 )
-LOGPROBS = ("engine/test_parameters.py::test_logprobs_equal_plain_vllm",)
+LOGPROBS = (
+    "engine/test_parameters.py::test_logprobs_equal_plain_vllm",
+    "engine/test_random_mixes.py::test_processed_logprobs_equal_plain_vllm",
+)
 
 SAMPLING_PARAMETERS = (
     Row(
