@@ -137,7 +137,7 @@ def soak(
     rng, core, report = random.Random(seed), llm.llm_engine, Report(requests=num_requests)
     process, started = psutil.Process(), time.monotonic()
     report.blocks_before, preemptions = free_blocks(llm), num_preemptions(llm)
-    alive: dict[str, str] = {}  # our name -> vLLM's, which an abort needs
+    alive: set[str] = set()
     asked: dict[str, tuple[int, str | None, int]] = {}
     added = 0
     while added < num_requests or alive:
@@ -149,13 +149,13 @@ def soak(
             params = params or random_params(rng)
             params["min_tokens"] = min(params.get("min_tokens", 0), max_tokens)
             asked[name] = prompt, kind, max_tokens
-            alive[name] = core.add_request(
-                name, prompts[prompt], SamplingParams(max_tokens=max_tokens, **params)
-            )
+            core.add_request(name, prompts[prompt], SamplingParams(max_tokens=max_tokens, **params))
+            alive.add(name)
             added += 1
         if rng.random() < 0.15 and alive:
-            name = rng.choice(list(alive))
-            core.abort_request([alive.pop(name)])
+            name = rng.choice(sorted(alive))
+            core.abort_request([name])
+            alive.remove(name)
             report.aborted.add(name)
         report.steps += 1
         for output in core.step():
@@ -164,7 +164,7 @@ def soak(
             name = output.request_id
             report.finished[name] += 1
             report.tokens += sum(len(sample.token_ids) for sample in output.outputs)
-            alive.pop(name, None)
+            alive.discard(name)
             prompt, kind, max_tokens = asked[name]
             if kind:
                 ids = list(output.outputs[0].token_ids)
