@@ -41,7 +41,7 @@ ENGINE = {
     "block_size": 32,
     "kv_cache_memory_bytes": 64 << 20,
 }
-SMALL_CACHE = {"num_gpu_blocks_override": 20, "max_num_batched_tokens": 192}
+SMALL_CACHE = {"num_gpu_blocks_override": 16, "max_num_batched_tokens": 192}
 IN_FLIGHT = 24
 LONGEST = 24
 GREEDY = {
