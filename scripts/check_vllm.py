@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_spechub.patches import SUPPORTED_VLLM, cpu, frontend, runner
+from vllm_spechub.patches import SUPPORTED_VLLM, ledger
 from vllm_spechub.patches.wheel import check_source, reader
 
 
@@ -31,7 +31,7 @@ def main(
         SUPPORTED_VLLM, help="A wheel, a folder that holds `vllm`, or a version to download."
     ),
 ) -> None:
-    patches = (*frontend.PATCHES, *runner.PATCHES, *cpu.PATCHES)
+    patches = (*ledger.EVERYWHERE, *ledger.WORKER, *ledger.CPU_WORKER)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(source) if Path(source).exists() else download(source, folder)
         found = check_source(patches, reader(path))

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -109,6 +111,7 @@ def test_refused_options_take_one_line(spec, message):
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
         ({"worker_cls": "my.Worker"}, "worker_cls"),
         ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
+        ({"enable_return_routed_experts": True}, "enable_return_routed_experts"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "kv_transfer_config",
@@ -120,6 +123,17 @@ def test_unsupported_engines_are_refused(options, message):
     with pytest.raises(Unsupported, match=message) as caught:
         configured(**options)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_min_p_and_logit_bias_are_for_spechub_only():
+    """Plain vLLM's own speculation goes on refusing them."""
+    chain = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    other = EngineArgs(model=TARGET, speculative_config=chain).create_engine_config()
+    ours = configured()
+    for params in (SamplingParams(min_p=0.1), SamplingParams(logit_bias={40: 5.0})):
+        with pytest.raises(VLLMValidationError, match="not yet supported with speculative"):
+            params.verify(other.model_config, other.speculative_config, None, None)
+        params.verify(ours.model_config, ours.speculative_config, None, None)
 
 
 def test_the_v1_runner_cannot_be_forced(monkeypatch):

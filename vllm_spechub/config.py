@@ -13,10 +13,11 @@ from vllm.config.utils import config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from vllm_spechub.patches import apply_all, cpu
+from vllm_spechub.patches import apply_all, ledger
 from vllm_spechub.patches.frontend import METHOD
 from vllm_spechub.proposers import PROPOSERS
 from vllm_spechub.rules import RULES
+from vllm_spechub.shapes import parse_tree
 from vllm_spechub.topology import TokenTree
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ class SpecHubConfig(SpeculativeConfig):
     """
 
     tree: TokenTree | str | list[int] = DEFAULT_TREE
-    """The draft tree: a family ("binary:3", "kary:4:2", "chain:5", "caterpillar:5:3") or the
-    list of its drafted nodes' parents, breadth-first, 0 being the root."""
+    """The draft tree: a family ("binary:3", "kary:4:2", "chain:5", "caterpillar:5:3"), the list of
+    its drafted nodes' parents, breadth-first, 0 being the root, or "auto[:NODES[:DEPTH]]"."""
     verification: str = "ordered"
     """The verification rule, by its registered name."""
     proposer: str = "draft_model"
@@ -124,7 +125,8 @@ def create_config(
                 f"speculative_config[{key!r}] is {options[key]!r}, allowed: {', '.join(registry)}"
             )
     try:
-        tree = TokenTree.parse(options.pop("tree", DEFAULT_TREE))
+        rule = options.get("verification", SpecHubConfig.verification)
+        tree = parse_tree(options.pop("tree", DEFAULT_TREE), rule)
     except ValueError as error:
         raise ValueError(f"speculative_config['tree']: {error}") from None
     proposer = PROPOSERS.load(options.get("proposer", SpecHubConfig.proposer))
@@ -174,7 +176,9 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
     parallel = vllm_config.parallel_config
     if current_platform.is_cpu():
         parallel.worker_cls = WORKERS["cpu"]
-        apply_all(cpu.PATCHES)  # for a worker in this process, where Numba may be loaded already
+        apply_all(
+            ledger.CPU_WORKER
+        )  # for a worker in this process, where Numba may be loaded already
     else:
         parallel.worker_cls = WORKERS["cuda"]
         register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
@@ -236,6 +240,10 @@ def _engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
         "before its accepted path is in place; remove it",
     )
     yield vllm_config.ec_transfer_config is not None, "ec_transfer_config is not supported"
+    yield (
+        vllm_config.aux_output_config.enable_return_routed_experts,
+        "enable_return_routed_experts is not supported: experts are recorded by slot; turn it off",
+    )
     yield (
         getattr(vllm_config, "watermark_config", None) is not None,
         "watermark_config is not supported; remove it",

@@ -63,6 +63,7 @@ class TreeModelState(DefaultModelState):
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeRejectionSampler]:
         history = HistoryProcessors(sampler.logits_processors, self.max_num_reqs)
         sampler.logits_processors = [history]
+        self.sampling_states = sampler.sampling_states
         rule = RULES.load(self.config.verification)()
         rejection_sampler = TreeRejectionSampler(
             sampler, self.config, self.device, rule, history, self.compactor

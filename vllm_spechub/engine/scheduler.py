@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import replace
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
@@ -49,13 +49,29 @@ class _TreeStatistics:
                 and request.num_output_tokens > 0
                 and req_id not in scheduler_output.scheduled_spec_decode_tokens
             ):
-                if request.use_structured_output:
-                    fallbacks["grammar"] += 1
-                elif request.num_computed_tokens + 1 >= self.max_model_len:
+                if request.num_computed_tokens + 1 >= self.max_model_len:
                     fallbacks["max_model_len"] += 1
                 else:
                     fallbacks["budget"] += 1
         return fallbacks
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """With asynchronous scheduling a request that missed a step meets its masks before the
+        scheduler knows its drafts. Its tree goes unused, and is marked as invalid here."""
+        output = super().get_grammar_bitmask(scheduler_output)
+        if output is not None:
+            drafts = scheduler_output.scheduled_spec_decode_tokens
+            known = zip(
+                output.structured_output_request_ids, output.num_acceptable_drafts, strict=True
+            )
+            unused = {
+                request_id: len(drafts[request_id])
+                for request_id, num_known in known
+                if num_known == 0 and request_id in drafts
+            }
+            invalid = scheduler_output.num_invalid_spec_tokens or {}
+            scheduler_output.num_invalid_spec_tokens = invalid | unused
+        return output
 
     def make_spec_decoding_stats(
         self,
@@ -67,6 +83,9 @@ class _TreeStatistics:
     ) -> TreeDecodingStats | None:
         if not self.log_stats:
             return None
+        if num_invalid_spec_tokens and request_id in num_invalid_spec_tokens:
+            self.fallbacks["grammar"] += 1
+            return spec_decoding_stats
         row = self.step_output.req_id_to_index[request_id]
         return self.observer.add_tree(
             spec_decoding_stats,

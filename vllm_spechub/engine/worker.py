@@ -7,7 +7,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_spechub.config import TRITON_BACKEND
-from vllm_spechub.patches import apply_all, runner
+from vllm_spechub.patches import apply_all, ledger
 from vllm_spechub.summary import summarize
 
 logger = logging.getLogger("vllm.spechub")
@@ -17,7 +17,7 @@ class SpecHubWorker(Worker):
     """vLLM's GPU worker with trees."""
 
     def init_device(self) -> None:
-        apply_all(runner.PATCHES)
+        apply_all(ledger.WORKER)
         # The registry is each process's own; the configuration only names the entry.
         register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
         super().init_device()

@@ -3,7 +3,7 @@
 
 import functools
 
-from vllm_spechub.patches import Patch, metrics
+from vllm_spechub.patches import Patch
 
 
 def _init_speculator(original):
@@ -63,5 +63,4 @@ PATCHES = (
         until="vLLM lets plugins choose the model state",
         replace=_init_model_state,
     ),
-    *metrics.WORKER_PATCHES,
 )

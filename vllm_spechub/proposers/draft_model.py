@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneAR
 
 from vllm_spechub.attention.visibility import TreeAttnMetadata, TreeVisibility
 from vllm_spechub.drafting import DraftLevel, DraftState
+from vllm_spechub.engine.truncation import truncate
 from vllm_spechub.rules import VerificationRule
 
 
@@ -163,8 +164,16 @@ class DraftModelProposer(StandaloneARSpeculator):
         for depth, level in enumerate(self.draft_logits.levels):
             if depth > 0:
                 hidden = step.forward_level(depth, level)
+            logits = self.compute_draft_logits(hidden, depth)
+            if not dummy_run:
+                truncate(
+                    logits,
+                    self.model_state.sampling_states,
+                    input_batch.idx_mapping,
+                    input_batch.idx_mapping_np,
+                )
             self.rule.sample_children(
-                self.compute_draft_logits(hidden, depth),
+                logits,
                 level,
                 input_batch.idx_mapping,
                 step.root_positions,
