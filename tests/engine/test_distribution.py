@@ -30,13 +30,13 @@ def next_token(prefixes: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 def likely_prefixes(
-    prompt: list[int], params: SamplingParams, length: int
+    prompt: list[int], params: SamplingParams, length: int, law=next_token
 ) -> dict[tuple[int, ...], float]:
     """Every prefix of that many tokens whose probability is above FLOOR."""
     prefixes = {(): 1.0}
     for _ in range(length):
         rows = torch.tensor([[*prompt, *prefix] for prefix in prefixes])
-        probs = next_token(rows, params)
+        probs = law(rows, params)
         longer = {}
         for (prefix, mass), row in zip(prefixes.items(), probs, strict=True):
             joint = row * mass
@@ -46,10 +46,12 @@ def likely_prefixes(
     return prefixes
 
 
-def assert_prefixes_follow(output, prompt: list[int], params: SamplingParams) -> None:
+def assert_prefixes_follow(
+    output, prompt: list[int], params: SamplingParams, law=next_token
+) -> None:
     """Chi-square of the emitted prefixes of every length against the target's own law."""
     for length in LENGTHS:
-        expected = likely_prefixes(prompt, params, length)
+        expected = likely_prefixes(prompt, params, length, law)
         counts = Counter(tuple(sample.token_ids[:length]) for sample in output.outputs)
         observed = [counts[prefix] for prefix in expected]
         wanted = [mass * SAMPLES for mass in expected.values()]

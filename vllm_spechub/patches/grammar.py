@@ -54,20 +54,13 @@ def _get_grammar_bitmask(original):
     @functools.wraps(original)
     def get_grammar_bitmask(self, scheduler_output):
         from vllm_spechub.config import is_spechub
+        from vllm_spechub.engine import grammar
 
         output = original(self, scheduler_output)
         if output is not None and is_spechub(self.vllm_config):
-            drafts = scheduler_output.scheduled_spec_decode_tokens
-            known = zip(
-                output.structured_output_request_ids, output.num_acceptable_drafts, strict=True
-            )
-            unknown = {
-                request_id: len(drafts[request_id])
-                for request_id, num_known in known
-                if num_known == 0 and request_id in drafts
-            }
+            unseen = grammar.unseen_drafts(scheduler_output, output)
             invalid = scheduler_output.num_invalid_spec_tokens or {}
-            scheduler_output.num_invalid_spec_tokens = invalid | unknown
+            scheduler_output.num_invalid_spec_tokens = invalid | unseen
         return output
 
     return get_grammar_bitmask
