@@ -102,6 +102,9 @@ def server(plain, tmp_path_factory):
                 assert process.poll() is None, log.read_text()[-4000:]
                 assert time.monotonic() < give_up, log.read_text()[-4000:]
                 time.sleep(0.3)
+        started = log.read_text()
+        for line in ("verification  ordered", "binary:3: 14 nodes, depth 3", "├─ 1", "draft rows"):
+            assert line in started
         yield address
         assert process.poll() is None, log.read_text()[-4000:]
     finally:
@@ -136,7 +139,13 @@ def test_greedy_texts_in_parallel(client, server, plain):
     assert [answer.choices[0].text for answer in answers] == plain[: len(PROMPTS)]
     assert all(answer.usage.completion_tokens == MAX_TOKENS for answer in answers)
     assert metric(server, r"vllm:spec_decode_num_drafts_total\b") > 0
-    assert metric(server, r"vllm:spec_decode_num_accepted_tokens_total\b") > 0
+    accepted = metric(server, r"vllm:spec_decode_num_accepted_tokens_total\b")
+    assert accepted > 0
+    # a tree's own figures reach the server's process
+    assert metric(server, r"vllm:spechub_num_accepted_tokens_per_slot_total\b") == accepted
+    drafts = metric(server, r"vllm:spec_decode_num_drafts_total\b")
+    assert metric(server, r"vllm:spechub_emitted_tokens_count\b") == drafts
+    assert metric(server, r'vllm:spechub_steps_total.*width="14"') > 0
 
 
 def test_streaming_equals_the_whole_answer(client, plain):
@@ -179,6 +188,14 @@ def test_a_client_that_leaves_is_forgotten(client, server, plain):
     assert metric(server, tokens) - before < 8 * 240
 
 
+def test_what_vllm_refuses_under_speculation(client):
+    """min_p and logit_bias are served, and do what they say."""
+    certain = complete(client, temperature=1, seed=1, extra_body={"min_p": 1.0})
+    assert certain.choices[0].text == complete(client).choices[0].text
+    token = complete(client, max_tokens=1, logprobs=0, logit_bias={"289": 100}).choices[0]
+    assert token.text == " self"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -186,8 +203,7 @@ def test_a_client_that_leaves_is_forgotten(client, server, plain):
         ({"max_tokens": 1000}, "max_tokens|maximum context length"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 3}, "top_p"),
-        ({"temperature": 1, "extra_body": {"min_p": 0.2}}, "min_p and logit_bias"),
-        ({"logit_bias": {"40": 3}}, "min_p and logit_bias"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias with 1025 tokens"),
         ({"extra_body": {"structured_outputs": {"regex": "(["}}}, "(?i)regex|grammar"),
     ],
 )

@@ -53,7 +53,7 @@ class DraftState:
         self.tree = tree
         # [max_num_reqs, num_nodes], node i in column i - 1
         self.tokens = torch.zeros(max_num_reqs, tree.num_nodes, dtype=torch.int64, device=device)
-        # [max_num_reqs, num_internal, vocab_size], before temperature
+        # [max_num_reqs, num_internal, vocab_size], truncated, before temperature
         self.logits = torch.zeros(
             max_num_reqs, num_internal, vocab_size, dtype=dtype, device=device
         )

@@ -113,7 +113,8 @@ for parser in (EndsAtToken, EndsAtPunctuation, EndsAtTwoTokens, EndsWithContent)
 def manager(backend, tree=None, parser=""):
     """vLLM's manager, over trees if one is given."""
     spec = {"method": "spechub", "model": DRAFT, "tree": tree} if tree else None
-    options = {"backend": backend, "reasoning_parser": parser, "disable_any_whitespace": True}
+    options = {"backend": backend, "reasoning_parser": parser}
+    options["disable_any_whitespace"] = backend != "outlines"  # which does not take it
     args = EngineArgs(
         TARGET, max_model_len=128, structured_outputs_config=options, speculative_config=spec
     )

@@ -6,14 +6,22 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import PROMPTS, engine, greedy_params, reference_model, spec_metrics, token_ids
+from conftest import (
+    PROMPTS,
+    engine,
+    greedy_params,
+    recorded_nodes,
+    reference_model,
+    request_of,
+    spec_metrics,
+    token_ids,
+)
 from grammars import GRAMMARS, TOKENIZER, EndsAtPunctuation, Oracle, allowed
 from test_distribution import LENGTHS, SAMPLES, assert_prefixes_follow, next_token
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_spechub.engine import grammar
-from vllm_spechub.engine.sampler import TreeRejectionSampler
 
 IRREGULAR = [0, 0, 0, 1, 1, 2, 4, 4, 4, 4, 6, 11]
 WIDE = r"[a-z_. ()\[\]\n]{40}"
@@ -51,8 +59,9 @@ def with_grammars(backend, parser="", **options):
     return options | {"structured_outputs_config": config}
 
 
-def metric(llm, name):
-    return sum(m.value for m in llm.get_metrics() if m.name == name)
+def grammar_fallbacks(llm):
+    metrics = [m for m in llm.get_metrics() if m.name == "vllm:spechub_fallback_steps"]
+    return sum(m.value for m in metrics if m.labels["reason"] == "grammar")
 
 
 @cache
@@ -93,7 +102,7 @@ def test_greedy_tokens(backend, tree, options, monkeypatch):
         prompts, params = mixed()
         answers = token_ids(llm.generate(prompts[1::2], params[1::2], use_tqdm=False))
         after = spec_metrics(llm)
-        assert metric(llm, "vllm:spechub_fallback_steps") == 0
+        assert grammar_fallbacks(llm) == 0
     assert answers == expected[1::2]
     drafts, accepted = (
         after[name] - before[name] for name in ("num_drafts", "num_accepted_tokens")
@@ -113,39 +122,25 @@ def test_asynchronous_scheduling(budget, request):
         core = llm.llm_engine.engine_core.engine_core
         assert type(core.scheduler).__name__ == "AsyncScheduler"
         assert token_ids(llm.generate(*mixed(), use_tqdm=False)) == expected
-        fallbacks = metric(llm, "vllm:spechub_fallback_steps")
+        fallbacks = grammar_fallbacks(llm)
         metrics = spec_metrics(llm)
     assert metrics["num_accepted_tokens"] > 0.3 * metrics["num_drafts"]
     assert (fallbacks > 0) == (budget == 41)
 
 
-def test_rows(monkeypatch):
+def test_rows():
     """Every node's logits, masked, equal those of plain decoding of its path."""
-    rows = []
-    process = TreeRejectionSampler.process
-
-    def spy(self, logits, batch):
-        for r, req_id in enumerate(batch.req_ids):
-            start, end = batch.cu_num_logits_np[r : r + 2]
-            tokens = batch.input_ids[batch.logits_indices[start:end]].tolist()
-            root = int(batch.positions[batch.logits_indices[start]])
-            for node in range(end - start):
-                path = [tokens[i] for i in self.tree.paths[node][1:]]
-                rows.append((req_id, root, path, logits[start + node].clone()))
-        return process(self, logits, batch)
-
-    monkeypatch.setattr(TreeRejectionSampler, "process", spy)
-    with engine("binary:3", **with_grammars("xgrammar")) as llm:
+    with recorded_nodes() as nodes, engine("binary:3", **with_grammars("xgrammar")) as llm:
         params = [constrained(constraint) for constraint in CONSTRAINTS]
         outputs = llm.generate(PROMPTS, params, use_tqdm=False)
-    by_request = {output.request_id: output for output in outputs}
+    by_request = {output.request_id: i for i, output in enumerate(outputs)}
     oracles = [Oracle("xgrammar", constraint, stop=()) for constraint in CONSTRAINTS]
     checked = forbidden = 0
-    for req_id, root, path, logits in rows[::5]:
-        output = by_request[req_id.split("-")[0]]
-        which = outputs.index(output)
+    for node in nodes[::5]:
+        which = by_request[request_of(node.req_id)]
+        output, path = outputs[which], node.path_tokens
         prompt = output.prompt_token_ids
-        text = [*prompt, *output.outputs[0].token_ids][: root + 1]
+        text = [*prompt, *output.outputs[0].token_ids][: node.root_position + 1]
         emitted = [*text[len(prompt) :], *path]
         firsts = range(len(emitted) - len(path), len(emitted))
         if any(emitted[i] not in allowed(oracles[which](emitted[:i])) for i in firsts):
@@ -155,7 +150,7 @@ def test_rows(monkeypatch):
         may_follow = allowed(oracles[which](emitted))
         mask = torch.full_like(expected, -torch.inf)
         mask[may_follow] = 0
-        torch.testing.assert_close(logits, expected + mask, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(node.logits, expected + mask, atol=2e-4, rtol=1e-4)
         checked += len(may_follow) < len(expected)
     assert checked > 40
     assert forbidden > 20
@@ -170,14 +165,13 @@ def test_prefixes_follow_the_masked_target(tree, verification, backend):
     regex = {"regex": r"[a-z_. ()\[\]]{9}"}
     oracle = Oracle(backend, regex, stop=())
 
-    def law(prefixes, params):
+    def law(prompt, prefixes, params):
         mask = torch.full((len(prefixes), len(TOKENIZER)), -torch.inf, dtype=torch.double)
-        for row, prefix in zip(mask, prefixes.tolist(), strict=True):
-            row[allowed(oracle(prefix[len(prompt) :]))] = 0
-        logits = reference_model()(input_ids=prefixes).logits[:, -1].double()
-        return (logits / params.temperature + mask).softmax(-1)
+        for row, prefix in zip(mask, prefixes, strict=True):
+            row[allowed(oracle(prefix))] = 0
+        return (next_token(prompt, prefixes, params).log() + mask).softmax(-1)
 
-    plain_law = next_token(torch.tensor([prompt]), SamplingParams(temperature=1.0))
+    plain_law = next_token(prompt, [()], SamplingParams(temperature=1.0))
     assert plain_law[0, allowed(oracle([]))].sum() < 0.6  # much is forbidden
     structured = StructuredOutputsParams(**regex)
     params = SamplingParams(n=SAMPLES, max_tokens=LENGTHS[-1], structured_outputs=structured)

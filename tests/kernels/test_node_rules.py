@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_spechub.triton_kernels.verification.reference import draft_law, node_outcome
+from vllm_spechub.triton_kernels.verification.node_rules import draft_law, node_outcome
 
 TOLERANCE = 1e-12
 
@@ -37,7 +37,7 @@ def log(probs: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.log(probs))
 
 
-def enumerate_drafts(q: np.ndarray, k: int, ordered: bool, greedy: bool = False) -> Drafts:
+def enumerate_drafts(q: np.ndarray, k: int, rule: str, greedy: bool = False) -> Drafts:
     vocab_size = len(q)
     ranked = sorted(range(vocab_size), key=lambda token: (-q[token], token))
     hubs, others = ranked[: k - 1], ranked[k - 1 :]
@@ -52,7 +52,7 @@ def enumerate_drafts(q: np.ndarray, k: int, ordered: bool, greedy: bool = False)
 
     rows = []
     for x in others:
-        if not ordered:
+        if rule == "unordered":
             rows.append((w[x], [*hubs, x], k - 1))
             continue
         # Without hubs the only label is the sampled child, whatever q's total.
@@ -70,13 +70,13 @@ def enumerate_drafts(q: np.ndarray, k: int, ordered: bool, greedy: bool = False)
     )
 
 
-def outcomes(p, q, drafts, ordered, greedy=False, dtype=torch.float64):
+def outcomes(p, q, drafts, rule, greedy=False, dtype=torch.float64):
     num_drafts = len(drafts.prob)
     temperature = torch.full((num_drafts,), 0.0 if greedy else 1.0, dtype=dtype)
     logits = log(q).to(dtype).expand(num_drafts, -1)
-    law = draft_law(logits, temperature, drafts.children, drafts.sample_slot)
+    law = draft_law(logits, temperature, drafts.children, drafts.sample_slot, rule=rule)
     target = torch.from_numpy(p).to(dtype).expand(num_drafts, -1)
-    return node_outcome(target, law, drafts.children, drafts.sample_slot, ordered=ordered)
+    return node_outcome(target, law, drafts.children, drafts.sample_slot, rule=rule)
 
 
 def emitted(drafts: Drafts, outcome, vocab_size: int) -> tuple[np.ndarray, float]:
@@ -90,10 +90,10 @@ def emitted(drafts: Drafts, outcome, vocab_size: int) -> tuple[np.ndarray, float
     return law.numpy(), accepted.sum().item()
 
 
-def check_node(p, q, k, ordered, greedy=False):
-    drafts = enumerate_drafts(q, k, ordered, greedy)
+def check_node(p, q, k, rule, greedy=False):
+    drafts = enumerate_drafts(q, k, rule, greedy)
     assert drafts.prob.sum().item() == pytest.approx(1.0, abs=TOLERANCE)
-    outcome = outcomes(p, q, drafts, ordered, greedy)
+    outcome = outcomes(p, q, drafts, rule, greedy)
     assert (outcome.accept >= 0).all()
     assert (outcome.reject >= 0).all()
     total = outcome.accept.sum(dim=1) + outcome.reject
@@ -130,24 +130,24 @@ def special_laws(vocab_size: int) -> list[np.ndarray]:
 CASES = [(vocab_size, k) for vocab_size in range(3, 7) for k in range(1, min(vocab_size, 4) + 1)]
 
 
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("rule", ["unordered", "ordered"])
 @pytest.mark.parametrize(("vocab_size", "k"), CASES)
-def test_special_laws(vocab_size, k, ordered):
+def test_special_laws(vocab_size, k, rule):
     for p, q in itertools.product(special_laws(vocab_size), repeat=2):
-        check_node(p, q, k, ordered)
+        check_node(p, q, k, rule)
 
 
 @pytest.mark.parametrize("greedy", [False, True])
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("rule", ["unordered", "ordered"])
 @pytest.mark.parametrize(("vocab_size", "k"), CASES)
-def test_random_laws(vocab_size, k, ordered, greedy):
+def test_random_laws(vocab_size, k, rule, greedy):
     generator = np.random.default_rng(vocab_size * 10 + k)
     for _ in range(25):
         p, q = generator.dirichlet(np.full(vocab_size, generator.choice([0.2, 1, 5])), size=2)
         for law in (p, q):
             law[generator.random(vocab_size) < 0.2] = 0.0
         if p.sum() > 0 and q.sum() > 0:
-            check_node(normalised(p), normalised(q), k, ordered, greedy)
+            check_node(normalised(p), normalised(q), k, rule, greedy)
 
 
 @pytest.mark.parametrize("k", [2, 3, 4])
@@ -156,8 +156,8 @@ def test_ordered_first_slot(k):
     generator = np.random.default_rng(k)
     for _ in range(50):
         p, q = generator.dirichlet(np.ones(6), size=2)
-        drafts = enumerate_drafts(q, k, ordered=True)
-        outcome = outcomes(p, q, drafts, ordered=True)
+        drafts = enumerate_drafts(q, k, rule="ordered")
+        outcome = outcomes(p, q, drafts, rule="ordered")
         first = (drafts.prob * outcome.accept[:, 0]).sum().item()
         hub_mass = q[drafts.hubs].sum()
         off_hub = np.ones(6, dtype=bool)
@@ -169,16 +169,16 @@ def test_ordered_first_slot(k):
         assert first == pytest.approx(expected, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("rule", ["unordered", "ordered"])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_float32_has_no_nan_and_no_impossible_outcome(k, ordered):
+def test_float32_has_no_nan_and_no_impossible_outcome(k, rule):
     """Target equal to the draft, confident drafts, vanishing tails: weights stay usable."""
     vocab_size = 6
     laws = special_laws(vocab_size)
     laws += [normalised(np.exp(-s * np.arange(vocab_size))) for s in (1.0, 10.0, 40.0, 150.0)]
     for p, q in itertools.product(laws, repeat=2):
-        drafts = enumerate_drafts(q, k, ordered)
-        outcome = outcomes(p, q, drafts, ordered, dtype=torch.float32)
+        drafts = enumerate_drafts(q, k, rule)
+        outcome = outcomes(p, q, drafts, rule, dtype=torch.float32)
         weights = torch.cat([outcome.accept, outcome.reject.unsqueeze(1)], dim=1)
         assert (weights >= 0).all()
         torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(weights)), rtol=0, atol=1e-6)
@@ -208,9 +208,9 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("rule", ["unordered", "ordered"])
 @pytest.mark.parametrize("name", TREES)
-def test_whole_tree(name, ordered):
+def test_whole_tree(name, rule):
     """Prefixes of three tokens, when the laws differ at every node."""
     vocab_size, length = 3, 3
     generator = np.random.default_rng(7)
@@ -230,8 +230,8 @@ def test_whole_tree(name, ordered):
             plain(context, prob, result)
             return
         p, q = target[context], draft[context]
-        drafts = enumerate_drafts(q, len(node.children), ordered)
-        outcome = outcomes(p, q, drafts, ordered)
+        drafts = enumerate_drafts(q, len(node.children), rule)
+        outcome = outcomes(p, q, drafts, rule)
         for row, draft_prob in enumerate(drafts.prob.tolist()):
             for slot, child in enumerate(node.children):
                 token = drafts.children[row, slot].item()

@@ -167,15 +167,20 @@ def assert_close(reference: torch.Tensor, candidate: torch.Tensor) -> None:
     assert ratio < RATIO[reference.dtype], f"error ratio {ratio:.2e}"
 
 
-def naive(batch: Batch, row: int, head: int) -> torch.Tensor:
+def naive(batch: Batch, row: int, head: int, window: int = 10**6) -> torch.Tensor:
     """One output row from the definition, key by key."""
     req = int((batch.query_start_loc <= row).sum()) - 1
     block_size, num_kv_heads, head_size = batch.key_cache.shape[1:]
     kv_head = head * num_kv_heads // batch.query.shape[1]
     until, mask = int(batch.visible_until[row]), int(batch.tree_mask[row]) % (1 << 64)
+    ancestors = [bit for bit in range(64) if mask >> bit & 1]
+    position = until - 1 + len(ancestors)
     scores, values = [], []
     for s in range(int(batch.seq_lens[req])):
-        if s < until or (0 <= s - until < 64 and mask >> (s - until) & 1):
+        if s < until or s - until in ancestors:
+            depth_position = s if s < until else until + ancestors.index(s - until)
+            if position - depth_position >= window:
+                continue
             slot = batch.block_table[req, s // block_size], s % block_size, kv_head
             scores.append(batch.query[row, head] @ batch.key_cache[slot] * head_size**-0.5)
             values.append(batch.value_cache[slot])
@@ -303,6 +308,56 @@ def test_softcap():
     assert not torch.allclose(reference, batch.run(tree_attention_reference), atol=1e-2)
 
 
+def long_requests() -> list[tuple[int, list[tuple[int, int]]]]:
+    """Trees and causal rows, some of whose windows begin in the middle of a block."""
+    return [
+        (75 + 15, tree_rows(75, binary_parents(14))),
+        (40 + 6, tree_rows(40, [0, 1, 2, 3, 4])),
+        (3 + 5, tree_rows(3, binary_parents(4))),
+        (70, causal_rows(70, 70)),
+        (90, [(CAUSAL, 0)]),
+        (60, causal_rows(53, 5) + tree_rows(53, binary_parents(6))),
+    ]
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 16, 33, 500])
+def test_window_counts_depths(window):
+    batch = make_batch(long_requests())
+    reference = batch.run(tree_attention, window=window)
+    used = int(batch.query_start_loc[-1])
+    for num_splits in (1, 4):
+        output = batch.run(tree_attention_triton, num_splits=num_splits, window=window)
+        assert_close(reference[:used], output[:used])
+        assert (output[used:] == 7.0).all()
+    batch.visible_until[used - 13] = 90  # the one sentinel, as `naive` needs it
+    for row in range(used):
+        torch.testing.assert_close(reference[row, 1], naive(batch, row, 1, window))
+
+
+def test_window_reaches_over_all_64_nodes():
+    chain, star = tree_rows(20, list(range(63))), tree_rows(20, [0] * 63)
+    batch = make_batch([(84, chain), (84, star)], padding=0)
+    for window in (2, 40, 63, 64, 70):
+        output = batch.run(tree_attention_triton, num_splits=1, window=window)
+        assert_close(batch.run(tree_attention_reference, window=window), output)
+
+
+@pytest.mark.parametrize(
+    "attend", [tree_attention_triton, partial(tree_attention_triton, num_splits=4)]
+)
+def test_blocks_before_every_window_are_not_read(attend):
+    """vLLM frees them, and their place in the table points at a block that holds anything."""
+    requests = [(90 + 7, tree_rows(90, binary_parents(6))), (90, causal_rows(90, 3))]
+    batch = make_batch(requests, padding=0)
+    expected = batch.run(attend, window=20)
+    assert expected.isfinite().all()
+    for req, first in ((0, 90), (1, 87)):
+        for block in range((first - 19) // 16):
+            batch.key_cache[batch.block_table[req, block]] = float("nan")
+            batch.value_cache[batch.block_table[req, block]] = float("nan")
+    assert torch.equal(batch.run(attend, window=20), expected)
+
+
 def test_any_split_fits_the_launch():
     """A graph captured for one split of the tokens replays another: `max_query_len` only tunes."""
     batch = make_batch(mixed_requests())
@@ -353,7 +408,9 @@ def test_bad_arguments_are_named(name, change):
 TRITON_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def attention_job(dtype, head_size, group_size, max_query_len, num_splits=1, softcap=False):
+def attention_job(
+    dtype, head_size, group_size, max_query_len, num_splits=1, softcap=False, window=False
+):
     """Signature, constexprs and options as `tree_attention_triton` launches."""
     config = launch_config(dtype, head_size, group_size, max_query_len)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
@@ -365,6 +422,7 @@ def attention_job(dtype, head_size, group_size, max_query_len, num_splits=1, sof
         "BLOCK_Q": config["BLOCK_M"] // group_size,
         "NUM_SPLITS": num_splits,
         "USE_SOFTCAP": softcap,
+        "USE_WINDOW": window,
         **config,
     }
     # At run time the launcher sees that these are multiples of 16; known values stand in for that.
@@ -387,7 +445,7 @@ def attention_job(dtype, head_size, group_size, max_query_len, num_splits=1, sof
     signature = {
         name: "i32"
         for name in _tree_attention_kernel.arg_names
-        if (name.endswith("_stride") or name == "num_reqs") and name not in constexprs
+        if (name.endswith("_stride") or name in ("num_reqs", "window")) and name not in constexprs
     }
     signature |= dict.fromkeys(("query_ptr", "key_cache_ptr", "value_cache_ptr"), f"*{kind}")
     signature |= dict.fromkeys(
@@ -410,23 +468,24 @@ def test_compiles_ahead_of_time(compile_for, dtype, capability):
 
 @pytest.mark.parametrize("dtype", list(TRITON_TYPE))
 @pytest.mark.parametrize(
-    ("head_size", "group_size", "max_query_len", "num_splits", "softcap"),
+    ("head_size", "group_size", "max_query_len", "num_splits", "softcap", "window"),
     [
-        (64, 1, 1, 8, False),
-        (64, 4, 31, 1, False),
-        (80, 1, 64, 1, False),
-        (128, 4, 15, 8, False),
-        (128, 8, 1, 8, False),
-        (128, 4, 512, 1, True),
-        (256, 2, 15, 8, False),
-        (256, 2, 512, 1, False),
+        (64, 1, 1, 8, False, False),
+        (64, 4, 31, 1, False, False),
+        (80, 1, 64, 1, False, False),
+        (128, 4, 15, 8, False, False),
+        (128, 4, 15, 8, False, True),
+        (128, 8, 1, 8, False, False),
+        (128, 4, 512, 1, True, False),
+        (256, 2, 15, 8, False, False),
+        (256, 2, 512, 1, False, True),
     ],
 )
 def test_nothing_spills_on_hopper(
-    compile_for, dtype, head_size, group_size, max_query_len, num_splits, softcap
+    compile_for, dtype, head_size, group_size, max_query_len, num_splits, softcap, window
 ):
     signature, constexprs, options = attention_job(
-        dtype, head_size, group_size, max_query_len, num_splits, softcap
+        dtype, head_size, group_size, max_query_len, num_splits, softcap, window
     )
     resources = compile_for(_tree_attention_kernel, signature, constexprs, 90, **options)
     print(f"{dtype} head {head_size} group {group_size}: {resources}")

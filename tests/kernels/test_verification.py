@@ -21,7 +21,7 @@ def on(device: str, arguments: list) -> list:
 
 
 def make_case(
-    tree: Tree, vocab_size: int, ordered: bool, dtype: torch.dtype, num_reqs: int = 7
+    tree: Tree, vocab_size: int, rule: str, dtype: torch.dtype, num_reqs: int = 7
 ) -> tuple[list, dict]:
     """Arguments with every temperature, ties, masked tokens, and truncated trees."""
     generator = torch.Generator().manual_seed(vocab_size)
@@ -52,7 +52,7 @@ def make_case(
         torch.arange(num_reqs) * 1000 - 3,
         req_idx,
         torch.arange(num_reqs) + 50,
-        ordered,
+        rule,
     )
     for request in range(num_reqs):
         start = int(row_start[request])
@@ -77,7 +77,7 @@ def make_case(
         tree.num_children,
         tree.internal_index,
     ]
-    return arguments, {"max_depth": tree.max_depth, "ordered": ordered}
+    return arguments, {"max_depth": tree.max_depth, "rule": rule}
 
 
 def assert_equal(actual, expected) -> None:
@@ -86,7 +86,7 @@ def assert_equal(actual, expected) -> None:
         assert torch.equal(value.cpu(), reference)
 
 
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("rule", ["unordered", "ordered"])
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize(
     ("vocab_size", "block_size", "dtype"),
@@ -97,9 +97,9 @@ def assert_equal(actual, expected) -> None:
         (1030, 2048, torch.float32),
     ],
 )
-def test_kernel_equals_reference(monkeypatch, device, vocab_size, block_size, dtype, name, ordered):
+def test_kernel_equals_reference(monkeypatch, device, vocab_size, block_size, dtype, name, rule):
     monkeypatch.setattr(kernel, "BLOCK_SIZE", block_size)
-    arguments, options = make_case(TREES[name], vocab_size, ordered, dtype)
+    arguments, options = make_case(TREES[name], vocab_size, rule, dtype)
     expected = verify_tree(*arguments, **options)
     assert_equal(kernel.verify_tree(*on(device, arguments), **options), expected)
     tokens, num_emitted, path = expected
@@ -120,7 +120,7 @@ def test_kernel_equals_reference(monkeypatch, device, vocab_size, block_size, dt
 
 
 def test_strides(device):
-    arguments, options = make_case(BINARY, 63, True, torch.float32)
+    arguments, options = make_case(BINARY, 63, "ordered", torch.float32)
     expected = verify_tree(*arguments, **options)
     rows, draft_logits, slots = arguments[0], arguments[4], arguments[5]
     nan = float("nan")
@@ -138,7 +138,7 @@ def test_strides(device):
 def test_offsets_beyond_32_bits(device):
     if device != "cpu":
         pytest.skip("needs memory that is reserved but not used")
-    arguments, options = make_case(Tree([2, 0, 0]), 8, True, torch.bfloat16)
+    arguments, options = make_case(Tree([2, 0, 0]), 8, "ordered", torch.bfloat16)
     expected = verify_tree(*arguments, **options)
     rows = arguments[0]
     arguments[0] = huge_rows(len(rows), 2**28 + 16, 8).copy_(rows)
@@ -147,11 +147,11 @@ def test_offsets_beyond_32_bits(device):
     assert_equal(kernel.verify_tree(*arguments, **options), expected)
 
 
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("rule", ["unordered", "ordered"])
 @pytest.mark.parametrize("name", TREES)
-def test_greedy_follows_the_argmax(name, ordered):
+def test_greedy_follows_the_argmax(name, rule):
     tree = TREES[name]
-    arguments, options = make_case(tree, 30, ordered, torch.bfloat16, num_reqs=21)
+    arguments, options = make_case(tree, 30, rule, torch.bfloat16, num_reqs=21)
     arguments[7] = torch.zeros(21)
     tokens, num_emitted, path = verify_tree(*arguments, **options)
     for request in range(21):
@@ -178,7 +178,7 @@ VOCAB_SIZE, LENGTH = 4, 3
 
 def run_markov(
     tree: Tree,
-    ordered: bool,
+    rule: str,
     # [vocab_size, vocab_size]: next-token logits by token
     target: torch.Tensor,
     draft: torch.Tensor,
@@ -200,7 +200,7 @@ def run_markov(
         seeds,
         req_idx,
         positions,
-        ordered,
+        rule,
     )
     num_rows = len(tree.counts)
     tokens, num_emitted, _ = verify_tree(
@@ -220,7 +220,7 @@ def run_markov(
         tree.num_children,
         tree.internal_index,
         max_depth=tree.max_depth,
-        ordered=ordered,
+        rule=rule,
     )
     return tokens, num_emitted, drafted
 
@@ -258,9 +258,9 @@ STATISTICAL_TREES = {
 
 
 @pytest.mark.parametrize("draft_temperature", [1.0, 0.0, 0.4])
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("rule", ["unordered", "ordered"])
 @pytest.mark.parametrize("name", STATISTICAL_TREES)
-def test_lossless(name, ordered, draft_temperature):
+def test_lossless(name, rule, draft_temperature):
     """Three-token sequences follow the target; the first token is accepted at the optimal rate."""
     count = 20_000
     generator = torch.Generator().manual_seed(3)
@@ -270,7 +270,7 @@ def test_lossless(name, ordered, draft_temperature):
     target[2, 3] = -torch.inf
     tree = STATISTICAL_TREES[name]
     tokens, num_emitted, _ = run_markov(
-        tree, ordered, target, draft, count, draft_temperature, 5 if name == "truncated" else None
+        tree, rule, target, draft, count, draft_temperature, 5 if name == "truncated" else None
     )
     probs = torch.softmax(target.double(), dim=1)
     sequences = extend(tokens, num_emitted, probs)
@@ -298,17 +298,17 @@ def test_lossless(name, ordered, draft_temperature):
     assert stats.binomtest(accepted, count, min(alpha, 1.0)).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("ordered", [False, True])
-def test_equal_laws_accept(ordered):
+@pytest.mark.parametrize("rule", ["unordered", "ordered"])
+def test_equal_laws_accept(rule):
     """An only child drafted from the target's own law is accepted, but for rounding."""
     logits = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(1)) * 3
-    _, num_emitted, _ = run_markov(Tree([1, 1, 0]), ordered, logits, logits, 5_000)
+    _, num_emitted, _ = run_markov(Tree([1, 1, 0]), rule, logits, logits, 5_000)
     assert (num_emitted == 3).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("implementation", ["reference", "kernel"])
-@pytest.mark.parametrize("ordered", [False, True])
-def test_ruled_out_tokens_are_never_emitted(device, implementation, ordered):
+@pytest.mark.parametrize("rule", ["unordered", "ordered"])
+def test_ruled_out_tokens_are_never_emitted(device, implementation, rule):
     """The target is certain; the draft too in float32, but its improbable child gets drafted."""
     vocab_size, count = 8, 32
     rows = torch.full((count * 2, vocab_size), -torch.inf)
@@ -332,11 +332,9 @@ def test_ruled_out_tokens_are_never_emitted(device, implementation, ordered):
         torch.tensor([0, -1], dtype=torch.int32),
     ]
     if implementation == "kernel":
-        tokens, num_emitted, _ = kernel.verify_tree(
-            *on(device, arguments), max_depth=1, ordered=ordered
-        )
+        tokens, num_emitted, _ = kernel.verify_tree(*on(device, arguments), max_depth=1, rule=rule)
     else:
-        tokens, num_emitted, _ = verify_tree(*arguments, max_depth=1, ordered=ordered)
+        tokens, num_emitted, _ = verify_tree(*arguments, max_depth=1, rule=rule)
     assert (tokens[:, 0] == 3).all()
     assert (num_emitted == 1).all()
 
@@ -361,7 +359,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "row_start"])
 def test_wrong_shapes_are_named(name):
-    arguments, options = make_case(CHAIN, 9, False, torch.float32)
+    arguments, options = make_case(CHAIN, 9, "unordered", torch.float32)
     named = dict(zip(NAMES, arguments, strict=True))
     named[name] = named[name][..., :-1]
     # These two set the length that others are compared with.
@@ -371,7 +369,7 @@ def test_wrong_shapes_are_named(name):
 
 
 def test_no_requests(device):
-    arguments, options = make_case(BINARY, 9, True, torch.float32)
+    arguments, options = make_case(BINARY, 9, "ordered", torch.float32)
     for position in (1, 2, 6, 10):
         arguments[position] = arguments[position][:0]
     for implementation, where in ((verify_tree, "cpu"), (kernel.verify_tree, device)):

@@ -32,6 +32,7 @@ def tree_attention(
     scale: float,
     max_query_len: int,
     softcap: float = 0.0,
+    window: int = 0,
 ) -> None:
     """Attend every query token to the keys it may see and write the result into `output`.
 
@@ -42,6 +43,10 @@ def tree_attention(
     `visible_until = r` and a mask of its ancestors and itself, bit `i` standing for node `i`.
     `visible_until = CAUSAL` marks an ordinary token whose position follows from its place in the
     request; its mask is ignored.
+
+    A sliding window counts positions, which in a tree are depths: a token at position `p` sees no
+    key at a position of `p - window` or before. An ordinary token's position is its place in the
+    sequence, a tree node's is the root's plus its depth, one less than the bits of its mask.
 
     Args:
         query: bf16, fp16 or fp32, last dimension contiguous.
@@ -59,6 +64,8 @@ def tree_attention(
         max_query_len: longest request of the batch. It only tunes the launch, so that a CUDA
             graph may replay any split of its tokens into requests.
         softcap: `c` in `c * tanh(score / c)`; 0 turns it off.
+        window: how many positions a token sees, its own included; 0 stands for all. Blocks
+            before every token's window are not read.
 
     Raises:
         ValueError: a shape, dtype or stride does not fit; the message names the argument.
@@ -112,4 +119,5 @@ def tree_attention(
         scale,
         max_query_len,
         softcap,
+        window,
     )

@@ -24,6 +24,21 @@ def _bitwise_or(left, right):
 
 
 @triton.jit
+def _count_bits(
+    # any shape, int64
+    bits,
+):
+    """How many bits are set. Shifts repeat the sign bit; what it reaches is masked off."""
+    bits = bits - ((bits >> 1) & 0x5555555555555555)
+    bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
+    bits += bits >> 8
+    bits += bits >> 16
+    bits += bits >> 32
+    return (bits & 0x7F).to(tl.int32)
+
+
+@triton.jit
 def _find_request(
     # [num_reqs + 1]
     query_start_loc_ptr,
@@ -62,11 +77,14 @@ def _attend_tile(
     until,
     # [BLOCK_M]
     mask,
+    # [BLOCK_M], the first key in each row's window
+    first_visible,
     key_cache_ptr,
     value_cache_ptr,
     # [max_num_blocks], this request's row
     block_row_ptr,
     tile_start,
+    key_begin,
     key_end,
     plain_end,
     tree_root,
@@ -84,6 +102,7 @@ def _attend_tile(
     HEAD_PADDED: tl.constexpr,
     TILE: tl.constexpr,
     USE_SOFTCAP: tl.constexpr,
+    USE_WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Fold the keys `tile_start .. tile_start + TILE` into the running softmax."""
@@ -96,6 +115,8 @@ def _attend_tile(
         in_tree = (root_distance >= 0) & (root_distance < 64)
         in_tree = in_tree & (((tree_union >> (root_distance & 63).to(tl.int64)) & 1) == 1)
         key_mask = ((keys_at < plain_end) | in_tree) & (keys_at < key_end)
+        if USE_WINDOW:
+            key_mask = key_mask & (keys_at >= key_begin)
         block = tl.load(block_row_ptr + keys_at // BLOCK_SIZE, mask=key_mask, other=0)
         load_mask = key_mask[:, None] & dim_mask[None, :]
     else:
@@ -123,6 +144,8 @@ def _attend_tile(
         # The shift must stay in 0..63 also where the bit is not used.
         bit = (mask[:, None] >> (node & 63).to(tl.int64)) & 1
         visible = ((node < 0) | ((node < 64) & (bit == 1))) & key_mask[None, :]
+        if USE_WINDOW:
+            visible = visible & (keys_at[None, :] >= first_visible[:, None])
         scores = tl.where(visible, scores, float("-inf"))
 
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
@@ -166,6 +189,7 @@ def _tree_attention_kernel(
     tree_mask_ptr,
     qk_scale,
     softcap,
+    window,
     num_reqs,
     block_table_stride,
     query_token_stride,
@@ -192,6 +216,7 @@ def _tree_attention_kernel(
     TILE: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     USE_SOFTCAP: tl.constexpr,
+    USE_WINDOW: tl.constexpr,
 ):
     """Grid: (query blocks upper bound, num_kv_heads, NUM_SPLITS)."""
     query_block = tl.program_id(0)
@@ -229,6 +254,17 @@ def _tree_attention_kernel(
     is_causal = until < 0
     until = tl.where(is_causal, seq_len - query_len + token_in_req + 1, until)
     mask = tl.where(is_causal, 0, mask)
+    first_visible = tl.zeros([BLOCK_M], tl.int32)
+    key_begin = 0
+    if USE_WINDOW:
+        num_ancestors = _count_bits(mask)
+        first_visible = tl.maximum(until + num_ancestors - window, 0)
+        key_begin = tl.min(tl.where(row_mask, first_visible, seq_len), axis=0)
+        # The highest ancestors fall out of a window that is smaller than the tree is deep.
+        outside = num_ancestors - window
+        for _ in range(0, tl.maximum(tl.max(outside, axis=0), 0)):
+            mask = tl.where(outside > 0, mask & (mask - 1), mask)
+            outside -= 1
     # Rows of padding see nothing, and must not bound what the others share either.
     furthest = tl.where(row_mask, tl.where(mask == 0, until, until + 64), 0)
     key_end = tl.minimum(seq_len, tl.max(furthest, axis=0))
@@ -242,11 +278,14 @@ def _tree_attention_kernel(
     tree_union = tl.reduce(mask, 0, _bitwise_or)
     plain_end = tl.where(tree_root < last_root, key_end, plain_end)
 
-    num_tiles = (key_end + TILE - 1) // TILE
-    tiles_per_split = (num_tiles + NUM_SPLITS - 1) // NUM_SPLITS
-    first_tile = split * tiles_per_split
-    last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)
+    begin_tile = key_begin // TILE
+    end_tile = (key_end + TILE - 1) // TILE
+    tiles_per_split = (tl.maximum(end_tile - begin_tile, 0) + NUM_SPLITS - 1) // NUM_SPLITS
+    first_tile = begin_tile + split * tiles_per_split
+    last_tile = tl.minimum(first_tile + tiles_per_split, end_tile)
     shared_tile = tl.maximum(tl.minimum(shared_end // TILE, last_tile), first_tile)
+    if USE_WINDOW:
+        shared_tile = first_tile  # a window has few tiles, and rows differ at both its ends
 
     key_cache_ptr += kv_head.to(tl.int64) * key_head_stride
     value_cache_ptr += kv_head.to(tl.int64) * value_head_stride
@@ -264,10 +303,12 @@ def _tree_attention_kernel(
             acc,
             until,
             mask,
+            first_visible,
             key_cache_ptr,
             value_cache_ptr,
             block_row_ptr,
             tile * TILE,
+            key_begin,
             key_end,
             plain_end,
             tree_root,
@@ -285,6 +326,7 @@ def _tree_attention_kernel(
             HEAD_PADDED,
             TILE,
             USE_SOFTCAP,
+            USE_WINDOW,
             MASKED=False,
         )
     for tile in range(shared_tile, last_tile):
@@ -295,10 +337,12 @@ def _tree_attention_kernel(
             acc,
             until,
             mask,
+            first_visible,
             key_cache_ptr,
             value_cache_ptr,
             block_row_ptr,
             tile * TILE,
+            key_begin,
             key_end,
             plain_end,
             tree_root,
@@ -316,6 +360,7 @@ def _tree_attention_kernel(
             HEAD_PADDED,
             TILE,
             USE_SOFTCAP,
+            USE_WINDOW,
             MASKED=True,
         )
 
@@ -447,6 +492,7 @@ def tree_attention_triton(
     scale: float,
     max_query_len: int,
     softcap: float = 0.0,
+    window: int = 0,
     num_splits: int | None = None,
 ) -> None:
     """Launch the kernels; never waits for the device. Arguments as `tree_attention`.
@@ -494,6 +540,7 @@ def tree_attention_triton(
         tree_mask,
         qk_scale,
         float(softcap),
+        window,
         num_reqs,
         block_table.stride(0),
         *query.stride()[:2],
@@ -508,6 +555,7 @@ def tree_attention_triton(
         BLOCK_Q=block_q,
         NUM_SPLITS=num_splits,
         USE_SOFTCAP=softcap > 0,
+        USE_WINDOW=window > 0,
         **config,
     )
     if lse is not None:

@@ -193,7 +193,6 @@ class TritonTreeImpl(TritonAttentionImpl):
         kind = AttentionType(attn_type).value
         no_spec = "serve this model without --speculative-config"
         for feature, used, remedy in (
-            ("sliding-window attention", sliding_window is not None, no_spec),
             ("ALiBi", alibi_slopes is not None or use_alibi_sqrt, no_spec),
             ("attention sinks", sinks is not None, no_spec),
             ("chunked attention", chunk_lookback > -1, no_spec),
@@ -207,6 +206,7 @@ class TritonTreeImpl(TritonAttentionImpl):
             if used:
                 raise ValueError(f"spechub: draft trees do not support {feature}; {remedy}")
         self.supports_quant_query_input = False
+        self.window = sliding_window or 0
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         return False
@@ -256,5 +256,6 @@ class TritonTreeImpl(TritonAttentionImpl):
             self.scale,
             attn_metadata.max_query_len,
             self.logits_soft_cap,
+            self.window,
         )
         return output

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logits processors that read a token's history, and rows laid out so that they read the right one.
 
-vLLM's penalties, bad words, min_tokens, thinking budgets and custom processors take the rows of a
-request as one chain. A tree is unrolled for them: every root-to-leaf path becomes a chain of rows.
+vLLM's penalties, bad words, thinking budgets and custom processors take the rows of a request as
+one chain. A tree is unrolled for them: every root-to-leaf path becomes a chain of rows.
 """
 
 from dataclasses import dataclass
@@ -10,24 +10,32 @@ from functools import lru_cache
 
 import numpy as np
 from vllm.sampling_params import SamplingParams
+from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from vllm_spechub.topology import TokenTree
 
 
 class HistoryProcessors(LogitsProcessor):
-    """vLLM's processors as one, remembering which requests use any of them."""
+    """vLLM's processors as one, remembering which requests use any, and which need a history."""
 
     def __init__(self, processors: list[LogitsProcessor], max_num_reqs: int) -> None:
         self.processors = processors
-        # [max_num_reqs]
+        # [max_num_reqs] rows of these requests are edited
         self.used = np.zeros(max_num_reqs, dtype=bool)
+        # [max_num_reqs] by something that reads the tokens before a row
+        self.needs_history = np.zeros(max_num_reqs, dtype=bool)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        # Every processor must hear of the request. Biases, allowed tokens and min_tokens look at
+        # a row's position only; the thinking budget runs outside this list, but reads history.
         used = [p.add_request(req_idx, sampling_params) for p in self.processors]
-        # The thinking budget runs outside this list, but reads history like the rest.
         budget = sampling_params.thinking_token_budget is not None
-        self.used[req_idx] = any(used) or budget
+        self.needs_history[req_idx] = budget or any(
+            uses and not isinstance(processor, LogitBiasState)
+            for processor, uses in zip(self.processors, used, strict=True)
+        )
+        self.used[req_idx] = budget or any(used)
         return any(used)
 
     def apply_staged_writes(self) -> None:
@@ -42,7 +50,7 @@ class HistoryProcessors(LogitsProcessor):
 
 @dataclass(frozen=True)
 class UnrolledRows:
-    """A batch's logits rows, trees unrolled where a request needs its history."""
+    """The logits rows of some requests, trees unrolled where a request needs its history."""
 
     # [num_rows] the tree row that each row copies
     source: np.ndarray
@@ -50,8 +58,6 @@ class UnrolledRows:
     local_pos: np.ndarray
     # [num_rows] depth below the root
     depth: np.ndarray
-    # [num_tree_rows] a row that holds the tree row's result
-    result: np.ndarray
 
 
 @lru_cache(maxsize=256)
@@ -73,12 +79,12 @@ def unroll(
     # [num_reqs]
     first_row: np.ndarray,
     # [num_reqs]
-    uses_history: np.ndarray,
+    needs_history: np.ndarray,
 ) -> UnrolledRows:
-    """Lay the rows out for vLLM's processors: chains for requests that use history, else the
+    """Lay rows out for vLLM's processors: chains for requests that need their history, else the
     tree's rows as they are."""
     sources, local_positions, depths = [], [], []
-    for count, row, history in zip(num_nodes, first_row, uses_history, strict=True):
+    for count, row, history in zip(num_nodes, first_row, needs_history, strict=True):
         if history:
             nodes, depth = _unrolled_tree(tree, int(count))
             local = depth
@@ -89,7 +95,6 @@ def unroll(
         sources.append(nodes + row)
         local_positions.append(local)
         depths.append(depth)
-    source = np.concatenate(sources)
-    result = np.empty(int((num_nodes + 1).sum()), dtype=np.int64)
-    result[source] = np.arange(len(source))
-    return UnrolledRows(source, np.concatenate(local_positions), np.concatenate(depths), result)
+    return UnrolledRows(
+        np.concatenate(sources), np.concatenate(local_positions), np.concatenate(depths)
+    )

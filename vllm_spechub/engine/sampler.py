@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verifies every request's tree and puts the accepted path where a plain decode would have it."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from vllm.config import SpeculativeConfig
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
@@ -15,7 +21,16 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm_spechub.drafting import DraftState
 from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.history import HistoryProcessors, unroll
+from vllm_spechub.engine.truncation import truncates
 from vllm_spechub.rules import VerificationRule
+
+
+@dataclass
+class TreeSamplerOutput(SamplerOutput):
+    """vLLM's output, and which nodes the accepted tokens are."""
+
+    # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end
+    accepted_paths: torch.Tensor | None = None
 
 
 class TreeRejectionSampler(RejectionSampler):
@@ -74,19 +89,20 @@ class TreeRejectionSampler(RejectionSampler):
             sampler.sampling_states.seeds.gpu,
             draft,
         )
-        self._sample_without_tree(processed, processed is logits, batch, root_positions, tokens)
+        self._sample_without_tree(processed, target_temperature, batch, root_positions, tokens)
         self.compactor(root_positions, path)
         self._compact_input_ids(batch.input_ids, root_tokens, tokens, path)
 
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             num_emitted, batch.seq_lens, batch.cu_num_logits, batch.idx_mapping, prefill_len
         )
-        return SamplerOutput(
+        return TreeSamplerOutput(
             sampled_token_ids=tokens,
-            logprobs_tensors=self._logprobs(logits, processed, batch, tokens, num_sampled, path),
+            logprobs_tensors=self._logprobs(logits, processed, batch, tokens, path),
             num_nans=num_nans,
             num_sampled=num_sampled,
             num_rejected=num_rejected,
+            accepted_paths=path,
         )
 
     def process(
@@ -99,49 +115,64 @@ class TreeRejectionSampler(RejectionSampler):
 
         Returns:
             The processed rows [num_rows, vocab_size], and what they are still to be divided by,
-            [max_num_reqs] float32, 0 for greedy requests. A batch that asks for nothing beyond
-            temperature keeps its logits as they are: verification divides the rows it reads.
+            [max_num_reqs] float32, 0 for greedy requests. Requests that ask for nothing beyond
+            temperature keep their rows as they are: verification divides those it reads.
         """
-        sampler, states = self.sampler, self.sampler.sampling_states
-        reqs = batch.idx_mapping_np
-        temperature = states.temperature.gpu
-        uses_history = self.history.used[reqs]
-        if not (
-            uses_history.any()
-            or (self.reports_processed and states.max_num_logprobs(reqs) != NO_LOGPROBS)
-            or (states.top_k.np[reqs] != states.vocab_size).any()
-            or (states.top_p.np[reqs] != 1.0).any()
-            or (states.min_p.np[reqs] != 0.0).any()
-        ):
+        sampler, reqs = self.sampler, batch.idx_mapping_np
+        temperature = sampler.sampling_states.temperature.gpu
+        (chosen,) = self._needs_processing(reqs).nonzero()
+        if len(chosen) == 0:
             return logits, temperature
+
+        def on_device(array: np.ndarray) -> torch.Tensor:
+            return async_tensor_h2d(array, device=logits.device)
 
         first_row = batch.cu_num_logits_np[:-1]
         num_nodes = batch.cu_num_logits_np[1:] - first_row - 1
-        rows = unroll(self.tree, num_nodes, first_row, uses_history)
-        source = torch.from_numpy(rows.source).to(logits.device, non_blocking=True)
-        result = torch.from_numpy(rows.result).to(logits.device, non_blocking=True)
-        depth = torch.from_numpy(rows.depth).to(logits.device, non_blocking=True)
-        local_pos = torch.from_numpy(rows.local_pos).to(logits.device, non_blocking=True)
+        needs_history = self.history.needs_history[reqs[chosen]]
+        rows = unroll(self.tree, num_nodes[chosen], first_row[chosen], needs_history)
+        source, depth = on_device(rows.source), on_device(rows.depth)
+        idx_mapping = batch.idx_mapping[on_device(chosen)]
         tree_rows = batch.logits_indices[source]
         # [num_rows] slots count nodes in breadth-first order, processors need depths
         slot = batch.expanded_local_pos[source]
-        processed = sampler.apply_sampling_params(
+        edited = sampler.apply_sampling_params(
             logits[source],
             batch.expanded_idx_mapping[source],
-            batch.idx_mapping,
-            reqs,
+            idx_mapping,
+            reqs[chosen],
             batch.positions[tree_rows] - slot + depth,
             batch.input_ids[tree_rows],
-            local_pos.to(batch.expanded_local_pos.dtype),
-            batch.seq_lens_cpu_upper_bound.numpy(),
+            on_device(rows.local_pos).to(batch.expanded_local_pos.dtype),
+            batch.seq_lens_cpu_upper_bound.numpy()[chosen],
         )
-        return processed[result], (temperature > 0).to(temperature.dtype)
+        # A node that several paths share has the same row in each.
+        nodes, unrolled = np.unique(rows.source, return_index=True)
+        processed = logits.to(torch.float32, copy=True)
+        processed[on_device(nodes)] = edited[on_device(unrolled)].to(torch.float32)
+        remaining = temperature.clone()
+        remaining[idx_mapping] = (temperature[idx_mapping] > 0).to(remaining.dtype)
+        return processed, remaining
+
+    def _needs_processing(
+        self,
+        # [num_reqs]
+        reqs: np.ndarray,
+    ) -> np.ndarray:
+        """Which requests ask for more than a temperature. [num_reqs] bool"""
+        states = self.sampler.sampling_states
+        needs = self.history.used[reqs] | truncates(states, reqs)
+        if self.reports_processed:
+            needs |= states.num_logprobs[reqs] != NO_LOGPROBS
+            needs |= self.sampler.logprob_token_ids_state.num_token_ids.np[reqs] > 0
+        return needs
 
     def _sample_without_tree(
         self,
         # [num_rows, vocab_size]
         processed: torch.Tensor,
-        apply_temperature: bool,
+        # [max_num_reqs]
+        target_temperature: torch.Tensor,
         batch: InputBatch,
         # [num_reqs]
         root_positions: torch.Tensor,
@@ -158,14 +189,13 @@ class TreeRejectionSampler(RejectionSampler):
         if len(without) == 0:
             return
         without = without.to(tokens.device, non_blocking=True)
-        states = self.sampler.sampling_states
         tokens[without, 0] = gumbel_sample(
             processed[batch.cu_num_logits[without]],
             batch.idx_mapping[without],
-            states.temperature.gpu,
-            states.seeds.gpu,
+            target_temperature,
+            self.sampler.sampling_states.seeds.gpu,
             root_positions[without],
-            apply_temperature=apply_temperature,
+            apply_temperature=True,
             is_drafting=False,
             use_fp64=self.sampler.use_fp64_gumbel,
         )
@@ -198,25 +228,26 @@ class TreeRejectionSampler(RejectionSampler):
         batch: InputBatch,
         # [num_reqs, depth + 1]
         tokens: torch.Tensor,
-        # [num_reqs]
-        num_sampled: torch.Tensor,
         # [num_reqs, depth + 1]
         path: torch.Tensor,
-    ):
+    ) -> LogprobsTensors | None:
         """Log-probabilities of the emitted tokens, from the rows along each accepted path."""
-        max_num_logprobs = self.sampler.sampling_states.max_num_logprobs(batch.idx_mapping_np)
-        if max_num_logprobs == NO_LOGPROBS:
+        sampler = self.sampler
+        dims = sampler.get_logprobs_dims(batch.idx_mapping_np)
+        if dims is None:
             return None
+        num_logprobs, max_per_req_token_ids = dims
         if self.reports_processed:
             logits = processed
-        width = path.shape[1]
+        num_reqs, width = path.shape
         rows = (batch.cu_num_logits[:-1].unsqueeze(1) + path.clamp(min=0)).flatten()
-        starts = torch.arange(0, len(rows) + 1, width, dtype=torch.int32)
-        return self._get_logprobs_tensors(
-            tokens,
-            num_sampled,
+        return compute_topk_scores(
             logits[rows],
-            starts.to(logits.device, non_blocking=True),
-            starts.numpy(),
-            max_num_logprobs,
+            num_logprobs,
+            tokens.clamp(min=0).flatten(),  # past a path's end anything will do
+            list(range(0, num_reqs * width + 1, width)),
+            logprob_token_ids_state=sampler.logprob_token_ids_state,
+            expanded_idx_mapping=batch.idx_mapping.repeat_interleave(width),
+            max_per_req_token_ids=max_per_req_token_ids,
+            logits_mode=sampler.logprobs_mode in ("raw_logits", "processed_logits"),
         )

@@ -7,8 +7,6 @@ the first child has the larger subtree; `unordered` puts the hubs first. One chi
 sample, accepted by standard rejection.
 """
 
-from typing import ClassVar
-
 import torch
 from vllm.platforms import current_platform
 
@@ -23,8 +21,6 @@ else:
 
 
 class _SpecHub(VerificationRule):
-    ordered: ClassVar[bool]
-
     def sample_children(
         self,
         logits: torch.Tensor,
@@ -46,7 +42,7 @@ class _SpecHub(VerificationRule):
             root_positions.repeat_interleave(num_expanded),
             level.nodes.repeat(num_reqs),
             level.num_children.repeat(num_reqs),
-            ordered=self.ordered,
+            rule=self.name,
             max_children=level.max_children,
         )
         state.write_children(level, idx_mapping, logits, tokens, sample_slots)
@@ -81,16 +77,14 @@ class _SpecHub(VerificationRule):
                 state.num_children,
                 state.internal_index,
                 max_depth=state.tree.depth,
-                ordered=self.ordered,
+                rule=self.name,
             )
         )
 
 
 class OrderedSpecHub(_SpecHub):
     name = "ordered"
-    ordered = True
 
 
 class UnorderedSpecHub(_SpecHub):
     name = "unordered"
-    ordered = False

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What works with trees, what is refused, and the test that shows it.
+
+`python -m vllm_spechub.support` renders the tables into the README; tests compare, look every
+named test up, and want a row for every field of vLLM's `SamplingParams`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table.
+
+    Attributes:
+        names: fields of `SamplingParams`, or names of features.
+        state: "works", "refused", or what else is true, in a few words.
+        how: what there is to know about it, or nothing.
+        tests: "file::test" of each proof, below `tests/`.
+    """
+
+    names: tuple[str, ...]
+    state: str
+    how: str
+    tests: tuple[str, ...]
+
+
+MIXED = (
+    "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
+    "engine/test_parameters.py::test_greedy_answers_equal_plain_vllm",
+)
+LOGPROBS = ("engine/test_parameters.py::test_logprobs_equal_plain_vllm",)
+
+SAMPLING_PARAMETERS = (
+    Row(
+        ("temperature", "top_k", "top_p", "min_p"),
+        "works",
+        "on the draft too, so that truncation costs no acceptance",
+        (
+            "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
+            "engine/test_distribution.py::test_truncation_costs_no_acceptance",
+            "engine/test_distribution.py::test_truncated_drafts_follow_the_target",
+        ),
+    ),
+    Row(
+        ("seed",),
+        "works",
+        "a request's tokens are its seed's, whatever else is in the batch, as long as neither the "
+        "token budget nor preemption cuts one of its trees",
+        (
+            "engine/test_parameters.py::test_a_seed_fixes_the_answer_in_any_batch",
+            "engine/test_faults.py::test_a_seed_holds_beside_other_requests",
+        ),
+    ),
+    Row(
+        ("n",),
+        "works",
+        "",
+        ("engine/test_parameters.py::test_several_answers_to_one_prompt",),
+    ),
+    Row(
+        (
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+            "bad_words",
+            "min_tokens",
+        ),
+        "works",
+        "on each node's own history; as many bad words and stop tokens as vLLM's buffers hold",
+        (*MIXED, "engine/test_parameters.py::test_what_cannot_be_served_is_refused"),
+    ),
+    Row(
+        ("logit_bias", "allowed_token_ids"),
+        "works",
+        "up to 1024 tokens each, as vLLM's buffers hold; more are refused",
+        (*MIXED, "engine/test_parameters.py::test_what_cannot_be_served_is_refused"),
+    ),
+    Row(
+        ("extra_args",),
+        "works",
+        "custom logits processors of the V2 runner's interface see each node's own history",
+        (
+            "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
+            "engine/test_parameters.py::test_what_was_emitted_could_be",
+        ),
+    ),
+    Row(
+        ("thinking_token_budget",),
+        "works",
+        "with a `reasoning_config`, as in vLLM",
+        MIXED,
+    ),
+    Row(
+        (
+            "stop",
+            "stop_token_ids",
+            "include_stop_str_in_output",
+            "ignore_eos",
+            "max_tokens",
+            "repetition_detection",
+            "detokenize",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+        ),
+        "works",
+        "",
+        MIXED,
+    ),
+    Row(
+        ("logprobs", "prompt_logprobs", "flat_logprobs", "logprob_token_ids"),
+        "works",
+        "raw and processed",
+        LOGPROBS,
+    ),
+    Row(
+        ("prompt_logprob_token_ids", "prompt_logprob_start"),
+        "works",
+        "",
+        ("engine/test_parameters.py::test_scored_prompt_tokens",),
+    ),
+    Row(
+        ("output_kind", "stream_interval"),
+        "works",
+        "",
+        ("test_serve.py::test_streaming_equals_the_whole_answer",),
+    ),
+    Row(
+        ("skip_reading_prefix_cache",),
+        "works",
+        "",
+        LOGPROBS,
+    ),
+    Row(
+        ("structured_outputs",),
+        "works",
+        "one mask per node; drafts themselves are not masked; backends xgrammar, guidance and "
+        "outlines, and lm-format-enforcer refused by vLLM under any speculation; reasoning "
+        "parsers may switch the grammar on within a tree",
+        (
+            "engine/test_grammar.py::test_every_node_is_masked_as_its_path",
+            "engine/test_grammar.py::test_reasoning_that_ends_within_a_tree",
+            "engine/test_structured_outputs.py::test_greedy_tokens",
+            "engine/test_structured_outputs.py::test_asynchronous_scheduling",
+            "engine/test_structured_outputs.py::test_rows",
+            "engine/test_structured_outputs.py::test_prefixes_follow_the_masked_target",
+            "engine/test_structured_outputs.py::test_reasoning_ends_within_a_tree",
+        ),
+    ),
+    Row(
+        ("trace_decode_token_ids",),
+        "refused",
+        "by vLLM, under any speculation",
+        ("engine/test_parameters.py::test_what_cannot_be_served_is_refused",),
+    ),
+    Row(
+        ("watermarking", "routed_experts_prompt_start"),
+        "without effect",
+        "as in vLLM without the engine options they belong to, which are refused at start-up",
+        ("test_config.py::test_unsupported_engines_are_refused",),
+    ),
+)
+
+FEATURES = (
+    Row(
+        ("prefix caching",),
+        "works",
+        "",
+        ("engine/test_greedy.py::test_prefix_cache_reuse",),
+    ),
+    Row(
+        ("chunked prefill", "tight token budgets"),
+        "works",
+        "",
+        ("engine/test_greedy.py::test_tight_budgets_truncate_trees",),
+    ),
+    Row(
+        ("preemption",),
+        "works",
+        "",
+        ("engine/test_greedy.py::test_preemption",),
+    ),
+    Row(
+        ("asynchronous scheduling",),
+        "works",
+        "",
+        ("engine/test_greedy.py::test_async_scheduling",),
+    ),
+    Row(
+        ("aborts",),
+        "works",
+        "",
+        ("engine/test_greedy.py::test_aborted_requests",),
+    ),
+    Row(
+        ("KV block sizes",),
+        "works",
+        "any that the platform's attention takes",
+        ("engine/test_greedy.py::test_block_sizes",),
+    ),
+    Row(
+        ("streaming",),
+        "works",
+        "",
+        ("test_serve.py::test_streaming_equals_the_whole_answer",),
+    ),
+    Row(
+        ("tensor parallelism",),
+        "not refused, not yet tested",
+        "",
+        (),
+    ),
+    Row(
+        (
+            "pipeline, data, context parallelism",
+            "DBO",
+            "EPLB",
+            "batch-sharded sampling",
+            "LoRA",
+            "fp8 KV cache",
+            "KV connectors",
+            "prompt embeddings",
+            "watermarking",
+        ),
+        "refused",
+        "",
+        ("test_config.py::test_unsupported_engines_are_refused",),
+    ),
+    Row(
+        (
+            "sliding-window, ALiBi, MLA, M-RoPE, multimodal models",
+            "hybrid or Mamba, encoder-decoder models",
+        ),
+        "refused",
+        "",
+        ("test_config.py::test_unsupported_engines_are_refused",),
+    ),
+    Row(
+        ("CUDA",),
+        "kernels only",
+        "checked under Triton's interpreter and compiled for sm_80, sm_90 and sm_100; nothing has "
+        "run on a GPU yet, CUDA graphs included",
+        (
+            "kernels/test_compile.py::test_child_sampling",
+            "kernels/test_compile.py::test_verification",
+        ),
+    ),
+)
+
+TABLES = {"sampling parameters": SAMPLING_PARAMETERS, "features": FEATURES}
+
+
+def render(rows: tuple[Row, ...], code: bool) -> str:
+    """A table in Markdown; `code` sets the names in code style."""
+    lines = ["| what | state | notes |", "|---|---|---|"]
+    for row in rows:
+        names = ", ".join(f"`{name}`" if code else name for name in row.names)
+        lines.append(f"| {names} | {row.state} | {row.how} |")
+    return "\n".join(lines)
+
+
+def render_into(page: str) -> str:
+    """The page with each table between its two comments replaced."""
+    for title, rows in TABLES.items():
+        first, last = f"<!-- {title}: vllm_spechub/support.py -->\n", f"<!-- end of {title} -->"
+        before, found, rest = page.partition(first)
+        _, closed, after = rest.partition(last)
+        if not (found and closed):
+            raise ValueError(f"no place for the table {title!r} between {first!r} and {last!r}")
+        table = render(rows, code=rows is SAMPLING_PARAMETERS)
+        page = f"{before}{first}{table}\n{last}{after}"
+    return page
+
+
+if __name__ == "__main__":
+    README.write_text(render_into(README.read_text()))
