@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -96,6 +98,10 @@ def test_survives_pickling_into_a_fresh_process():
         ({"tree": "auto:99"}, "speculative_config['tree']: 'auto:99': NODES and DEPTH must be in"),
         ({"verification": "maybe"}, "speculative_config['verification'] is 'maybe', allowed: orde"),
         ({"proposer": "oracle"}, "speculative_config['proposer'] is 'oracle', allowed: draft_mo"),
+        (
+            {"use_heterogeneous_vocab": True},
+            "'spechub': draft and target need one vocabulary. Allow",
+        ),
         ({"num_speculative_tokens": 3}, "speculative_config['num_speculative_tokens'] is not an"),
         ({"branching": 3}, "speculative_config['branching'] is not an option of method 'spechub'"),
         ({"rejection_sample_method": "block"}, "Allowed: method, model, tree"),
@@ -116,6 +122,7 @@ def test_refused_options_take_one_line(spec, message):
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
         ({"worker_cls": "my.Worker"}, "worker_cls"),
         ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
+        ({"enable_return_routed_experts": True}, "enable_return_routed_experts"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "kv_transfer_config",
@@ -127,6 +134,17 @@ def test_unsupported_engines_are_refused(options, message):
     with pytest.raises(Unsupported, match=message) as caught:
         configured(**options)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_min_p_and_logit_bias_are_for_spechub_only():
+    """Plain vLLM's own speculation goes on refusing them."""
+    chain = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    other = EngineArgs(model=TARGET, speculative_config=chain).create_engine_config()
+    ours = configured()
+    for params in (SamplingParams(min_p=0.1), SamplingParams(logit_bias={40: 5.0})):
+        with pytest.raises(VLLMValidationError, match="not yet supported with speculative"):
+            params.verify(other.model_config, other.speculative_config, None, None)
+        params.verify(ours.model_config, ours.speculative_config, None, None)
 
 
 def test_the_v1_runner_cannot_be_forced(monkeypatch):
@@ -143,9 +161,10 @@ def edited_draft(folder: Path, **changes) -> str:
 
 
 def test_a_draft_with_another_vocabulary_size(tmp_path):
-    with pytest.raises(ValueError, match=r"vocab_size=2048.*vocab_size=4096") as caught:
-        configured({"model": edited_draft(tmp_path / "draft", vocab_size=4096)})
+    with pytest.raises(ValueError, match=r"vocab_size=1024.*vocab_size=2048.*up to 2047") as caught:
+        configured({"model": edited_draft(tmp_path / "draft", vocab_size=1024)})
     assert len(str(caught.value).splitlines()) == 1
+    configured({"model": edited_draft(tmp_path / "padded", vocab_size=2112)})
 
 
 def test_a_draft_with_another_tokenizer(tmp_path):

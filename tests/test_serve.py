@@ -188,6 +188,14 @@ def test_a_client_that_leaves_is_forgotten(client, server, plain):
     assert metric(server, tokens) - before < 8 * 240
 
 
+def test_what_vllm_refuses_under_speculation(client):
+    """min_p and logit_bias are served, and do what they say."""
+    certain = complete(client, temperature=1, seed=1, extra_body={"min_p": 1.0})
+    assert certain.choices[0].text == complete(client).choices[0].text
+    token = complete(client, max_tokens=1, logprobs=0, logit_bias={"289": 100}).choices[0]
+    assert token.text == " self"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -195,8 +203,7 @@ def test_a_client_that_leaves_is_forgotten(client, server, plain):
         ({"max_tokens": 1000}, "max_tokens|maximum context length"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 3}, "top_p"),
-        ({"temperature": 1, "extra_body": {"min_p": 0.2}}, "min_p and logit_bias"),
-        ({"logit_bias": {"40": 3}}, "min_p and logit_bias"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias with 1025 tokens"),
         ({"extra_body": {"structured_outputs": {"regex": "(["}}}, "(?i)regex|grammar"),
     ],
 )

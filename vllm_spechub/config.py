@@ -81,6 +81,9 @@ class SpecHubConfig(SpeculativeConfig):
     def _parse_tree(cls, value: Any) -> TokenTree:
         return TokenTree.parse(value)
 
+    def verify_equal_vocab_size_if_draft_model(self) -> None:
+        """Left to the proposer, which tells padding from another vocabulary."""
+
     def __repr__(self) -> str:
         return (
             f"SpecHubConfig(model={self.model!r}, tree={self.tree}, nodes={self.tree.num_nodes}, "
@@ -109,6 +112,8 @@ def create_config(
             reason = ""
             if key == "num_speculative_tokens":
                 reason = " (--spec-tokens): with spechub the tree says how many tokens are drafted"
+            if key == "use_heterogeneous_vocab":
+                reason = ": draft and target need one vocabulary"
             raise ValueError(
                 f"speculative_config[{key!r}] is not an option of method {METHOD!r}{reason}. "
                 f"Allowed: {', '.join(ALLOWED_KEYS)}"
@@ -235,6 +240,10 @@ def _engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
         "before its accepted path is in place; remove it",
     )
     yield vllm_config.ec_transfer_config is not None, "ec_transfer_config is not supported"
+    yield (
+        vllm_config.aux_output_config.enable_return_routed_experts,
+        "enable_return_routed_experts is not supported: experts are recorded by slot; turn it off",
+    )
     yield (
         getattr(vllm_config, "watermark_config", None) is not None,
         "watermark_config is not supported; remove it",

@@ -28,52 +28,111 @@ class Row:
     tests: tuple[str, ...]
 
 
+MIXED = (
+    "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
+    "engine/test_parameters.py::test_greedy_answers_equal_plain_vllm",
+)
+LOGPROBS = ("engine/test_parameters.py::test_logprobs_equal_plain_vllm",)
+
 SAMPLING_PARAMETERS = (
     Row(
-        ("temperature", "top_k", "top_p"),
+        ("temperature", "top_k", "top_p", "min_p"),
         "works",
-        "",
-        ("engine/test_distribution.py::test_prefixes_follow_the_target",),
+        "on the draft too, so that truncation costs no acceptance",
+        (
+            "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
+            "engine/test_distribution.py::test_truncation_costs_no_acceptance",
+            "engine/test_distribution.py::test_truncated_drafts_follow_the_target",
+        ),
     ),
     Row(
         ("seed",),
         "works",
-        "a request's tokens are its seed's, whatever else is in the batch, as long as the token "
-        "budget cuts none of its trees",
-        ("engine/test_faults.py::test_a_seed_holds_beside_other_requests",),
+        "a request's tokens are its seed's, whatever else is in the batch, as long as neither the "
+        "token budget nor preemption cuts one of its trees",
+        (
+            "engine/test_parameters.py::test_a_seed_fixes_the_answer_in_any_batch",
+            "engine/test_faults.py::test_a_seed_holds_beside_other_requests",
+        ),
     ),
     Row(
         ("n",),
         "works",
         "",
-        ("test_serve.py::test_seeded_samples",),
+        ("engine/test_parameters.py::test_several_answers_to_one_prompt",),
     ),
     Row(
-        ("presence_penalty", "frequency_penalty", "repetition_penalty", "bad_words", "min_tokens"),
-        "works",
-        "on each node's own history",
-        ("engine/test_rows.py::test_processors_see_each_nodes_own_history",),
-    ),
-    Row(
-        ("min_p", "logit_bias"),
-        "refused",
-        "by vLLM, under any speculation",
-        ("engine/test_faults.py::test_parameters_that_vllm_does_not_speculate_with_are_refused",),
-    ),
-    Row(
-        ("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "max_tokens"),
-        "works",
-        "",
         (
-            "engine/test_faults.py::test_greedy_requests_in_a_mixed_batch",
-            "engine/test_greedy.py::test_max_model_len_and_max_tokens",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+            "bad_words",
+            "min_tokens",
+        ),
+        "works",
+        "on each node's own history; as many bad words and stop tokens as vLLM's buffers hold",
+        (*MIXED, "engine/test_parameters.py::test_what_cannot_be_served_is_refused"),
+    ),
+    Row(
+        ("logit_bias", "allowed_token_ids"),
+        "works",
+        "up to 1024 tokens each, as vLLM's buffers hold; more are refused",
+        (*MIXED, "engine/test_parameters.py::test_what_cannot_be_served_is_refused"),
+    ),
+    Row(
+        ("extra_args",),
+        "works",
+        "custom logits processors of the V2 runner's interface see each node's own history",
+        (
+            "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
+            "engine/test_parameters.py::test_what_was_emitted_could_be",
         ),
     ),
     Row(
-        ("logprobs", "prompt_logprobs"),
+        ("thinking_token_budget",),
+        "works",
+        "with a `reasoning_config`, as in vLLM",
+        MIXED,
+    ),
+    Row(
+        (
+            "stop",
+            "stop_token_ids",
+            "include_stop_str_in_output",
+            "ignore_eos",
+            "max_tokens",
+            "repetition_detection",
+            "detokenize",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+        ),
         "works",
         "",
-        ("engine/test_rows.py::test_logprobs_equal_plain_vllm",),
+        MIXED,
+    ),
+    Row(
+        ("logprobs", "prompt_logprobs", "flat_logprobs", "logprob_token_ids"),
+        "works",
+        "raw and processed",
+        LOGPROBS,
+    ),
+    Row(
+        ("prompt_logprob_token_ids", "prompt_logprob_start"),
+        "works",
+        "",
+        ("engine/test_parameters.py::test_scored_prompt_tokens",),
+    ),
+    Row(
+        ("output_kind", "stream_interval"),
+        "works",
+        "",
+        ("test_serve.py::test_streaming_equals_the_whole_answer",),
+    ),
+    Row(
+        ("skip_reading_prefix_cache",),
+        "works",
+        "",
+        LOGPROBS,
     ),
     Row(
         ("structured_outputs",),
@@ -82,28 +141,16 @@ SAMPLING_PARAMETERS = (
         ("engine/test_faults.py::test_grammars_share_a_batch_with_trees",),
     ),
     Row(
-        (
-            "allowed_token_ids",
-            "extra_args",
-            "thinking_token_budget",
-            "logprob_token_ids",
-            "prompt_logprob_token_ids",
-            "prompt_logprob_start",
-            "flat_logprobs",
-            "detokenize",
-            "skip_special_tokens",
-            "spaces_between_special_tokens",
-            "output_kind",
-            "stream_interval",
-            "skip_reading_prefix_cache",
-            "repetition_detection",
-            "watermarking",
-            "routed_experts_prompt_start",
-            "trace_decode_token_ids",
-        ),
-        "not refused, not yet tested",
-        "",
-        (),
+        ("trace_decode_token_ids",),
+        "refused",
+        "by vLLM, under any speculation",
+        ("engine/test_parameters.py::test_what_cannot_be_served_is_refused",),
+    ),
+    Row(
+        ("watermarking", "routed_experts_prompt_start"),
+        "without effect",
+        "as in vLLM without the engine options they belong to, which are refused at start-up",
+        ("test_config.py::test_unsupported_engines_are_refused",),
     ),
 )
 

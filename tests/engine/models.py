@@ -35,6 +35,34 @@ def mistral(folder: Path, source: str, window: int) -> str:
     )
 
 
+def padded(folder: Path, source: str, vocab_size: int) -> str:
+    """The demo model with more rows than its tokenizer has tokens, and not silent ones."""
+
+    def lengthen(weights):
+        embedding = weights["model.embed_tokens.weight"]
+        twins = torch.arange(vocab_size - len(embedding)) * 4
+        rows = torch.cat([embedding, (1.05 * embedding[twins]).to(embedding.dtype)])
+        return weights | {"model.embed_tokens.weight": rows}
+
+    return edited(folder, source, lengthen, vocab_size=vocab_size)
+
+
+def qwen2(folder: Path, source: str) -> str:
+    """The demo model in another family, which has biases."""
+
+    def with_biases(weights):
+        biases = {
+            name.replace(".weight", ".bias"): torch.zeros(len(weight), dtype=weight.dtype)
+            for name, weight in weights.items()
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+        }
+        return weights | biases
+
+    return edited(
+        folder, source, with_biases, architectures=["Qwen2ForCausalLM"], model_type="qwen2"
+    )
+
+
 def untied(folder: Path, source: str) -> str:
     """The demo model with an output matrix of its own, which only looks like the input's."""
 

@@ -120,23 +120,6 @@ def test_a_prompt_too_long_is_refused_and_others_go_on(llm):
     assert finish(core) == {str(i): plain_greedy()[i] for i in (0, 4)}
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(temperature=1.0, min_p=0.1),
-        SamplingParams(temperature=0.0, logit_bias={40: 5.0}),
-        SamplingParams(temperature=1.0, logit_bias={40: 5.0}),
-    ],
-)
-def test_parameters_that_vllm_does_not_speculate_with_are_refused(llm, params):
-    with pytest.raises(
-        VLLMValidationError, match=r"min_p and logit_bias .* not yet supported with spec"
-    ):
-        ask(llm, [greedy_params(), params])
-    assert not llm.llm_engine.has_unfinished_requests()
-    assert token_ids(ask(llm, [greedy_params()])) == plain_greedy()[:1]
-
-
 def test_grammars_share_a_batch_with_trees(llm, monkeypatch):
     from vllm_spechub.engine.sampler import TreeRejectionSampler
 
@@ -191,7 +174,7 @@ def test_grammars_with_async_scheduling(request):
     request.getfixturevalue("async_scheduling")
     with engine(TREE) as llm:
         core = llm.llm_engine.engine_core.engine_core
-        assert type(core.scheduler).__name__ == "AsyncScheduler"
+        assert type(core.scheduler).__name__ == "AsyncTreeScheduler"
         with_grammar, ordinary = grammar_batch(llm)
     assert with_grammar == plain()["grammars"]
     assert ordinary == plain_greedy()[: len(GRAMMARS)]

@@ -159,7 +159,9 @@ def test_lora_adapters_on_the_target(tmp_path, nodes):
         *(LoRARequest(f"adapter{i}", i, path) for i, (path, _) in enumerate(adapters, 1)),
     ] * 2
     references = [target, *(merged for _, merged in adapters)] * 2
-    with engine("binary:3", model=target, enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
+    # vLLM's CPU kernels take "no adapter" for the last slot: it must stay empty
+    options = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
+    with engine("binary:3", model=target, **options) as llm:
         sampled = llm.generate(PROMPTS, SAMPLED, use_tqdm=False, lora_request=loras)
         greedy = llm.generate(PROMPTS, TO_THE_END, use_tqdm=False, lora_request=loras)
         metrics = spec_metrics(llm)
@@ -196,3 +198,26 @@ def test_fp8_cache(target, draft):
     assert token_ids(found) == token_ids(expected)
     for a, b in zip(logprobs(found), logprobs(expected), strict=True):
         assert a == pytest.approx(b, abs=1e-3)
+
+
+def test_a_draft_of_another_family_and_padding(tmp_path, nodes):
+    """Padding that the target emits and the draft has no row for; then the other way round."""
+    long, short = (
+        models.padded(tmp_path / "target", TARGET, 2112),
+        models.qwen2(tmp_path / "q", DRAFT),
+    )
+    params = [greedy_params(50, ignore_eos=True, detokenize=False)] * len(PROMPTS)
+    with engine("binary:3", model=long, draft=short) as llm:
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+        metrics = spec_metrics(llm)
+    assert metrics["num_accepted_tokens"] > 0.3 * metrics["num_drafts"]
+    assert sum(token >= 2048 for ids in token_ids(outputs) for token in ids) > 10
+    assert_greedy(outputs, long)
+    assert_rows(nodes, outputs, long)
+
+    short, long = TARGET, models.padded(tmp_path / "draft", DRAFT, 2176)
+    with engine("binary:3", model=short, draft=long) as llm:
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+        metrics = spec_metrics(llm)
+    assert metrics["num_accepted_tokens"] > 0.3 * metrics["num_drafts"]
+    assert_greedy(outputs, short)

@@ -104,7 +104,7 @@ def test_max_model_len_and_max_tokens():
 def test_async_scheduling(async_scheduling):
     with engine("binary:3") as llm:
         core = llm.llm_engine.engine_core.engine_core
-        assert type(core.scheduler).__name__ == "AsyncScheduler"
+        assert type(core.scheduler).__name__ == "AsyncTreeScheduler"
         answers = token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False))
     assert answers == plain_greedy()
 
