@@ -19,6 +19,7 @@ from vllm_spechub.config import SpecHubConfig, Unsupported
 from vllm_spechub.proposers import PROPOSERS
 from vllm_spechub.registry import Registry
 from vllm_spechub.rules import RULES, VerificationRule, build_rule
+from vllm_spechub.shapes import parse_tree
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
@@ -63,6 +64,15 @@ def test_every_command_line_form(arguments):
     assert config.parallel_config.worker_cls.startswith("vllm_spechub.")
 
 
+def test_the_best_tree_for_a_budget():
+    """Without vLLM it is tested in test_shapes.py; here, that the rule's own shape arrives."""
+    for rule, tree in (("ordered", "auto"), ("unordered", "auto:7:3")):
+        spec = configured({"tree": tree, "verification": rule}).speculative_config
+        assert spec.tree == parse_tree(tree, rule)
+        assert spec.num_speculative_tokens == spec.tree.num_nodes
+    assert spec.tree != parse_tree(tree, "ordered")
+
+
 def test_survives_pickling_into_a_fresh_process():
     config = configured({"tree": [0, 0, 1]})
     program = (
@@ -85,6 +95,7 @@ def test_survives_pickling_into_a_fresh_process():
         ({"model": "/nowhere/draft"}, "there is no folder '/nowhere/draft'"),
         ({"tree": "oak:3"}, "speculative_config['tree']: 'oak:3' is none of: binary:DEPTH"),
         ({"tree": [0, 2]}, "speculative_config['tree']: parents[1] = 2"),
+        ({"tree": "auto:99"}, "speculative_config['tree']: 'auto:99': NODES and DEPTH must be in"),
         ({"verification": "maybe"}, "speculative_config['verification'] is 'maybe', allowed: orde"),
         (
             {"sharpening": 0},

@@ -230,8 +230,9 @@ def _engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
         "pipeline_parallel_size > 1 is not supported; use tensor_parallel_size",
     )
     yield (
-        parallel.data_parallel_size > 1,
-        "data_parallel_size > 1 is not supported; start separate engines",
+        parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe,
+        "data_parallel_size > 1 is not supported for mixtures of experts, whose ranks run in step; "
+        "start separate engines",
     )
     yield (
         parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
