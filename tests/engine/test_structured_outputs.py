@@ -120,7 +120,7 @@ def test_asynchronous_scheduling(budget, request):
     request.getfixturevalue("async_scheduling")
     with engine("binary:3", **with_grammars("xgrammar", max_num_batched_tokens=budget)) as llm:
         core = llm.llm_engine.engine_core.engine_core
-        assert type(core.scheduler).__name__ == "AsyncScheduler"
+        assert type(core.scheduler).__name__ == "AsyncTreeScheduler"
         assert token_ids(llm.generate(*mixed(), use_tqdm=False)) == expected
         fallbacks = grammar_fallbacks(llm)
         metrics = spec_metrics(llm)
