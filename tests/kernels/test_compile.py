@@ -24,6 +24,7 @@ CHILD_SAMPLING_ARGUMENTS = {
     "node_ids_ptr": "*i32",
     "num_children_ptr": "*i32",
     "vocab_size": "i32",
+    "sharpening": "fp32",
 }
 VERIFICATION_ARGUMENTS = {
     "tokens_ptr": "*i64",
@@ -49,18 +50,22 @@ VERIFICATION_ARGUMENTS = {
     "internal_index_ptr": "*i32",
     "max_depth": "i32",
     "vocab_size": "i32",
+    "sharpening": "fp32",
 }
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("ordered", "max_children"), [(False, 1), (True, 2), (True, 4)])
-def test_child_sampling(compile_for, capability, dtype, ordered, max_children):
+@pytest.mark.parametrize(
+    ("rule", "max_children"),
+    [("unordered", 1), ("ordered", 2), ("ordered", 4), ("rrs", 4), ("rrsw", 4)],
+)
+def test_child_sampling(compile_for, capability, dtype, rule, max_children):
     resources = compile_for(
         child_sampling._sample_children_kernel,
         CHILD_SAMPLING_ARGUMENTS | {"logits_ptr": f"*{dtype}"},
         {
-            "ORDERED": ordered,
+            "RULE": rule,
             "MAX_CHILDREN": max_children,
             "BLOCK_SIZE": child_sampling.BLOCK_SIZE,
         },
@@ -73,17 +78,32 @@ def test_child_sampling(compile_for, capability, dtype, ordered, max_children):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ordered", [False, True])
-def test_verification(compile_for, capability, dtype, ordered):
-    logits = dict.fromkeys(("target_logits_ptr", "draft_logits_ptr"), f"*{dtype}")
-    resources = compile_for(
-        verification._verify_tree_kernel,
-        VERIFICATION_ARGUMENTS | logits,
-        {"ORDERED": ordered, "BLOCK_SIZE": verification.BLOCK_SIZE},
-        capability,
-        verification.NUM_WARPS,
-    )
-    print(f"verify_tree, ordered {ordered}, {dtype}, sm_{capability}: {resources}")
+@pytest.mark.parametrize(
+    ("rule", "sharpened"),
+    [
+        ("ordered", False),
+        ("ordered", True),
+        ("unordered", False),
+        ("rrs", False),
+        ("rrsw", False),
+        ("traversal", False),
+        ("traversal", True),
+    ],
+)
+def test_verification(compile_for, capability, dtype, rule, sharpened):
+    arguments = dict(VERIFICATION_ARGUMENTS)
+    arguments |= dict.fromkeys(("target_logits_ptr", "draft_logits_ptr"), f"*{dtype}")
+    constants = {"SHARPENED": sharpened, "BLOCK_SIZE": verification.BLOCK_SIZE}
+    if rule == "traversal":
+        function = verification.traverse_kernel
+        arguments["num_tree_nodes"] = "i32"
+        constants["MAX_NODES"] = 64
+    else:
+        function = verification._verify_tree_kernel
+        constants["RULE"] = rule
+    resources = compile_for(function, arguments, constants, capability, verification.NUM_WARPS)
+    sharpness = ", sharpened" if sharpened else ""
+    print(f"verify_tree, {rule}{sharpness}, {dtype}, sm_{capability}: {resources}")
     assert resources.spill_bytes == 0
 
 

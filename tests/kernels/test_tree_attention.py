@@ -167,15 +167,20 @@ def assert_close(reference: torch.Tensor, candidate: torch.Tensor) -> None:
     assert ratio < RATIO[reference.dtype], f"error ratio {ratio:.2e}"
 
 
-def naive(batch: Batch, row: int, head: int) -> torch.Tensor:
+def naive(batch: Batch, row: int, head: int, window: int = 10**6) -> torch.Tensor:
     """One output row from the definition, key by key."""
     req = int((batch.query_start_loc <= row).sum()) - 1
     block_size, num_kv_heads, head_size = batch.key_cache.shape[1:]
     kv_head = head * num_kv_heads // batch.query.shape[1]
     until, mask = int(batch.visible_until[row]), int(batch.tree_mask[row]) % (1 << 64)
+    ancestors = [bit for bit in range(64) if mask >> bit & 1]
+    position = until - 1 + len(ancestors)
     scores, values = [], []
     for s in range(int(batch.seq_lens[req])):
-        if s < until or (0 <= s - until < 64 and mask >> (s - until) & 1):
+        if s < until or s - until in ancestors:
+            depth_position = s if s < until else until + ancestors.index(s - until)
+            if position - depth_position >= window:
+                continue
             slot = batch.block_table[req, s // block_size], s % block_size, kv_head
             scores.append(batch.query[row, head] @ batch.key_cache[slot] * head_size**-0.5)
             values.append(batch.value_cache[slot])
@@ -295,12 +300,81 @@ def test_row_that_sees_nothing_is_zero(num_splits):
     assert_close(batch.run(tree_attention_reference), output)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.usefixtures("interpreted_bf16_dot")
+def test_fp8_cache(dtype, fp8):
+    """Stored with scales, read with them; unused slots are NaN there as well."""
+    batch = make_batch(mixed_requests(), dtype=dtype, padding=0)
+    scales = torch.tensor([0.5]), torch.tensor([2.0])
+    exact = make_batch(mixed_requests(), dtype=dtype, padding=0)
+    for name, scale in zip(("key_cache", "value_cache"), scales, strict=True):
+        stored = (getattr(batch, name).float() / scale).to(fp8)
+        setattr(batch, name, stored)
+        setattr(exact, name, (stored.float() * scale).to(dtype))
+    options = {"key_scale": scales[0], "value_scale": scales[1], "window": 20}
+    expected = exact.run(tree_attention, window=20)
+    assert_close(expected, batch.run(tree_attention, **options))
+    for num_splits in (1, 2):
+        assert_close(expected, batch.run(tree_attention_triton, num_splits=num_splits, **options))
+
+
 def test_softcap():
     batch = make_batch(mixed_requests(), padding=0)
     batch.query *= 20.0
     reference = batch.run(tree_attention_reference, softcap=2.0)
     assert_close(reference, batch.run(tree_attention_triton, softcap=2.0, num_splits=1))
     assert not torch.allclose(reference, batch.run(tree_attention_reference), atol=1e-2)
+
+
+def long_requests() -> list[tuple[int, list[tuple[int, int]]]]:
+    """Trees and causal rows, some of whose windows begin in the middle of a block."""
+    return [
+        (75 + 15, tree_rows(75, binary_parents(14))),
+        (40 + 6, tree_rows(40, [0, 1, 2, 3, 4])),
+        (3 + 5, tree_rows(3, binary_parents(4))),
+        (70, causal_rows(70, 70)),
+        (90, [(CAUSAL, 0)]),
+        (60, causal_rows(53, 5) + tree_rows(53, binary_parents(6))),
+    ]
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 16, 33, 500])
+def test_window_counts_depths(window):
+    batch = make_batch(long_requests())
+    reference = batch.run(tree_attention, window=window)
+    used = int(batch.query_start_loc[-1])
+    for num_splits in (1, 4):
+        output = batch.run(tree_attention_triton, num_splits=num_splits, window=window)
+        assert_close(reference[:used], output[:used])
+        assert (output[used:] == 7.0).all()
+    batch.visible_until[used - 13] = 90  # the one sentinel, as `naive` needs it
+    for row in range(used):
+        torch.testing.assert_close(reference[row, 1], naive(batch, row, 1, window))
+
+
+def test_window_reaches_over_all_64_nodes():
+    chain, star = tree_rows(20, list(range(63))), tree_rows(20, [0] * 63)
+    batch = make_batch([(84, chain), (84, star)], padding=0)
+    for window in (2, 40, 63, 64, 70):
+        output = batch.run(tree_attention_triton, num_splits=1, window=window)
+        assert_close(batch.run(tree_attention_reference, window=window), output)
+
+
+@pytest.mark.parametrize(
+    "attend", [tree_attention_triton, partial(tree_attention_triton, num_splits=4)]
+)
+def test_blocks_before_every_window_are_not_read(attend):
+    """vLLM frees them, and their place in the table points at a block that holds anything."""
+    requests = [(90 + 7, tree_rows(90, binary_parents(6))), (90, causal_rows(90, 3))]
+    batch = make_batch(requests, padding=0)
+    expected = batch.run(attend, window=20)
+    assert expected.isfinite().all()
+    for req, first in ((0, 90), (1, 87)):
+        for block in range((first - 19) // 16):
+            batch.key_cache[batch.block_table[req, block]] = float("nan")
+            batch.value_cache[batch.block_table[req, block]] = float("nan")
+    assert torch.equal(batch.run(attend, window=20), expected)
 
 
 def test_any_split_fits_the_launch():
@@ -339,11 +413,12 @@ def test_no_key_is_read_past_the_visible_ones():
         ("block_table", {"block_table": torch.zeros(1, 2, dtype=torch.int64)}),
         ("visible_until", {"visible_until": torch.zeros(1, dtype=torch.int32)}),
         ("tree_mask", {"tree_mask": torch.zeros(4, dtype=torch.int32)}),
+        ("key_scale", {"key_cache": torch.zeros(4, 16, 2, 64).to(torch.float8_e4m3fn)}),
     ],
 )
 def test_bad_arguments_are_named(name, change):
     batch = make_batch([(9, causal_rows(9, 2))])
-    if name == "key_cache":
+    if "key_cache" in change:
         change = {**change, "value_cache": change["key_cache"]}
     batch.__dict__.update(change)
     with pytest.raises(ValueError, match=rf"^{name}:"):
@@ -353,7 +428,16 @@ def test_bad_arguments_are_named(name, change):
 TRITON_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def attention_job(dtype, head_size, group_size, max_query_len, num_splits=1, softcap=False):
+def attention_job(
+    dtype,
+    head_size,
+    group_size,
+    max_query_len,
+    num_splits=1,
+    softcap=False,
+    window=False,
+    fp8=False,
+):
     """Signature, constexprs and options as `tree_attention_triton` launches."""
     config = launch_config(dtype, head_size, group_size, max_query_len)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
@@ -365,6 +449,7 @@ def attention_job(dtype, head_size, group_size, max_query_len, num_splits=1, sof
         "BLOCK_Q": config["BLOCK_M"] // group_size,
         "NUM_SPLITS": num_splits,
         "USE_SOFTCAP": softcap,
+        "USE_WINDOW": window,
         **config,
     }
     # At run time the launcher sees that these are multiples of 16; known values stand in for that.
@@ -383,13 +468,19 @@ def attention_job(dtype, head_size, group_size, max_query_len, num_splits=1, sof
         }
     if num_splits == 1:
         constexprs["part_lse_ptr"] = None
+    if not fp8:
+        constexprs |= {"key_scale_ptr": None, "value_scale_ptr": None}
     kind = TRITON_TYPE[dtype]
     signature = {
         name: "i32"
         for name in _tree_attention_kernel.arg_names
-        if (name.endswith("_stride") or name == "num_reqs") and name not in constexprs
+        if (name.endswith("_stride") or name in ("num_reqs", "window")) and name not in constexprs
     }
-    signature |= dict.fromkeys(("query_ptr", "key_cache_ptr", "value_cache_ptr"), f"*{kind}")
+    signature["query_ptr"] = f"*{kind}"
+    cached = "fp8e4nv" if fp8 else kind
+    signature |= dict.fromkeys(("key_cache_ptr", "value_cache_ptr"), f"*{cached}")
+    if fp8:
+        signature |= dict.fromkeys(("key_scale_ptr", "value_scale_ptr"), "*fp32")
     signature |= dict.fromkeys(
         ("query_start_loc_ptr", "seq_lens_ptr", "block_table_ptr", "visible_until_ptr"), "*i32"
     )
@@ -410,26 +501,38 @@ def test_compiles_ahead_of_time(compile_for, dtype, capability):
 
 @pytest.mark.parametrize("dtype", list(TRITON_TYPE))
 @pytest.mark.parametrize(
-    ("head_size", "group_size", "max_query_len", "num_splits", "softcap"),
+    ("head_size", "group_size", "max_query_len", "num_splits", "softcap", "window"),
     [
-        (64, 1, 1, 8, False),
-        (64, 4, 31, 1, False),
-        (80, 1, 64, 1, False),
-        (128, 4, 15, 8, False),
-        (128, 8, 1, 8, False),
-        (128, 4, 512, 1, True),
-        (256, 2, 15, 8, False),
-        (256, 2, 512, 1, False),
+        (64, 1, 1, 8, False, False),
+        (64, 4, 31, 1, False, False),
+        (80, 1, 64, 1, False, False),
+        (128, 4, 15, 8, False, False),
+        (128, 4, 15, 8, False, True),
+        (128, 8, 1, 8, False, False),
+        (128, 4, 512, 1, True, False),
+        (256, 2, 15, 8, False, False),
+        (256, 2, 512, 1, False, True),
     ],
 )
 def test_nothing_spills_on_hopper(
-    compile_for, dtype, head_size, group_size, max_query_len, num_splits, softcap
+    compile_for, dtype, head_size, group_size, max_query_len, num_splits, softcap, window
 ):
     signature, constexprs, options = attention_job(
-        dtype, head_size, group_size, max_query_len, num_splits, softcap
+        dtype, head_size, group_size, max_query_len, num_splits, softcap, window
     )
     resources = compile_for(_tree_attention_kernel, signature, constexprs, 90, **options)
     print(f"{dtype} head {head_size} group {group_size}: {resources}")
+    assert resources.spill_bytes == 0
+
+
+@pytest.mark.parametrize("max_query_len", [15, 512])
+@pytest.mark.parametrize("capability", [90, 100])
+def test_fp8_cache_compiles_without_spills(compile_for, capability, max_query_len):
+    signature, constexprs, options = attention_job(
+        torch.bfloat16, 128, 4, max_query_len, window=True, fp8=True
+    )
+    resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)
+    print(f"fp8 sm_{capability}: {resources}")
     assert resources.spill_bytes == 0
 
 

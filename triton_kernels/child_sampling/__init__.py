@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draft the children of tree nodes: the hubs and one sample off the hubs.
-
-SpecHub (Sun et al., EMNLP 2024, arXiv 2411.05289) for up to `MAX_CHILDREN` children.
-"""
+"""Draft up to `MAX_CHILDREN` children of tree nodes, by the law of a verification rule."""
 
 import torch
+
+from ..rules import check_rule
 
 MAX_CHILDREN = 4
 
@@ -25,18 +24,25 @@ def sample_children(
     # [num_rows]
     num_children: torch.Tensor,
     *,
-    ordered: bool,
+    rule: str,
     max_children: int,
+    sharpening: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draft `k = num_children[row]` different tokens for each row.
+    """Draft `k = num_children[row]` tokens for each row.
 
-    With `q = softmax(logits / temperature)`, the hubs are the k - 1 most probable tokens (ties:
-    lowest id first) and the sampled child is drawn from `q` without the hubs, renormalised. Where
-    nothing remains off the hubs, and at temperature 0, it is the best-ranked other token.
-
-    Slots, unordered: the hubs by rank, then the sampled child. Ordered: slot 0 holds the sampled
-    child with probability `1 - q(hubs)` or else hub h with probability `q(h)`, so that its token is
+    SpecHub rules: the hubs are the k - 1 most probable tokens of `q = softmax(logits /
+    temperature)` (ties: lowest id first) and the sampled child is drawn from `w`, which is
+    `q ** sharpening` without the hubs, renormalised. Where nothing remains off the hubs, and at
+    temperature 0, it is the best-ranked other token. Slots, `unordered`: the hubs by rank, then the
+    sampled child. `ordered` and `traversal`: slot 0 holds the sampled child with probability
+    `1 - q(hubs)` or else hub h with probability `q(h)`, so that without sharpening its token is
     distributed as q; the other hubs follow by rank, then the sampled child unless it comes first.
+
+    `rrs`: every slot is an independent draw from q. `rrsw`: each is drawn from q without the tokens
+    of the slots before it; what q does not support follows by lowest id. At temperature 0 both
+    draft the k most probable tokens. `chain`: one draw from q.
+
+    A row that masks every token is drafted as at temperature 0.
 
     Args:
         logits: any float dtype; -inf for masked tokens; last dimension contiguous.
@@ -46,19 +52,22 @@ def sample_children(
         root_positions: int64, position of the tree's root in its sequence.
         node_ids: int32, the node whose children the row drafts.
         num_children: int32, 1..max_children.
-        ordered: which slot order to produce; verification must use the same.
+        rule: one of `rules.RULES`; verification must use the same.
         max_children: the largest of `num_children`, at most MAX_CHILDREN.
+        sharpening: the exponent of w, above 0; verification must use the same.
 
     Returns:
         tokens: int64 [num_rows, max_children], -1 past `num_children` and in undrafted rows.
-        sample_slot: int32 [num_rows], slot of the sampled child; -1 in undrafted rows.
+        sample_slot: int32 [num_rows], slot of the sampled child, 0 for rules without one; -1 in
+            undrafted rows.
 
     Raises:
-        ValueError: a shape or `max_children` does not fit.
+        ValueError: a shape, `max_children`, `rule` or `sharpening` does not fit.
     """
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError("logits must be [num_rows, vocab_size] with contiguous rows")
     num_rows, vocab_size = logits.shape
+    check_rule(rule, sharpening, max_children)
     if not 1 <= max_children <= min(MAX_CHILDREN, vocab_size):
         raise ValueError(f"max_children must be in 1..{min(MAX_CHILDREN, vocab_size)}")
     for name, value in (
@@ -84,6 +93,7 @@ def sample_children(
         root_positions,
         node_ids,
         num_children,
-        ordered=ordered,
+        rule=rule,
         max_children=max_children,
+        sharpening=sharpening,
     )

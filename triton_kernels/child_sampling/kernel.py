@@ -43,6 +43,44 @@ def _best(value, index):
 
 
 @triton.jit
+def _draw_independently(
+    # [max_children]
+    tokens_ptr,
+    # [vocab_size]
+    logits_ptr,
+    key,
+    scale,
+    num_children,
+    vocab_size,
+    MAX_CHILDREN: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """One draw per slot from all tokens; slot j counts on where slot j - 1 ended."""
+    lane = tl.arange(0, BLOCK_SIZE)[None, :]
+    slot = tl.arange(0, 4 if MAX_CHILDREN > 2 else MAX_CHILDREN)[:, None]
+    race = tl.full([slot.shape[0], BLOCK_SIZE], _EMPTY, tl.float32)
+    winner = tl.zeros([slot.shape[0], BLOCK_SIZE], tl.int32)
+    peak = tl.full([1, BLOCK_SIZE], _EMPTY, tl.float32)
+    for start in range(0, vocab_size, BLOCK_SIZE):
+        index = start + lane
+        valid = index < vocab_size
+        value = tl.load(logits_ptr + index, mask=valid, other=0.0)
+        value = tl.where(valid, tl.maximum(value.to(tl.float32), _LOWEST), _EMPTY)
+        peak = tl.maximum(peak, value)
+        noise = tl.log(exponential(element_hash(key, slot * vocab_size + index)))
+        score = tl.where(value == _EMPTY, _EMPTY, tl.maximum(value * scale - noise, _LOWEST))
+        ahead = score > race
+        race = tl.where(ahead, score, race)
+        winner = tl.where(ahead, index, winner)
+    best = tl.max(race, axis=1, keep_dims=True)
+    token = tl.min(tl.where(race == best, winner, _NO_INDEX), axis=1, keep_dims=True)
+    # A row without any possible token is drafted as a greedy one.
+    token = tl.where(tl.max(peak, axis=1, keep_dims=True) == _LOWEST, slot, token)
+    token = tl.where(slot < num_children, token, -1)
+    tl.store(tokens_ptr + slot, token.to(tl.int64), mask=slot < MAX_CHILDREN)
+
+
+@triton.jit
 def _sample_children_kernel(
     # [num_rows, max_children]
     tokens_ptr,
@@ -64,10 +102,14 @@ def _sample_children_kernel(
     # [num_rows]
     num_children_ptr,
     vocab_size,
-    ORDERED: tl.constexpr,
+    sharpening,
+    RULE: tl.constexpr,
     MAX_CHILDREN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
+    ORDERED: tl.constexpr = RULE == "ordered" or RULE == "traversal"
+    # Rules that rank all their children in the race, not by logit.
+    RACED: tl.constexpr = RULE == "rrs" or RULE == "rrsw"
     row = tl.program_id(0).to(tl.int64)
     row_tokens_ptr = tokens_ptr + row * MAX_CHILDREN
     req = tl.load(req_idx_ptr + row).to(tl.int64)
@@ -83,7 +125,21 @@ def _sample_children_kernel(
     seed = tl.load(seeds_ptr + req)
     position = tl.load(root_positions_ptr + row)
     node = tl.load(node_ids_ptr + row)
+    race_scale = scale * sharpening
     key = row_key(seed, position, node, CHILD)
+    if RULE == "rrs" and not greedy:
+        _draw_independently(
+            row_tokens_ptr,
+            logits_ptr + row * logits_stride,
+            key,
+            scale,
+            num_children,
+            vocab_size,
+            MAX_CHILDREN,
+            BLOCK_SIZE,
+        )
+        tl.store(sample_slot_ptr + row, 0)
+        return
 
     # Each lane keeps its own MAX_CHILDREN - 1 best tokens. What falls off its list is no hub: it
     # joins the race for the sampled child and the mass off the hubs (relative to the lane's best).
@@ -102,6 +158,8 @@ def _sample_children_kernel(
         valid = index < vocab_size
         value = tl.load(logits_ptr + row * logits_stride + index, mask=valid, other=0.0)
         value = tl.where(valid, tl.maximum(value.to(tl.float32), _LOWEST), _EMPTY)
+        if RACED:
+            value = _race_score(value, index, key, scale, greedy)
         if MAX_CHILDREN > 1:
             peak = hub0
             hub0, index0, value, index = _insert(value, index, hub0, index0)
@@ -111,8 +169,8 @@ def _sample_children_kernel(
                 hub2, index2, value, index = _insert(value, index, hub2, index2)
             if ORDERED:
                 mass = mass * tl.exp((peak - hub0) * scale) + tl.exp((value - hub0) * scale)
-        score = _race_score(value, index, key, scale, greedy)
-        race, winner, score, index = _insert(score, index, race, winner)
+        score = value if RACED else _race_score(value, index, key, race_scale, greedy)
+        race, winner, _, _ = _insert(score, index, race, winner)
 
     # Hubs: the best over all lanes, MAX_CHILDREN - 1 times. A row with fewer children takes fewer.
     lane_peak = hub0
@@ -152,14 +210,14 @@ def _sample_children_kernel(
 
     # The lists' remaining entries are no hubs either.
     if MAX_CHILDREN > 1:
-        score = _race_score(hub0, index0, key, scale, greedy)
-        race, winner, score, index = _insert(score, index0, race, winner)
+        score = hub0 if RACED else _race_score(hub0, index0, key, race_scale, greedy)
+        race, winner, _, _ = _insert(score, index0, race, winner)
     if MAX_CHILDREN > 2:
-        score = _race_score(hub1, index1, key, scale, greedy)
-        race, winner, score, index = _insert(score, index1, race, winner)
+        score = hub1 if RACED else _race_score(hub1, index1, key, race_scale, greedy)
+        race, winner, _, _ = _insert(score, index1, race, winner)
     if MAX_CHILDREN > 3:
-        score = _race_score(hub2, index2, key, scale, greedy)
-        race, winner, score, index = _insert(score, index2, race, winner)
+        score = hub2 if RACED else _race_score(hub2, index2, key, race_scale, greedy)
+        race, winner, _, _ = _insert(score, index2, race, winner)
     _, sampled = _best(race, winner)
 
     # Rank of the hub in slot 0; num_children - 1 where the sampled child is.
@@ -172,16 +230,20 @@ def _sample_children_kernel(
         if MAX_CHILDREN > 3:
             mass += tl.exp((hub2 - row_peak) * scale)
         draw = uniform(row_key(seed, position, node, LABEL))
-        draw = tl.where(greedy, 0.0, draw * (threshold2 + tl.sum(mass, axis=0)))
+        # A row without any possible token is drafted as a greedy one.
+        draw = tl.where(
+            greedy | (row_peak == _LOWEST), 0.0, draw * (threshold2 + tl.sum(mass, axis=0))
+        )
         passed = (threshold0 <= draw).to(tl.int32)
         passed += (threshold1 <= draw).to(tl.int32)
         passed += (threshold2 <= draw).to(tl.int32)
         # Ranks past the last hub repeat its threshold.
         main = tl.minimum(passed, num_children - 1)
 
-    sample_slot = num_children - 1
+    last_slot = num_children - 1
+    sample_slot = last_slot
     if ORDERED:
-        sample_slot = tl.where(main == num_children - 1, 0, num_children - 1)
+        sample_slot = tl.where(main == last_slot, 0, last_slot)
     for rank in tl.static_range(MAX_CHILDREN - 1):
         token = hub_token0
         if rank == 1:
@@ -195,7 +257,7 @@ def _sample_children_kernel(
         slot = tl.where(rank < num_children - 1, slot, rank + 1)
         tl.store(row_tokens_ptr + slot, token.to(tl.int64))
     tl.store(row_tokens_ptr + sample_slot, sampled.to(tl.int64))
-    tl.store(sample_slot_ptr + row, sample_slot)
+    tl.store(sample_slot_ptr + row, tl.zeros_like(sample_slot) if RACED else sample_slot)
 
 
 def sample_children(
@@ -214,8 +276,9 @@ def sample_children(
     # [num_rows]
     num_children: torch.Tensor,
     *,
-    ordered: bool,
+    rule: str,
     max_children: int,
+    sharpening: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`child_sampling.sample_children` on the GPU, without argument checks."""
     num_rows, vocab_size = logits.shape
@@ -234,7 +297,8 @@ def sample_children(
             node_ids,
             num_children,
             vocab_size,
-            ORDERED=ordered,
+            sharpening,
+            RULE=rule,
             MAX_CHILDREN=max_children,
             BLOCK_SIZE=BLOCK_SIZE,
             num_warps=NUM_WARPS,

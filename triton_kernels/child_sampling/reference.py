@@ -4,8 +4,9 @@
 import torch
 
 from .. import rng
+from ..rules import ORDERED_SLOTS, RECURSIVE
 
-# Stands for the logit -inf, so that masked tokens still rank above hubs taken out (-inf).
+# Stands for the logit -inf, so that masked tokens still rank above tokens taken out (-inf).
 LOWEST = -3.0e38
 
 
@@ -25,27 +26,101 @@ def sample_children(
     # [num_rows]
     num_children: torch.Tensor,
     *,
-    ordered: bool,
+    rule: str,
     max_children: int,
+    sharpening: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`child_sampling.sample_children` on any device, without argument checks."""
-    vocab_size = logits.shape[1]
-    drafted = req_idx >= 0
     req = req_idx.clamp(min=0).long()
+    logits = logits.to(torch.float32).clamp(min=LOWEST)
     # [num_rows, 1]
     row_temperature = temperature[req].unsqueeze(1)
-    greedy = row_temperature == 0
-    scale = 1.0 / torch.where(greedy, 1.0, row_temperature)
+    # A row without any possible token is drafted as a greedy one.
+    greedy = (row_temperature == 0) | (logits.amax(dim=1, keepdim=True) == LOWEST)
+    scale = 1.0 / torch.where(row_temperature == 0, 1.0, row_temperature)
     last_slot = num_children.unsqueeze(1) - 1
+    keys = [
+        rng.row_key(seeds[req], root_positions, node_ids, use) for use in (rng.CHILD, rng.LABEL)
+    ]
+    if rule in RECURSIVE:
+        tokens = _draw_all(logits, scale, greedy, keys[0], rule == "rrs", max_children)
+        tokens.masked_fill_(torch.arange(max_children, device=logits.device) > last_slot, -1)
+        sample_slot = torch.zeros_like(last_slot)
+    else:
+        tokens, sample_slot = _draw_spechub(
+            logits, scale, greedy, keys, last_slot, max_children, sharpening, rule in ORDERED_SLOTS
+        )
+    undrafted = (req_idx < 0).unsqueeze(1)
+    tokens.masked_fill_(undrafted, -1)
+    return tokens, sample_slot.masked_fill(undrafted, -1).squeeze(1).to(torch.int32)
 
+
+def _race(
     # [num_rows, vocab_size]
-    off_hub = logits.to(torch.float32).clamp(min=LOWEST)
-    key = rng.row_key(seeds[req], root_positions, node_ids, rng.CHILD)
-    noise = rng.exponential(rng.element_hash(key, vocab_size)).log_().masked_fill_(greedy, 0.0)
-    # Without noise, or where every token is masked, the race goes to the best-ranked token.
-    race = (off_hub * scale).sub_(noise).clamp_(min=LOWEST)
+    logits: torch.Tensor,
+    # [num_rows, 1]
+    scale: torch.Tensor,
+    # [num_rows, 1]
+    greedy: torch.Tensor,
+    # [num_rows, vocab_size]
+    bits: torch.Tensor,
+) -> torch.Tensor:
+    """Scores whose largest is a draw from softmax(logits * scale), in descending order draws
+    without replacement. Without noise, or where all tokens are masked, the best-ranked leads."""
+    noise = rng.exponential(bits).log_().masked_fill_(greedy, 0.0)
+    return (logits * scale).sub_(noise).clamp_(min=LOWEST)
 
-    # Take out the hubs. `max` returns the lowest index of a tie; `topk` promises nothing.
+
+def _draw_all(
+    # [num_rows, vocab_size]
+    logits: torch.Tensor,
+    # [num_rows, 1]
+    scale: torch.Tensor,
+    # [num_rows, 1]
+    greedy: torch.Tensor,
+    # [num_rows]
+    key: torch.Tensor,
+    with_replacement: bool,
+    max_children: int,
+) -> torch.Tensor:
+    """Tokens [num_rows, max_children], drawn from the draft one after the other."""
+    vocab_size = logits.shape[1]
+    # Slot j of independent draws counts on where slot j - 1 ended.
+    bits = rng.element_hash(key, vocab_size * (max_children if with_replacement else 1))
+    bits = bits.unflatten(1, (-1, vocab_size))
+    race = _race(logits, scale, greedy, bits[:, 0])
+    tokens = []
+    for slot in range(max_children):
+        # `max` returns the lowest index of a tie; `topk` promises nothing.
+        token = race.max(dim=1, keepdim=True).indices
+        race.scatter_(1, token, -torch.inf)
+        if with_replacement and slot > 0:
+            drawn = _race(logits, scale, greedy, bits[:, slot]).max(dim=1, keepdim=True).indices
+            token = torch.where(greedy, token, drawn)
+        tokens.append(token)
+    return torch.cat(tokens, dim=1)
+
+
+def _draw_spechub(
+    # [num_rows, vocab_size]
+    logits: torch.Tensor,
+    # [num_rows, 1]
+    scale: torch.Tensor,
+    # [num_rows, 1]
+    greedy: torch.Tensor,
+    # [num_rows] each: for the sampled child, for the label
+    keys: list[torch.Tensor],
+    # [num_rows, 1]
+    last_slot: torch.Tensor,
+    max_children: int,
+    sharpening: float,
+    ordered: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [num_rows, max_children] and the sampled child's slot [num_rows, 1]."""
+    num_rows, vocab_size = logits.shape
+    off_hub = logits
+    race = _race(logits, scale * sharpening, greedy, rng.element_hash(keys[0], vocab_size))
+    # Take out the hubs.
     hub_logits = []
     hub_tokens = []
     for rank in range(max_children - 1):
@@ -56,16 +131,14 @@ def sample_children(
         race.scatter_(1, token, race.gather(1, token).masked_fill_(is_hub, -torch.inf))
         hub_logits.append(value.masked_fill(~is_hub, -torch.inf))
         hub_tokens.append(token.masked_fill(~is_hub, -1))
-    sampled = race.argmax(dim=1, keepdim=True)
+    sampled = race.max(dim=1, keepdim=True).indices
 
-    tokens = torch.full(
-        (logits.shape[0], max_children), -1, dtype=torch.int64, device=logits.device
-    )
+    tokens = torch.full((num_rows, max_children), -1, dtype=torch.int64, device=logits.device)
     sample_slot = last_slot.long()
     if max_children > 1:
         # [num_rows, max_children - 1]
         rank = torch.arange(max_children - 1, device=logits.device)
-        slot = rank.expand(logits.shape[0], -1)
+        slot = rank.expand(num_rows, -1)
         hubs = torch.cat(hub_tokens, dim=1)
         if ordered:
             # Weights of the labels: the hubs by rank, then everything off the hubs. A row with one
@@ -74,8 +147,7 @@ def sample_children(
             hub_weight = torch.exp((torch.cat(hub_logits, dim=1) - peak) * scale)
             off_hub_weight = torch.exp((off_hub - peak) * scale).sum(dim=1, keepdim=True)
             threshold = hub_weight.cumsum(dim=1)
-            key = rng.row_key(seeds[req], root_positions, node_ids, rng.LABEL)
-            draw = rng.uniform(key).unsqueeze(1) * (threshold[:, -1:] + off_hub_weight)
+            draw = rng.uniform(keys[1]).unsqueeze(1) * (threshold[:, -1:] + off_hub_weight)
             draw.masked_fill_(greedy, 0.0)
             # [num_rows, 1]: rank of the hub in slot 0; last_slot where the sampled child is.
             main = ((threshold <= draw) & (rank < last_slot)).sum(dim=1, keepdim=True)
@@ -84,7 +156,4 @@ def sample_children(
         # Padding ranks write the -1 that is there already.
         tokens.scatter_(1, torch.where(rank < last_slot, slot, rank + 1), hubs)
     tokens.scatter_(1, sample_slot, sampled)
-
-    undrafted = ~drafted.unsqueeze(1)
-    tokens.masked_fill_(undrafted, -1)
-    return tokens, sample_slot.masked_fill(undrafted, -1).squeeze(1).to(torch.int32)
+    return tokens, sample_slot

@@ -24,6 +24,21 @@ def _bitwise_or(left, right):
 
 
 @triton.jit
+def _count_bits(
+    # any shape, int64
+    bits,
+):
+    """How many bits are set. Shifts repeat the sign bit; what it reaches is masked off."""
+    bits = bits - ((bits >> 1) & 0x5555555555555555)
+    bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
+    bits += bits >> 8
+    bits += bits >> 16
+    bits += bits >> 32
+    return (bits & 0x7F).to(tl.int32)
+
+
+@triton.jit
 def _find_request(
     # [num_reqs + 1]
     query_start_loc_ptr,
@@ -62,11 +77,14 @@ def _attend_tile(
     until,
     # [BLOCK_M]
     mask,
+    # [BLOCK_M], the first key in each row's window
+    first_visible,
     key_cache_ptr,
     value_cache_ptr,
     # [max_num_blocks], this request's row
     block_row_ptr,
     tile_start,
+    key_begin,
     key_end,
     plain_end,
     tree_root,
@@ -84,6 +102,7 @@ def _attend_tile(
     HEAD_PADDED: tl.constexpr,
     TILE: tl.constexpr,
     USE_SOFTCAP: tl.constexpr,
+    USE_WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Fold the keys `tile_start .. tile_start + TILE` into the running softmax."""
@@ -96,6 +115,8 @@ def _attend_tile(
         in_tree = (root_distance >= 0) & (root_distance < 64)
         in_tree = in_tree & (((tree_union >> (root_distance & 63).to(tl.int64)) & 1) == 1)
         key_mask = ((keys_at < plain_end) | in_tree) & (keys_at < key_end)
+        if USE_WINDOW:
+            key_mask = key_mask & (keys_at >= key_begin)
         block = tl.load(block_row_ptr + keys_at // BLOCK_SIZE, mask=key_mask, other=0)
         load_mask = key_mask[:, None] & dim_mask[None, :]
     else:
@@ -111,7 +132,7 @@ def _attend_tile(
         + (dims * key_dim_stride)[None, :],
         mask=load_mask,
         other=0.0,
-    )
+    ).to(query.dtype)
     # [BLOCK_M, TILE]
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * qk_scale
     if USE_SOFTCAP:
@@ -123,6 +144,8 @@ def _attend_tile(
         # The shift must stay in 0..63 also where the bit is not used.
         bit = (mask[:, None] >> (node & 63).to(tl.int64)) & 1
         visible = ((node < 0) | ((node < 64) & (bit == 1))) & key_mask[None, :]
+        if USE_WINDOW:
+            visible = visible & (keys_at[None, :] >= first_visible[:, None])
         scores = tl.where(visible, scores, float("-inf"))
 
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
@@ -136,7 +159,7 @@ def _attend_tile(
         + (dims * value_dim_stride)[None, :],
         mask=load_mask,
         other=0.0,
-    )
+    ).to(query.dtype)
     acc = tl.dot(weights.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
     return new_max, row_sum, acc
 
@@ -164,8 +187,12 @@ def _tree_attention_kernel(
     visible_until_ptr,
     # [num_tokens]
     tree_mask_ptr,
+    # [1] each, None unless the cache is quantised
+    key_scale_ptr,
+    value_scale_ptr,
     qk_scale,
     softcap,
+    window,
     num_reqs,
     block_table_stride,
     query_token_stride,
@@ -192,6 +219,7 @@ def _tree_attention_kernel(
     TILE: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     USE_SOFTCAP: tl.constexpr,
+    USE_WINDOW: tl.constexpr,
 ):
     """Grid: (query blocks upper bound, num_kv_heads, NUM_SPLITS)."""
     query_block = tl.program_id(0)
@@ -229,6 +257,17 @@ def _tree_attention_kernel(
     is_causal = until < 0
     until = tl.where(is_causal, seq_len - query_len + token_in_req + 1, until)
     mask = tl.where(is_causal, 0, mask)
+    first_visible = tl.zeros([BLOCK_M], tl.int32)
+    key_begin = 0
+    if USE_WINDOW:
+        num_ancestors = _count_bits(mask)
+        first_visible = tl.maximum(until + num_ancestors - window, 0)
+        key_begin = tl.min(tl.where(row_mask, first_visible, seq_len), axis=0)
+        # The highest ancestors fall out of a window that is smaller than the tree is deep.
+        outside = num_ancestors - window
+        for _ in range(0, tl.maximum(tl.max(outside, axis=0), 0)):
+            mask = tl.where(outside > 0, mask & (mask - 1), mask)
+            outside -= 1
     # Rows of padding see nothing, and must not bound what the others share either.
     furthest = tl.where(row_mask, tl.where(mask == 0, until, until + 64), 0)
     key_end = tl.minimum(seq_len, tl.max(furthest, axis=0))
@@ -242,12 +281,17 @@ def _tree_attention_kernel(
     tree_union = tl.reduce(mask, 0, _bitwise_or)
     plain_end = tl.where(tree_root < last_root, key_end, plain_end)
 
-    num_tiles = (key_end + TILE - 1) // TILE
-    tiles_per_split = (num_tiles + NUM_SPLITS - 1) // NUM_SPLITS
-    first_tile = split * tiles_per_split
-    last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)
+    begin_tile = key_begin // TILE
+    end_tile = (key_end + TILE - 1) // TILE
+    tiles_per_split = (tl.maximum(end_tile - begin_tile, 0) + NUM_SPLITS - 1) // NUM_SPLITS
+    first_tile = begin_tile + split * tiles_per_split
+    last_tile = tl.minimum(first_tile + tiles_per_split, end_tile)
     shared_tile = tl.maximum(tl.minimum(shared_end // TILE, last_tile), first_tile)
+    if USE_WINDOW:
+        shared_tile = first_tile  # a window has few tiles, and rows differ at both its ends
 
+    if key_scale_ptr is not None:
+        qk_scale *= tl.load(key_scale_ptr)
     key_cache_ptr += kv_head.to(tl.int64) * key_head_stride
     value_cache_ptr += kv_head.to(tl.int64) * value_head_stride
     block_row_ptr = block_table_ptr + req.to(tl.int64) * block_table_stride
@@ -264,10 +308,12 @@ def _tree_attention_kernel(
             acc,
             until,
             mask,
+            first_visible,
             key_cache_ptr,
             value_cache_ptr,
             block_row_ptr,
             tile * TILE,
+            key_begin,
             key_end,
             plain_end,
             tree_root,
@@ -285,6 +331,7 @@ def _tree_attention_kernel(
             HEAD_PADDED,
             TILE,
             USE_SOFTCAP,
+            USE_WINDOW,
             MASKED=False,
         )
     for tile in range(shared_tile, last_tile):
@@ -295,10 +342,12 @@ def _tree_attention_kernel(
             acc,
             until,
             mask,
+            first_visible,
             key_cache_ptr,
             value_cache_ptr,
             block_row_ptr,
             tile * TILE,
+            key_begin,
             key_end,
             plain_end,
             tree_root,
@@ -316,11 +365,14 @@ def _tree_attention_kernel(
             HEAD_PADDED,
             TILE,
             USE_SOFTCAP,
+            USE_WINDOW,
             MASKED=True,
         )
 
     empty = row_sum == 0.0
     acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
+    if value_scale_ptr is not None:
+        acc *= tl.load(value_scale_ptr)
     tl.store(
         output_ptr
         + split.to(tl.int64) * output_split_stride
@@ -447,6 +499,10 @@ def tree_attention_triton(
     scale: float,
     max_query_len: int,
     softcap: float = 0.0,
+    window: int = 0,
+    # [1] each
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
     num_splits: int | None = None,
 ) -> None:
     """Launch the kernels; never waits for the device. Arguments as `tree_attention`.
@@ -492,8 +548,11 @@ def tree_attention_triton(
         block_table,
         visible_until,
         tree_mask,
+        key_scale,
+        value_scale,
         qk_scale,
         float(softcap),
+        window,
         num_reqs,
         block_table.stride(0),
         *query.stride()[:2],
@@ -508,6 +567,7 @@ def tree_attention_triton(
         BLOCK_Q=block_q,
         NUM_SPLITS=num_splits,
         USE_SOFTCAP=softcap > 0,
+        USE_WINDOW=window > 0,
         **config,
     )
     if lse is not None:

@@ -14,6 +14,7 @@ def visible_keys(
     # [query_len]
     tree_mask: torch.Tensor,
     seq_len: int,
+    window: int = 0,
 ) -> torch.Tensor:
     """Which of a request's keys each of its query tokens sees.
 
@@ -21,6 +22,7 @@ def visible_keys(
         visible_until: int32, `CAUSAL` for ordinary tokens.
         tree_mask: int64.
         seq_len: keys of the request in the cache.
+        window: as `tree_attention`.
 
     Returns:
         bool [query_len, seq_len].
@@ -34,7 +36,15 @@ def visible_keys(
     # [query_len, seq_len]
     node = torch.arange(seq_len, device=device) - until[:, None]
     bit = (mask[:, None] >> node.clamp(0, MASK_BITS - 1)) & 1
-    return (node < 0) | ((node < MASK_BITS) & (bit == 1))
+    visible = (node < 0) | ((node < MASK_BITS) & (bit == 1))
+    if window > 0:
+        # [query_len, MASK_BITS] how many of a token's ancestors, itself included, up to each node
+        ancestors = ((mask[:, None] >> torch.arange(MASK_BITS, device=device)) & 1).cumsum(1)
+        depth = ancestors.gather(1, node.clamp(0, MASK_BITS - 1))
+        key_position = until[:, None] + torch.where(node < 0, node, depth - 1)
+        position = until[:, None] + ancestors[:, -1:] - 1
+        visible &= position - key_position < window
+    return visible
 
 
 def tree_attention_reference(
@@ -59,6 +69,10 @@ def tree_attention_reference(
     scale: float,
     max_query_len: int,
     softcap: float = 0.0,
+    window: int = 0,
+    # [1] each
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """Gather each request's keys, mask, softmax in fp32. Arguments as `tree_attention`."""
     block_size, num_kv_heads = key_cache.shape[1:3]
@@ -73,13 +87,15 @@ def tree_attention_reference(
         # [seq_len, num_kv_heads, head_size]
         keys = key_cache[blocks, positions % block_size].float()
         values = value_cache[blocks, positions % block_size].float()
+        if key_scale is not None and value_scale is not None:
+            keys, values = keys * key_scale, values * value_scale
         # [query_len, num_kv_heads, group_size, head_size]
         queries = query[rows].float().unflatten(1, (num_kv_heads, group_size))
         # [num_kv_heads, group_size, query_len, seq_len]
         scores = torch.einsum("qhgd,khd->hgqk", queries, keys) * scale
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
-        visible = visible_keys(visible_until[rows], tree_mask[rows], seq_len)
+        visible = visible_keys(visible_until[rows], tree_mask[rows], seq_len, window)
         scores = scores.masked_fill(~visible, float("-inf"))
         # A row that sees nothing is all -inf: softmax makes it NaN, and it should be zero.
         weights = torch.softmax(scores, dim=-1).masked_fill(~visible.any(1, keepdim=True), 0.0)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verify a drafted tree from its root to a leaf, one SpecHub rule per node.
-
-SpecHub (Sun et al., EMNLP 2024, arXiv 2411.05289); the emitted tokens follow the target exactly.
-"""
+"""Verify a drafted tree: whatever the draft, the emitted tokens follow the target exactly."""
 
 import torch
+
+from ..rules import check_rule
 
 
 def verify_tree(
@@ -38,15 +37,18 @@ def verify_tree(
     internal_index: torch.Tensor,
     *,
     max_depth: int,
-    ordered: bool,
+    rule: str,
+    sharpening: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Walk each request's tree from the root while children are accepted, then emit a last token.
+    """Accept a path of each request's tree, then emit a last token.
 
-    At temperature 0 the walk follows the target's argmax (ties: lowest id). Otherwise each node
-    makes one draw among its children and rejection, with the probabilities that
-    `reference.node_outcome` gives; on rejection the token comes from the residual, at a leaf from
-    the target. A node whose children are not all among the request's first `num_nodes` drafted
-    nodes counts as a leaf.
+    At temperature 0 the walk follows the target's argmax (ties: lowest id). Otherwise `traversal`
+    visits the tree depth first, each node after its children with the probabilities that
+    `node_rules.traversal_outcome` gives, and accepts the path to the first node whose draw
+    succeeds. The other rules walk from the root while children are accepted: each node makes one
+    draw among its children and rejection, by `node_rules.node_outcome`. The last token comes from
+    the residual of the node where this ends, at a leaf from the target. A node whose children are
+    not all among the request's first `num_nodes` drafted nodes counts as a leaf.
 
     Args:
         target_logits: any float dtype; request r's row of a node is `row_start[r] + node`; -inf for
@@ -56,7 +58,8 @@ def verify_tree(
         node_tokens: integer, the token of each row's node; the roots' are not read.
         draft_logits: any float dtype, the logits that each internal node's children were drafted
             from; last dimension contiguous.
-        sample_slots: int32, which child of each internal node is the sampled one.
+        sample_slots: int32, which child of each internal node is the sampled one; not read for
+            rules without one.
         req_idx: integer index into the per-request-state tensors.
         target_temperature: float32, what `target_logits` must still be divided by; 0 is greedy.
         draft_temperature: float32, the temperature that children were drafted with.
@@ -66,7 +69,8 @@ def verify_tree(
         num_children: int32, 0..4.
         internal_index: int32, row of each internal node in `draft_logits`; -1 at leaves.
         max_depth: depth of the tree's deepest leaf.
-        ordered: the slot order that children were drafted in.
+        rule: what children were drafted for, one of `rules.RULES`.
+        sharpening: the exponent that sampled children were drafted with.
 
     Returns:
         tokens: int64 [num_reqs, max_depth + 1], the accepted tokens, then the residual or bonus
@@ -76,7 +80,7 @@ def verify_tree(
             -1 past the last accepted one.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape, `rule` or `sharpening` does not fit.
     """
     if target_logits.dim() != 2 or target_logits.stride(1) != 1:
         raise ValueError("target_logits must be [num_rows, vocab_size] with contiguous rows")
@@ -105,6 +109,7 @@ def verify_tree(
         if value.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, not {list(value.shape)}")
 
+    check_rule(rule, sharpening, max_children=1)
     if target_logits.is_cuda:
         from . import kernel as implementation
     else:
@@ -125,5 +130,6 @@ def verify_tree(
         num_children,
         internal_index,
         max_depth=max_depth,
-        ordered=ordered,
+        rule=rule,
+        sharpening=sharpening,
     )

@@ -1,193 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tree verification in plain PyTorch: what the kernel must reproduce, and the host version.
 
-`draft_law` and `node_outcome` are the mathematics of one node, in the dtype of their arguments;
-`verify_tree` walks all requests at once, level by level.
+`node_rules` has the mathematics of one node. Here whole trees are verified for all requests at
+once: `_walk` from root to leaf, one node rule at a time, and `_traverse` from leaf to root.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 from .. import rng
+from .node_rules import TraversalOutcome, draft_law, node_outcome, traversal_outcome
 
 MAX_CHILDREN = 4
-# Stands for the peak of logits that are all -inf.
-LOWEST = -3.0e38
 
 
-class DraftLaw(NamedTuple):
-    """The law that a node's children were drafted from, as far as verification needs it."""
+@dataclass
+class _Trees:
+    """The arguments of `verify_tree`; `rows` below are indices of requests."""
 
-    # [num_rows, vocab_size]: law of the sampled child, 0 at the hubs
-    sample_probs: torch.Tensor
-    # [num_rows, max_children]: the draft's probability of each hub, 0 in other slots
-    hub_probs: torch.Tensor
-    # [num_rows]: the draft's probability off the hubs
-    off_hub_mass: torch.Tensor
-
-
-class NodeOutcome(NamedTuple):
-    """Weights of what happens at a node; a row's weights sum to 1 up to rounding."""
-
-    # [num_rows, max_children]: probability of accepting each slot's child
-    accept: torch.Tensor
-    # [num_rows]: probability of accepting none
-    reject: torch.Tensor
-    # [num_rows, vocab_size]: unnormalised law of the token emitted on rejection
-    residual: torch.Tensor
-
-
-def _hub_index(
-    # [num_rows, max_children]
-    children: torch.Tensor,
-    # [num_rows, 1]
-    slot: torch.Tensor,
-    # [num_rows, 1]
-    sample: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which slots hold hubs, and an index to scatter at: the sampled child where no hub is."""
-    is_hub = (children >= 0).scatter_(1, slot, False)
-    return is_hub, torch.where(is_hub, children, sample)
-
-
-def draft_law(
     # [num_rows, vocab_size]
-    logits: torch.Tensor,
+    target_logits: torch.Tensor
+    # [num_reqs]
+    row_start: torch.Tensor
+    # [num_reqs]
+    num_nodes: torch.Tensor
     # [num_rows]
-    temperature: torch.Tensor,
-    # [num_rows, max_children]
-    children: torch.Tensor,
-    # [num_rows]
-    sample_slot: torch.Tensor,
-) -> DraftLaw:
-    """Recover the draft law of nodes from the logits and the tokens that were drafted.
+    node_tokens: torch.Tensor
+    # [max_num_reqs, num_internal, vocab_size]
+    draft_logits: torch.Tensor
+    # [max_num_reqs, num_internal]
+    sample_slots: torch.Tensor
+    # [num_reqs]
+    req_idx: torch.Tensor
+    # [max_num_reqs]
+    target_temperature: torch.Tensor
+    # [max_num_reqs]
+    draft_temperature: torch.Tensor
+    # [max_num_reqs]
+    seeds: torch.Tensor
+    # [num_reqs]
+    root_positions: torch.Tensor
+    # [num_tree_nodes]
+    first_child: torch.Tensor
+    # [num_tree_nodes]
+    num_children: torch.Tensor
+    # [num_tree_nodes]
+    internal_index: torch.Tensor
+    rule: str
+    sharpening: float
 
-    The hubs are the children outside `sample_slot`, never recomputed: a tie broken the other way
-    would verify against a law that nothing was drafted from. The law off the hubs is a softmax of
-    its own, so a confident draft, whose mass there rounds to nothing, loses no precision.
+    def target_probs(
+        self,
+        # [num_rows]
+        rows: torch.Tensor,
+        # [num_rows]
+        nodes: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The target's law [num_rows, vocab_size], a point mass for greedy requests; its best token
+        [num_rows, 1]; which requests are greedy [num_rows, 1]."""
+        temperature = self.target_temperature[self.req_idx[rows]].unsqueeze(1)
+        greedy = temperature == 0
+        logits = self.target_logits[self.row_start[rows] + nodes].to(torch.float32)
+        probs = torch.softmax(logits * (1.0 / torch.where(greedy, 1.0, temperature)), dim=1)
+        best = logits.argmax(dim=1, keepdim=True)
+        probs.masked_fill_(greedy, 0.0)
+        probs.scatter_add_(1, best, greedy.to(torch.float32))
+        return probs, best, greedy
 
-    Args:
-        logits: float32 or float64; -inf for masked tokens.
-        temperature: of the logits' dtype; 0 for a greedy draft.
-        children: int64 tokens, -1 past a node's last child.
-        sample_slot: int64, slot of the sampled child.
-    """
-    greedy = (temperature == 0).unsqueeze(1)
-    scale = 1.0 / torch.where(greedy, 1.0, temperature.unsqueeze(1))
-    slot = sample_slot.unsqueeze(1)
-    sample = children.gather(1, slot)
-    is_hub, index = _hub_index(children, slot, sample)
+    def has_children(
+        self,
+        # [num_rows]
+        rows: torch.Tensor,
+        # [num_rows]
+        nodes: torch.Tensor,
+    ) -> torch.Tensor:
+        """Which nodes have all their children among the nodes verified. [num_rows]"""
+        count = self.num_children[nodes]
+        return (count > 0) & (self.first_child[nodes] + count - 1 <= self.num_nodes[rows])
 
-    # The law off the hubs. Where nothing is left there, and for a greedy draft, it is a point mass.
-    hub_logits = logits.gather(1, index).masked_fill_(~is_hub, -torch.inf)
-    kept = torch.where(is_hub, -torch.inf, logits.gather(1, index))
-    off_hub = logits.scatter(1, index, kept)
-    off_hub_peak = off_hub.amax(dim=1, keepdim=True).clamp(min=LOWEST)
-    certain = greedy | (off_hub_peak == LOWEST)
-    weight = off_hub.sub_(off_hub_peak).mul_(scale).exp_().masked_fill_(certain, 0.0)
-    weight.scatter_add_(1, sample, certain.to(weight.dtype))
-    off_hub_weight = weight.sum(dim=1, keepdim=True)
-    weight.div_(off_hub_weight)
-
-    # The masses on and off the hubs, neither computed as 1 minus the other.
-    peak = torch.maximum(hub_logits.amax(dim=1, keepdim=True), off_hub_peak)
-    hub_weight = torch.exp((hub_logits - peak) * scale)
-    off_hub_weight.mul_(torch.exp((off_hub_peak - peak) * scale)).masked_fill_(certain, 0.0)
-    # A greedy draft's law is a point mass on the first child.
-    hub_weight.masked_fill_(greedy, 0.0)[:, :1].masked_fill_(greedy & is_hub[:, :1], 1.0)
-    # Without hubs all the mass is off them.
-    off_hub_weight.masked_fill_(~is_hub.any(dim=1, keepdim=True), 1.0)
-    mass = hub_weight.sum(dim=1, keepdim=True) + off_hub_weight
-    return DraftLaw(weight, hub_weight / mass, (off_hub_weight / mass).squeeze(1))
-
-
-def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """min(1, numerator / denominator), and 0 for 0 / 0: what has no mass is not accepted."""
-    enough = numerator >= denominator
-    return torch.where(
-        enough, (numerator > 0).to(numerator.dtype), numerator / denominator.masked_fill(enough, 1)
-    )
-
-
-def node_outcome(
-    # [num_rows, vocab_size]
-    target_probs: torch.Tensor,
-    law: DraftLaw,
-    # [num_rows, max_children]
-    children: torch.Tensor,
-    # [num_rows]
-    sample_slot: torch.Tensor,
-    *,
-    ordered: bool,
-) -> NodeOutcome:
-    """What verification does at nodes with children, as probabilities given the draft.
-
-    With p the target, q the draft, H the hubs, Z = q off H, w = q / Z off H, x the sampled child:
-
-    Unordered: accept x with min(1, p_x / w_x), else draw from (p - w)+ and accept a hub drawn.
-
-    Ordered, with B = sum off H of ((1 - Z) w - (p - q)+)+ and l_h = B q_h / (1 - Z): where x is in
-    slot 0, accept it with min(1, p_x / q_x). Otherwise accept x with
-    min(1, (p_x - q_x)+ / ((1 - Z) w_x)), else the hub h in slot 0 with min(1, p_h / l_h). Whatever
-    fails draws from (p_h - l_h)+ on H and (p - w)+ off H.
-
-    The emitted token, accepted or residual, follows p exactly. Source: SpecHub (Sun et al., EMNLP
-    2024, arXiv 2411.05289); several hubs and ordered slots were derived for this project.
-
-    Args:
-        target_probs: float32 or float64, p.
-        law: of the same dtype, from `draft_law`.
-        children: int64 tokens, -1 past a node's last child.
-        sample_slot: int64, slot of the sampled child.
-        ordered: the slot order that children were drafted in.
-    """
-    slot = sample_slot.unsqueeze(1)
-    sample = children.gather(1, slot)
-    is_hub, index = _hub_index(children, slot, sample)
-    sample_target = target_probs.gather(1, sample)
-    sample_draft = law.sample_probs.gather(1, sample)
-    hub_target = target_probs.gather(1, index).masked_fill_(~is_hub, 0.0)
-
-    residual = (target_probs - law.sample_probs).clamp_(min=0)
-    residual.scatter_(1, index, residual.gather(1, index).masked_fill_(is_hub, 0.0))
-    residual_mass = residual.sum(dim=1, keepdim=True)
-
-    if ordered:
-        off_hub_mass = law.off_hub_mass.unsqueeze(1)
-        hub_mass = law.hub_probs.sum(dim=1, keepdim=True)
-        # What p leaves of w to be matched by the hubs: B. Hubs add nothing, as w is 0 there.
-        claimed = (target_probs - off_hub_mass * law.sample_probs).clamp_(min=0)
-        unclaimed = (hub_mass * law.sample_probs).sub_(claimed).clamp_(min=0)
-        unclaimed = unclaimed.sum(dim=1, keepdim=True)
-        share = unclaimed * law.hub_probs / hub_mass.masked_fill(hub_mass == 0, 1.0)
-        excess = sample_target - off_hub_mass * sample_draft
-        accept_sample = torch.where(
-            slot == 0,
-            _ratio(sample_target, off_hub_mass * sample_draft),
-            _ratio(excess.clamp_(min=0), hub_mass * sample_draft),
+    def drafts(
+        self,
+        # [num_rows]
+        rows: torch.Tensor,
+        # [num_rows]
+        nodes: torch.Tensor,
+    ):
+        """The children [num_rows, MAX_CHILDREN] of nodes that have them, -1 past the last, the
+        sampled child's slot [num_rows], and the law that they were drafted from."""
+        slots = torch.arange(MAX_CHILDREN, device=rows.device)
+        child_rows = (self.row_start[rows] + self.first_child[nodes]).unsqueeze(1) + slots
+        children = self.node_tokens[child_rows.clamp_(max=self.node_tokens.shape[0] - 1)].long()
+        children.masked_fill_(slots >= self.num_children[nodes].unsqueeze(1), -1)
+        state = (self.req_idx[rows], self.internal_index[nodes])
+        sample_slot = self.sample_slots[state].long()
+        law = draft_law(
+            self.draft_logits[state].to(torch.float32),
+            self.draft_temperature[self.req_idx[rows]],
+            children,
+            sample_slot,
+            rule=self.rule,
+            sharpening=self.sharpening,
         )
-        accept_main = _ratio(hub_target[:, :1], share[:, :1])
-        hub_gain = (hub_target - share).clamp_(min=0)
-    else:
-        accept_sample = _ratio(sample_target, sample_draft)
-        accept_main = torch.zeros_like(accept_sample)
-        hub_gain = hub_target
+        return children, sample_slot, law
 
-    failed = 1.0 - accept_sample
-    pool = failed * (1.0 - accept_main)
-    pool_mass = hub_gain.sum(dim=1, keepdim=True) + residual_mass
-    # A pool without mass is reached by rounding only: accept the sampled child. If the target rules
-    # that token out, emit from the target instead.
-    stuck = pool_mass <= 0
-    possible = sample_target > 0
-    pool_scale = pool / pool_mass.masked_fill(stuck, 1.0)
-    accept = hub_gain * pool_scale
-    accept[:, :1] += failed * accept_main
-    accept.scatter_(1, slot, accept_sample + pool.masked_fill(~(stuck & possible), 0.0))
-    reject = torch.where(stuck & ~possible, pool, residual_mass * pool_scale)
-    residual = torch.where(stuck, target_probs, residual)
-    return NodeOutcome(accept, reject.squeeze(1), residual)
+    def draw(
+        self,
+        # [num_rows]
+        rows: torch.Tensor,
+        # broadcasts with [num_rows]
+        nodes: torch.Tensor,
+    ) -> torch.Tensor:
+        """The uniform number that decides at each node. [num_rows]"""
+        seeds, positions = self.seeds[self.req_idx[rows]], self.root_positions[rows]
+        return rng.uniform(rng.row_key(seeds, positions, nodes, rng.ACCEPT))
 
 
 def verify_tree(
@@ -221,93 +147,175 @@ def verify_tree(
     internal_index: torch.Tensor,
     *,
     max_depth: int,
-    ordered: bool,
+    rule: str,
+    sharpening: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`verification.verify_tree` on any device, without argument checks."""
-    device = target_logits.device
-    num_reqs = row_start.shape[0]
-    vocab_size = target_logits.shape[1]
-    tokens = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int64, device=device)
+    trees = _Trees(
+        target_logits,
+        row_start,
+        num_nodes,
+        node_tokens,
+        draft_logits,
+        sample_slots,
+        req_idx,
+        target_temperature,
+        draft_temperature,
+        seeds,
+        root_positions,
+        first_child,
+        num_children,
+        internal_index,
+        rule,
+        sharpening,
+    )
+    num_reqs, device = row_start.shape[0], target_logits.device
     path = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int32, device=device)
     path[:, 0] = 0
-    num_accepted = torch.zeros(num_reqs, dtype=torch.int64, device=device)
-    residual = torch.empty(num_reqs, vocab_size, dtype=torch.float32, device=device)
+    residual = _traverse(trees, path) if rule == "traversal" else _walk(trees, path)
 
-    # [num_reqs, 1]
-    greedy = (target_temperature[req_idx] == 0).unsqueeze(1)
-    scale = 1.0 / torch.where(greedy, 1.0, target_temperature[req_idx].unsqueeze(1))
-    req_seeds = seeds[req_idx]
-    slots = torch.arange(MAX_CHILDREN, device=device)
-    # [num_reqs, num_tree_nodes]
-    draws = rng.uniform(
-        rng.row_key(
-            req_seeds.unsqueeze(1),
-            root_positions.unsqueeze(1),
-            torch.arange(first_child.shape[0], device=device),
-            rng.ACCEPT,
-        )
-    )
+    # [num_reqs, max_depth + 1]
+    following = path.roll(-1, dims=1)
+    following[:, -1] = -1
+    tokens = node_tokens[row_start.unsqueeze(1) + following.clamp(min=0)].long()
+    tokens.masked_fill_(following < 0, -1)
+    num_accepted = (following >= 0).sum(dim=1)
+    last_node = path.gather(1, num_accepted.unsqueeze(1)).squeeze(1)
+    key = rng.row_key(seeds[req_idx], root_positions, last_node, rng.RESIDUAL)
+    noise = rng.exponential(rng.element_hash(key, target_logits.shape[1]))
+    last = residual.div_(noise).argmax(dim=1, keepdim=True)
+    tokens.scatter_(1, num_accepted.unsqueeze(1), last)
+    return tokens, num_accepted.to(torch.int32) + 1, path
 
+
+def _walk(
+    trees: _Trees,
+    # [num_reqs, max_depth + 1], written: the accepted node of each depth after the root's
+    path: torch.Tensor,
+) -> torch.Tensor:
+    """From the root to the first node that accepts no child. Returns what each request's last token
+    is drawn from, unnormalised: [num_reqs, vocab_size]."""
+    num_reqs, device = len(path), path.device
+    residual = torch.empty(num_reqs, trees.target_logits.shape[1], device=device)
     node = torch.zeros(num_reqs, dtype=torch.int64, device=device)
     # Requests still walking. All of these lose the requests that stop.
     walking = torch.arange(num_reqs, device=device)
-    for depth in range(max_depth + 1):
+    for depth in range(path.shape[1]):
         at = node[walking]
-        logits = target_logits[row_start[walking] + at].to(torch.float32)
-        target_probs = torch.softmax(logits * scale[walking], dim=1)
-        row_greedy = greedy[walking]
-        best = logits.argmax(dim=1, keepdim=True)
-        target_probs.masked_fill_(row_greedy, 0.0)
-        target_probs.scatter_add_(1, best, row_greedy.to(torch.float32))
-        # What a leaf emits from.
-        residual[walking] = target_probs
-
-        first = first_child[at]
-        count = num_children[at]
-        internal = (count > 0) & (first + count - 1 <= num_nodes[walking])
-        (kept,) = internal.nonzero(as_tuple=True)
+        probs, best, greedy = trees.target_probs(walking, at)
+        residual[walking] = probs  # what a leaf emits from
+        (kept,) = trees.has_children(walking, at).nonzero(as_tuple=True)
         if kept.numel() == 0:
             break
-        walking, at, first, count, row_greedy, best, target_probs = (
-            value[kept] for value in (walking, at, first, count, row_greedy, best, target_probs)
-        )
-        child_rows = (row_start[walking] + first).unsqueeze(1) + slots
-        present = slots < count.unsqueeze(1)
-        children = node_tokens[child_rows.clamp_(max=node_tokens.shape[0] - 1)].long()
-        children.masked_fill_(~present, -1)
-        state = (req_idx[walking], internal_index[at])
-        sample_slot = sample_slots[state].long()
-        law = draft_law(
-            draft_logits[state].to(torch.float32),
-            draft_temperature[req_idx[walking]],
-            children,
-            sample_slot,
-        )
-        outcome = node_outcome(target_probs, law, children, sample_slot, ordered=ordered)
-        # A greedy target accepts the child that holds its best token, whatever the draft.
-        match = (children == best).to(torch.float32)
-        accept = torch.where(row_greedy, match, outcome.accept)
-        reject = torch.where(
-            row_greedy, 1.0 - match.sum(dim=1, keepdim=True), outcome.reject.unsqueeze(1)
-        )
-        residual[walking] = torch.where(row_greedy, target_probs, outcome.residual)
+        walking, at, probs, best, greedy = (v[kept] for v in (walking, at, probs, best, greedy))
+        children, sample_slot, law = trees.drafts(walking, at)
+        outcome = node_outcome(probs, law, children, sample_slot, rule=trees.rule)
+        residual[walking] = torch.where(greedy, probs, outcome.residual)
 
-        threshold = accept.cumsum(dim=1)
-        draw = draws[walking, at].unsqueeze(1) * (threshold[:, -1:] + reject)
+        threshold = outcome.accept.cumsum(dim=1)
+        total = threshold[:, -1] + outcome.reject
+        draw = trees.draw(walking, at) * total
         # Slots passed over; all of them on rejection.
-        slot = (threshold <= draw).sum(dim=1)
+        slot = (threshold <= draw.unsqueeze(1)).sum(dim=1)
+        # A greedy target accepts the first child that holds its best token, whatever the draft.
+        missed = (children != best).cumprod(dim=1).sum(dim=1)
+        slot = torch.where(greedy.squeeze(1), missed, slot)
         (kept,) = (slot < MAX_CHILDREN).nonzero(as_tuple=True)
         if kept.numel() == 0:
             break
         walking, slot = walking[kept], slot[kept]
-        child = first[kept] + slot
-        node[walking] = child.long()
-        tokens[walking, depth] = children[kept, slot]
+        child = trees.first_child[at[kept]] + slot
+        node[walking] = child
         path[walking, depth + 1] = child.to(torch.int32)
-        num_accepted[walking] += 1
+    return residual
 
-    key = rng.row_key(req_seeds, root_positions, node, rng.RESIDUAL)
-    noise = rng.exponential(rng.element_hash(key, vocab_size))
-    last = residual.div_(noise).argmax(dim=1, keepdim=True)
-    tokens.scatter_(1, num_accepted.unsqueeze(1), last)
-    return tokens, num_accepted.to(torch.int32) + 1, path
+
+def _traverse(
+    trees: _Trees,
+    # [num_reqs, max_depth + 1], written: the accepted node of each depth after the root's
+    path: torch.Tensor,
+) -> torch.Tensor:
+    """Depth first, each node after its children, until one is accepted.
+
+    What a node is visited with depends on the tokens above it, not on what failed before it. So
+    every node's chance is computed from the root down, and the first of the visiting order whose
+    draw falls below it is accepted. Returns what each request's last token is drawn from,
+    unnormalised: [num_reqs, vocab_size].
+    """
+    num_reqs, device = len(path), path.device
+    first_child, num_children = trees.first_child.tolist(), trees.num_children.tolist()
+    parents = [0] * len(first_child)
+    sizes = [1] * len(first_child)
+    for node in reversed(range(len(first_child))):
+        for child in range(first_child[node], first_child[node] + num_children[node]):
+            parents[child] = node
+            sizes[node] += sizes[child]
+    everyone = torch.arange(num_reqs, device=device)
+
+    # [num_reqs, num_tree_nodes]: the path acceptance that a node is visited with; the probability
+    # of accepting it once its children have failed; when its subtree's visit begins
+    visit = torch.zeros(num_reqs, len(parents), device=device)
+    visit[:, 0] = 1.0
+    leave = torch.zeros_like(visit)
+    start = torch.zeros(num_reqs, len(parents), dtype=torch.int64, device=device)
+    for node, count in enumerate(num_children):
+        leave[:, node] = visit[:, node]
+        at = torch.full_like(everyone, node)
+        (rows,) = (trees.has_children(everyone, at) & (visit[:, node] > 0)).nonzero(as_tuple=True)
+        if rows.numel() == 0:
+            continue
+        first = first_child[node]
+        ordered = len(set(sizes[first : first + count])) > 1
+        sample_slot, outcome = _visit_node(trees, rows, at[rows], visit[rows, node], ordered)
+        leave[rows, node] = outcome.leave
+        visit[rows, first : first + count] = outcome.visit[:, :count]
+        # The sampled child's subtree comes first, the others' follow by slot.
+        slots = torch.arange(count, device=device)
+        size = torch.tensor(sizes[first : first + count], device=device)
+        is_sample = slots == sample_slot.unsqueeze(1)
+        before = (size * ~is_sample).cumsum(dim=1) - size + size[sample_slot].unsqueeze(1)
+        start[rows, first : first + count] = start[rows, node : node + 1] + before.masked_fill(
+            is_sample, 0
+        )
+
+    nodes = torch.arange(len(parents), device=device)
+    draws = trees.draw(everyone.unsqueeze(1), nodes)
+    finish = start + torch.tensor(sizes, device=device)
+    accepted = finish.masked_fill(draws >= leave, len(parents) + 1).argmin(dim=1)
+
+    residual, _, greedy = trees.target_probs(everyone, accepted)
+    (rows,) = trees.has_children(everyone, accepted).nonzero(as_tuple=True)
+    if rows.numel() > 0:
+        at = accepted[rows]
+        _, outcome = _visit_node(trees, rows, at, visit[rows, at], ordered=False)
+        residual[rows] = torch.where(greedy[rows], residual[rows], outcome.residual)
+    depths = [0] * len(parents)
+    for node, parent in enumerate(parents[1:], start=1):
+        depths[node] = depths[parent] + 1
+    above, depth = torch.tensor(parents, device=device), torch.tensor(depths, device=device)
+    for _ in range(1, path.shape[1]):
+        path[everyone, depth[accepted]] = accepted.to(torch.int32)
+        accepted = above[accepted]
+    return residual
+
+
+def _visit_node(
+    trees: _Trees,
+    # [num_rows]
+    rows: torch.Tensor,
+    # [num_rows]
+    nodes: torch.Tensor,
+    # [num_rows]
+    path_acceptance: torch.Tensor,
+    ordered: bool,
+) -> tuple[torch.Tensor, TraversalOutcome]:
+    probs, best, greedy = trees.target_probs(rows, nodes)
+    children, sample_slot, law = trees.drafts(rows, nodes)
+    outcome = traversal_outcome(probs, law, children, sample_slot, path_acceptance, ordered=ordered)
+    # A greedy target accepts the child that holds its best token, whatever the draft.
+    match = (children == best).to(torch.float32)
+    outcome = outcome._replace(
+        visit=torch.where(greedy, match, outcome.visit),
+        leave=torch.where(greedy.squeeze(1), path_acceptance, outcome.leave),
+    )
+    return sample_slot, outcome

@@ -71,21 +71,34 @@ def cache_views(
     return key, value
 
 
-def check_cache_layout(isa: str, block_size: int, head_size: int, dtype: torch.dtype) -> None:
+FP8 = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""What the bytes of a quantised cache are, by `kv_cache_dtype`."""
+
+
+def check_cache_layout(
+    isa: str, block_size: int, head_size: int, dtype: torch.dtype, kv_cache_dtype: str
+) -> None:
     """Write one block through vLLM and read it back through `cache_views`.
 
     Raises:
         ValueError: this processor's kernel lays its cache out in another way.
     """
-    written = torch.randint(-8, 8, (2, block_size, 1, head_size)).to(dtype)
-    cache = torch.zeros(1, 1, block_size, 2 * head_size, dtype=dtype)
+    stored_dtype = FP8.get(kv_cache_dtype, dtype)
+    written = torch.randint(-4, 5, (2, block_size, 1, head_size)).to(dtype)
+    cache = torch.zeros(1, 1, block_size, 2 * head_size).to(stored_dtype)
+    if stored_dtype != dtype:
+        cache = cache.view(torch.uint8)
     key_cache, value_cache = cache.view(1, 1, 2 * block_size, head_size).chunk(2, dim=2)
     slots = torch.arange(block_size)
     ops.cpu_attn_reshape_and_cache(
-        *written, key_cache, value_cache, slots, isa, k_scale=1.0, v_scale=1.0
+        *written, key_cache, value_cache, slots, isa, 1.0, 1.0, kv_cache_dtype
     )
-    for stored, expected in zip(cache_views(cache), written, strict=True):
-        if not torch.equal(stored[0], expected):
+    for stored, expected in zip(cache_views(cache.view(stored_dtype)), written, strict=True):
+        if not torch.equal(stored[0].to(dtype), expected):
             raise ValueError(
                 f"spechub: the CPU attention kernel for {isa!r} lays out its KV cache in an "
                 "unknown way; supported: x86-64 with AVX2 or AVX-512"
@@ -100,7 +113,9 @@ class CPUTreeMetadataBuilder(CPUAttentionMetadataBuilder):
         if self.isa == "amx":  # tiles are packed for AMX alone; the vector layout is plain
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
-        check_cache_layout(self.isa, self.block_size, self.head_dim, self.dtype)
+        check_cache_layout(
+            self.isa, self.block_size, self.head_dim, self.dtype, self.kv_cache_dtype
+        )
 
     def build(
         self,
@@ -151,10 +166,8 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         for feature, used in (
-            ("sliding-window attention", self.sliding_window != -1),
             ("ALiBi", self.alibi_slopes is not None),
             ("attention sinks", self.sinks is not None),
-            (f"kv_cache_dtype={self.kv_cache_dtype!r}", self.is_fp8_kv_cache),
             (f"{self.attn_type!s} attention", self.attn_type != AttentionType.DECODER),
         ):
             if used:
@@ -194,11 +207,12 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
                 output_block_scale,
             )
         if rows is not None:
-            self._attend(query, kv_cache, rows, output)
+            self._attend(layer, query, kv_cache, rows, output)
         return output
 
     def _attend(
         self,
+        layer,
         # [num_tokens, num_heads, head_size]
         query: torch.Tensor,
         # [num_blocks, num_kv_heads, block_size, 2 * head_size]
@@ -213,7 +227,13 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
         attended = output
         if cache.dtype != torch.float32:
             # the host kernel reads float32: convert the blocks in use
-            cache = cache[torch.from_numpy(block_table)].flatten(0, 1).float()
+            cache = cache[torch.from_numpy(block_table)].flatten(0, 1)
+            if self.is_fp8_kv_cache:
+                cache = cache.view(FP8[self.kv_cache_dtype])
+            cache = cache.float()
+            if self.is_fp8_kv_cache:
+                cache[:, :, 0] *= layer._k_scale_float
+                cache[:, :, 1] *= layer._v_scale_float
             block_table = np.arange(len(cache), dtype=np.int32).reshape(block_table.shape)
             attended = output.float()
         attend_trees(
@@ -227,6 +247,7 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
             rows.tree_mask,
             np.float32(self.scale),
             np.float32(self.logits_soft_cap),
+            max(self.sliding_window, 0),
             attended.numpy(),
         )
         if attended is not output:

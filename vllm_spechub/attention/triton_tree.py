@@ -193,20 +193,20 @@ class TritonTreeImpl(TritonAttentionImpl):
         kind = AttentionType(attn_type).value
         no_spec = "serve this model without --speculative-config"
         for feature, used, remedy in (
-            ("sliding-window attention", sliding_window is not None, no_spec),
             ("ALiBi", alibi_slopes is not None or use_alibi_sqrt, no_spec),
             ("attention sinks", sinks is not None, no_spec),
             ("chunked attention", chunk_lookback > -1, no_spec),
             (f"{kind} attention", kind != AttentionType.DECODER.value, no_spec),
             (
                 f"kv_cache_dtype={kv_cache_dtype!r}",
-                self._kv_quant_mode != KVQuantMode.NONE,
-                "set --kv-cache-dtype auto",
+                self._kv_quant_mode not in (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR),
+                "set --kv-cache-dtype auto or fp8",
             ),
         ):
             if used:
                 raise ValueError(f"spechub: draft trees do not support {feature}; {remedy}")
         self.supports_quant_query_input = False
+        self.window = sliding_window or 0
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         return False
@@ -242,6 +242,10 @@ class TritonTreeImpl(TritonAttentionImpl):
                 output_block_scale,
             )
         num_tokens = attn_metadata.num_actual_tokens
+        key_scale = value_scale = None
+        if self._kv_quant_mode == KVQuantMode.FP8_PER_TENSOR:
+            kv_cache = kv_cache.view(self.fp8_dtype)
+            key_scale, value_scale = layer._k_scale, layer._v_scale
         key_cache, value_cache = cache_views(kv_cache)
         tree_attention(
             query[:num_tokens],
@@ -256,5 +260,8 @@ class TritonTreeImpl(TritonAttentionImpl):
             self.scale,
             attn_metadata.max_query_len,
             self.logits_soft_cap,
+            self.window,
+            key_scale,
+            value_scale,
         )
         return output

@@ -8,14 +8,14 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_spechub import host_kernels
 from vllm_spechub.engine.worker import SpecHubWorker
 from vllm_spechub.host_kernels.warm_up import warm_up
-from vllm_spechub.patches import apply_all, cpu
+from vllm_spechub.patches import apply_all, ledger
 
 
 class SpecHubCPUWorker(SpecHubWorker, CPUWorker):
     """vLLM's CPU worker with trees. Where a Triton compiler exists for the CPU it is used."""
 
     def init_device(self) -> None:
-        apply_all(cpu.PATCHES)
+        apply_all(ledger.CPU_WORKER)
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "vllm_spechub.attention.cpu_tree.CPUTreeBackend"
         )

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target's model state: tree inputs before the forward pass, tree sampling after it."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -13,7 +16,7 @@ from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.history import HistoryProcessors
 from vllm_spechub.engine.layout import TreeLayout
 from vllm_spechub.engine.sampler import TreeRejectionSampler
-from vllm_spechub.rules import RULES
+from vllm_spechub.rules import build_rule
 
 
 class TreeModelState(DefaultModelState):
@@ -26,7 +29,13 @@ class TreeModelState(DefaultModelState):
         self.compactor = PathCompactor(vllm_config)
 
     def initialize_kv_cache(self, kv_cache_config, block_tables) -> None:
-        self.compactor.bind(kv_cache_config, block_tables)
+        self.bind_compactor = partial(self.compactor.bind, kv_cache_config, block_tables)
+        self.bind_compactor()
+
+    def wake_up(self) -> None:
+        """Make the small tensors anew whose contents sleep mode does not keep."""
+        self.layout.place_tables()
+        self.bind_compactor()
 
     def prepare_attn(self, input_batch: InputBatch, *args, **kwargs) -> dict[str, Any]:
         tree = self.layout.update(input_batch)
@@ -35,17 +44,27 @@ class TreeModelState(DefaultModelState):
         )
 
     def prepare_inputs(self, input_batch: InputBatch, req_states) -> dict[str, torch.Tensor]:
+        self._map_adapters_to_rows(input_batch)
         return {"positions": self.layout.positions[: input_batch.num_tokens_after_padding]}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         # what a captured graph reads on every replay
         return {"positions": self.layout.positions[:num_tokens]}
 
+    def _map_adapters_to_rows(self, input_batch: InputBatch) -> None:
+        """Give every logits row its request's LoRA adapter; the V2 runner maps one row each."""
+        manager = getattr(self.model, "lora_manager", None)
+        if manager is None or not input_batch.num_draft_tokens:
+            return
+        mapping = manager._last_mapping
+        rows = np.repeat(mapping.prompt_mapping, np.diff(input_batch.cu_num_logits_np))
+        manager.set_adapter_mapping(replace(mapping, prompt_mapping=tuple(rows)))
+
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeRejectionSampler]:
         history = HistoryProcessors(sampler.logits_processors, self.max_num_reqs)
         sampler.logits_processors = [history]
         self.sampling_states = sampler.sampling_states
-        rule = RULES.load(self.config.verification)()
+        rule = build_rule(self.config)
         rejection_sampler = TreeRejectionSampler(
             sampler, self.config, self.device, rule, history, self.compactor
         )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verifies every request's tree and puts the accepted path where a plain decode would have it."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from vllm.config import SpeculativeConfig
@@ -21,6 +23,14 @@ from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.history import HistoryProcessors, unroll
 from vllm_spechub.engine.truncation import truncates
 from vllm_spechub.rules import VerificationRule
+
+
+@dataclass
+class TreeSamplerOutput(SamplerOutput):
+    """vLLM's output, and which nodes the accepted tokens are."""
+
+    # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end
+    accepted_paths: torch.Tensor | None = None
 
 
 class TreeRejectionSampler(RejectionSampler):
@@ -48,7 +58,7 @@ class TreeRejectionSampler(RejectionSampler):
         logits: torch.Tensor,
         input_batch: InputBatch,
         draft: DraftState,
-        # [num_rows], rows whose draft a grammar does not cover
+        # [num_rows], rows whose draft the grammar has not seen
         invalid_drafts: torch.Tensor | None = None,
     ) -> SamplerOutput:
         sampler, batch = self.sampler, input_batch
@@ -60,7 +70,7 @@ class TreeRejectionSampler(RejectionSampler):
 
         num_nodes = batch.cu_num_logits[1:] - row_start - 1
         if invalid_drafts is not None:
-            # Grammars check chains. A tree of such a request is not used; its root's row is masked.
+            # With asynchronous scheduling a grammar may miss a tree: only its root's row is masked.
             num_nodes = num_nodes * ~invalid_drafts[row_start + num_nodes.clamp(max=1)]
         # A tree below a prompt token is a placeholder that pads a new request's first step.
         num_nodes = num_nodes * (root_positions >= prefill_len[batch.idx_mapping])
@@ -86,12 +96,13 @@ class TreeRejectionSampler(RejectionSampler):
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             num_emitted, batch.seq_lens, batch.cu_num_logits, batch.idx_mapping, prefill_len
         )
-        return SamplerOutput(
+        return TreeSamplerOutput(
             sampled_token_ids=tokens,
             logprobs_tensors=self._logprobs(logits, processed, batch, tokens, path),
             num_nans=num_nans,
             num_sampled=num_sampled,
             num_rejected=num_rejected,
+            accepted_paths=path,
         )
 
     def process(

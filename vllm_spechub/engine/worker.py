@@ -1,18 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Workers for spechub configurations: they prepare the V2 model runner before it is built."""
 
+import logging
+
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_spechub.config import TRITON_BACKEND
-from vllm_spechub.patches import apply_all, runner
+from vllm_spechub.patches import apply_all, ledger
+from vllm_spechub.summary import summarize
+
+logger = logging.getLogger("vllm.spechub")
 
 
 class SpecHubWorker(Worker):
     """vLLM's GPU worker with trees."""
 
     def init_device(self) -> None:
-        apply_all(runner.PATCHES)
+        apply_all(ledger.WORKER)
         # The registry is each process's own; the configuration only names the entry.
         register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
         super().init_device()
+
+    def initialize_from_config(self, kv_cache_config) -> None:
+        super().initialize_from_config(kv_cache_config)
+        if self.is_driver_worker:
+            speculator = self.model_runner.speculator
+            logger.info(summarize(self.vllm_config, speculator, kv_cache_config))
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        super().wake_up(tags)
+        self.model_runner.model_state.wake_up()

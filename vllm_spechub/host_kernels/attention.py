@@ -59,6 +59,29 @@ def _weigh(
             out_b[d] += wb[s] * v0[d]
 
 
+@jit
+def _clip_to_window(
+    # int64
+    tree_mask,
+    # position of the root
+    root,
+    # how many positions a token sees, its own included; 0 stands for all
+    window,
+):
+    """A tree token's mask without the ancestors before its window, and the first key in it."""
+    mask = np.uint64(tree_mask)
+    if window <= 0:
+        return mask, np.int64(0)
+    num_ancestors = np.int64(0)
+    bits = mask
+    while bits != np.uint64(0):
+        bits &= bits - np.uint64(1)
+        num_ancestors += 1
+    for _ in range(num_ancestors - window):
+        mask &= mask - np.uint64(1)
+    return mask, max(root + num_ancestors - window, np.int64(0))
+
+
 @jit_sums
 def attend_trees(
     # [num_tokens, num_heads, head_size] float32
@@ -78,6 +101,8 @@ def attend_trees(
     tree_mask,
     softmax_scale,
     softcap,
+    # a window counts positions, in a tree depths, and not slots
+    window,
     # [num_tokens, num_heads, head_size] float32
     output,
 ):
@@ -91,12 +116,21 @@ def attend_trees(
     unread = np.empty(head_size, f32)
     scratch = np.empty(seq_lens.max(), f32)
     scratch_bits = scratch.view(i32)
+    masks = np.empty(num_tree_tokens.max(), np.uint64)
+    window_starts = np.empty(num_tree_tokens.max(), np.int64)
     for r in range(seq_lens.shape[0]):
         first, num_rows, length = first_token[r], num_tree_tokens[r] * group, seq_lens[r]
         num_blocks = (length + block_size - 1) // block_size
         root = min(np.int64(visible_until[first]), np.int64(length))
+        for t in range(num_tree_tokens[r]):
+            masks[t], window_starts[t] = _clip_to_window(
+                tree_mask[first + t], np.int64(visible_until[first]), window
+            )
+        # blocks that no window reaches are not read: vLLM may have given them away
+        first_block = window_starts[: num_tree_tokens[r]].min() // block_size
+        begin = first_block * block_size
         for h in range(num_kv_heads):
-            for b in range(num_blocks):
+            for b in range(first_block, num_blocks):
                 start = b * block_size
                 end = min(start + block_size, length)
                 keys = cache[block_table[r, b], h, 0].reshape(head_size, block_size)
@@ -110,25 +144,27 @@ def attend_trees(
                         scores[i + 1, start:end],
                     )
             for i in range(num_rows):
-                row = scores[i, :length]
-                for s in range(length):
+                row = scores[i, begin:length]
+                for s in range(row.shape[0]):
                     row[s] *= softmax_scale
                 if softcap > f32(0.0):
-                    for s in range(length):
+                    for s in range(row.shape[0]):
                         row[s] = np.tanh(row[s] / softcap) * softcap
-                mask = np.uint64(tree_mask[first + i // group])
+                mask = masks[i // group]
+                for s in range(begin, min(window_starts[i // group], root)):
+                    row[s - begin] = f32(-np.inf)
                 for s in range(root, length):
                     node = s - root
                     if node > 63 or (mask >> np.uint64(node)) & np.uint64(1) == np.uint64(0):
-                        row[s] = f32(-np.inf)
+                        row[s - begin] = f32(-np.inf)
                 top = row[argmax(row)]
-                for s in range(length):
+                for s in range(row.shape[0]):
                     row[s] -= top
                 exp_row(row, scratch, scratch_bits)
                 total = f32(0.0)
-                for s in range(length):
+                for s in range(row.shape[0]):
                     total += row[s]
-                for s in range(length):
+                for s in range(row.shape[0]):
                     row[s] /= total
             for i in range(0, num_rows, 2):
                 j = min(i + 1, num_rows - 1)
@@ -136,7 +172,7 @@ def attend_trees(
                 out_b = output[first + j // group, h * group + j % group] if j > i else unread
                 out_a[:] = f32(0.0)
                 out_b[:] = f32(0.0)
-                for b in range(num_blocks):
+                for b in range(first_block, num_blocks):
                     start = b * block_size
                     end = min(start + block_size, length)
                     context = min(max(root, start), end)

@@ -118,6 +118,8 @@ def uniform(bits):
 @jit
 def exponential_row(
     key,
+    # number of the first element
+    start,
     # [size] float32, written: `rng.exponential` of every element's hash
     row,
     # [size] int32, the row's own memory
@@ -126,8 +128,9 @@ def exponential_row(
     exponent,
     uniforms,
 ):
+    first = u32(start)
     for i in range(row.shape[0]):
-        bits = _finalize(_mix(key, _scramble(u32(i))))
+        bits = _finalize(_mix(key, _scramble(u32(first + u32(i)))))
         high = f32(i32(bits >> u32(16))) * f32(2.0**-16)
         u = high + (f32(i32(bits & u32(0xFFFF))) + f32(0.5)) * f32(2.0**-32)
         u = u if u < f32(rng.BELOW_ONE) else f32(rng.BELOW_ONE)

@@ -20,10 +20,135 @@ from vllm_spechub.host_kernels.compiled import (
     row_key,
     uniform,
 )
+from vllm_spechub.host_kernels.tree_nodes import (
+    LOWEST,
+    choose_recursive,
+    choose_spechub,
+    softmax,
+    spechub_law,
+    spechub_parts,
+    visit_spechub,
+)
 from vllm_spechub.triton_kernels import rng
+from vllm_spechub.triton_kernels.rules import ORDERED_SLOTS, RECURSIVE
 
 
 @jit_sums
+def _race(
+    # [size] each
+    logits,
+    scale,
+    key,
+    start,
+    # [size], written: scores whose largest is a draw from softmax(logits * scale)
+    race,
+    race_bits,
+    # [size] each
+    scratch,
+    uniforms,
+):
+    exponential_row(key, start, race, race_bits, scratch, uniforms)
+    log_row(race, race_bits, scratch)
+    for i in range(logits.shape[0]):
+        race[i] = max(logits[i] * scale - race[i], LOWEST)
+
+
+@jit
+def _draw_all(
+    # [size]; used up
+    logits,
+    scale,
+    greedy,
+    key,
+    replaced,
+    # [num_children], written
+    children,
+    # [size] each
+    race,
+    race_bits,
+    scratch,
+    uniforms,
+):
+    """Children drawn from the draft one after the other: independently or without replacement."""
+    size = logits.shape[0]
+    if greedy or logits[argmax(logits)] == LOWEST:
+        race[:] = logits
+        replaced = False
+    else:
+        _race(logits, scale, key, 0, race, race_bits, scratch, uniforms)
+    for slot in range(children.shape[0]):
+        if replaced and slot > 0:
+            _race(logits, scale, key, slot * size, race, race_bits, scratch, uniforms)
+        children[slot] = argmax(race)
+        race[children[slot]] = -np.inf
+
+
+@jit_sums
+def _draw_spechub(
+    # [size]; used up
+    logits,
+    scale,
+    greedy,
+    sharpening,
+    child_key,
+    label_key,
+    ordered,
+    # [num_children], written
+    children,
+    # [size] each
+    race,
+    race_bits,
+    scratch,
+    scratch_bits,
+    uniforms,
+):
+    """The hubs and one token sampled off them; returns the sampled one's slot."""
+    size, num_hubs = logits.shape[0], children.shape[0] - 1
+    hub_logits = np.empty(4, f32)
+    for rank in range(num_hubs):
+        hub = argmax(logits)
+        hub_logits[rank] = logits[hub]
+        children[rank] = hub
+        logits[hub] = -np.inf
+    if greedy:
+        sample = argmax(logits)
+    else:
+        _race(logits, scale * sharpening, child_key, 0, race, race_bits, scratch, uniforms)
+        for rank in range(num_hubs):
+            race[children[rank]] = -np.inf
+        sample = argmax(race)
+    children[num_hubs] = sample
+    if not ordered or num_hubs == 0:
+        return num_hubs
+
+    main = 0
+    if not greedy and hub_logits[0] > LOWEST:
+        peak = hub_logits[0]
+        for i in range(size):
+            race[i] = (logits[i] - peak) * scale
+        exp_row(race, scratch, scratch_bits)
+        total = f32(0.0)
+        for i in range(size):
+            total += race[i]
+        for rank in range(num_hubs):
+            total += np.exp((hub_logits[rank] - peak) * scale)
+        draw = uniform(label_key) * total
+        threshold = f32(0.0)
+        main = num_hubs
+        for rank in range(num_hubs):
+            threshold += np.exp((hub_logits[rank] - peak) * scale)
+            if draw < threshold:
+                main = rank
+                break
+    # those before the main child move back by one to let it in front
+    front = children[main]
+    for slot in range(main, 0, -1):
+        children[slot] = children[slot - 1]
+    children[0] = front
+    return 0 if main == num_hubs else num_hubs
+
+
+@jit
 def _sample_children(
     # [num_rows, vocab_size]
     logits,
@@ -35,227 +160,73 @@ def _sample_children(
     root_positions,
     node_ids,
     num_children,
+    raced,
+    replaced,
     ordered,
+    sharpening,
     # [num_rows, max_children], -1 throughout
     tokens,
     # [num_rows], -1 throughout
     sample_slots,
 ):
     size = logits.shape[1]
-    off_hub, race = np.empty(size, f32), np.empty(size, f32)
+    row, race = np.empty(size, f32), np.empty(size, f32)
     race_bits = race.view(i32)
     scratch, uniforms = np.empty(size, f32), np.empty(size, f32)
     scratch_bits = scratch.view(i32)
-    hub_logits = np.empty(4, f32)
     for r in range(logits.shape[0]):
         req = req_idx[r]
         if req < 0:
             continue
         greedy = temperature[req] == f32(0.0)
         scale = f32(1.0) if greedy else f32(1.0) / temperature[req]
-        num_hubs = num_children[r] - 1
         for i in range(size):
-            off_hub[i] = max(logits[r, i], f32(-3.0e38))
-        hubs = tokens[r]
-        for rank in range(num_hubs):
-            hub = argmax(off_hub)
-            hub_logits[rank] = off_hub[hub]
-            hubs[rank] = hub
-            off_hub[hub] = -np.inf
-        if greedy:
-            sample = argmax(off_hub)
+            row[i] = max(logits[r, i], LOWEST)
+        children = tokens[r, : num_children[r]]
+        key = row_key(seeds[req], root_positions[r], node_ids[r], rng.CHILD)
+        if raced:
+            _draw_all(
+                row, scale, greedy, key, replaced, children, race, race_bits, scratch, uniforms
+            )
+            sample_slots[r] = 0
         else:
-            key = row_key(seeds[req], root_positions[r], node_ids[r], rng.CHILD)
-            exponential_row(key, race, race_bits, scratch, uniforms)
-            log_row(race, race_bits, scratch)
-            for i in range(size):
-                race[i] = max(off_hub[i] * scale - race[i], f32(-3.0e38))
-            for rank in range(num_hubs):
-                race[hubs[rank]] = -np.inf
-            sample = argmax(race)
-
-        sample_slots[r] = num_hubs
-        if ordered and num_hubs > 0:
-            main = 0
-            if not greedy:
-                peak = hub_logits[0]
-                for i in range(size):
-                    race[i] = (off_hub[i] - peak) * scale
-                exp_row(race, scratch, scratch_bits)
-                off_hub_weight = f32(0.0)
-                for i in range(size):
-                    off_hub_weight += race[i]
-                total = off_hub_weight
-                for rank in range(num_hubs):
-                    total += np.exp((hub_logits[rank] - peak) * scale)
-                key = row_key(seeds[req], root_positions[r], node_ids[r], rng.LABEL)
-                draw = uniform(key) * total
-                threshold = f32(0.0)
-                main = num_hubs
-                for rank in range(num_hubs):
-                    threshold += np.exp((hub_logits[rank] - peak) * scale)
-                    if draw < threshold:
-                        main = rank
-                        break
-            # hubs move back by one to let the main child in front
-            front = sample if main == num_hubs else hubs[main]
-            for slot in range(main, 0, -1):
-                hubs[slot] = hubs[slot - 1]
-            hubs[0] = front
-            if main == num_hubs:
-                sample_slots[r] = 0
-                continue
-        hubs[num_hubs] = sample
+            sample_slots[r] = _draw_spechub(
+                row,
+                scale,
+                greedy,
+                sharpening,
+                key,
+                row_key(seeds[req], root_positions[r], node_ids[r], rng.LABEL),
+                ordered,
+                children,
+                race,
+                race_bits,
+                scratch,
+                scratch_bits,
+                uniforms,
+            )
 
 
 @jit
-def _ratio(numerator, denominator):
-    """min(1, numerator / denominator), and 0 for 0 / 0: what has no mass is not accepted."""
-    if numerator >= denominator:
-        return f32(1.0) if numerator > f32(0.0) else f32(0.0)
-    return numerator / denominator
-
-
-@jit_sums
-def _softmax(
+def _emit(
+    # [size] unnormalised probabilities
+    weights,
+    key,
     # [size] each
-    row,
+    noise,
+    noise_bits,
     scratch,
-    scratch_bits,
+    uniforms,
 ):
-    """softmax in place."""
-    peak = max(row[argmax(row)], f32(-3.0e38))
-    for i in range(row.shape[0]):
-        row[i] -= peak
-    exp_row(row, scratch, scratch_bits)
-    total = f32(0.0)
-    for i in range(row.shape[0]):
-        total += row[i]
-    for i in range(row.shape[0]):
-        row[i] /= total
-
-
-@jit_sums
-def _outcome(
-    # [size] the target's probabilities; on return what a rejection emits from, unnormalised
-    target,
-    # [size] the draft's logits; on return the sampled child's law
-    draft,
-    temperature,
-    # [num_children] tokens
-    children,
-    sample_slot,
-    ordered,
-    # [num_children] written: probability of accepting each slot's child
-    accept,
-    # [size] each
-    scratch,
-    scratch_bits,
-):
-    """`draft_law` and `node_outcome` of `triton_kernels.verification.reference`; returns the
-    probability of accepting no child."""
-    size, count = target.shape[0], children.shape[0]
-    greedy = temperature == f32(0.0)
-    scale = f32(1.0) if greedy else f32(1.0) / temperature
-    sample = children[sample_slot]
-    hub_probs = np.zeros(count, f32)
-    top = f32(-np.inf)
-    for slot in range(count):
-        if slot != sample_slot:
-            hub_probs[slot] = draft[children[slot]]
-            top = max(top, hub_probs[slot])
-            draft[children[slot]] = -np.inf
-    off_peak = max(draft[argmax(draft)], f32(-3.0e38))
-    certain = greedy or off_peak == f32(-3.0e38)
-    off_weight = f32(0.0)
-    if certain:
-        draft[:] = f32(0.0)
-        draft[sample] = f32(1.0)
-    else:
-        for i in range(size):
-            draft[i] = (draft[i] - off_peak) * scale
-        exp_row(draft, scratch, scratch_bits)
-        for i in range(size):
-            off_weight += draft[i]
-        for i in range(size):
-            draft[i] /= off_weight
-
-    # the masses on and off the hubs, neither computed as 1 minus the other
-    peak = max(top, off_peak)
-    hub_mass = f32(0.0)
-    for slot in range(count):
-        if slot == sample_slot:
-            continue
-        if greedy:
-            hub_probs[slot] = f32(1.0) if slot == 0 else f32(0.0)
-        else:
-            hub_probs[slot] = np.exp((hub_probs[slot] - peak) * scale)
-        hub_mass += hub_probs[slot]
-    off_mass = f32(0.0) if certain else off_weight * np.exp((off_peak - peak) * scale)
-    if count == 1:
-        off_mass = f32(1.0)
-    total = hub_mass + off_mass
-    hub_mass /= total
-    off_mass /= total
-    for slot in range(count):
-        hub_probs[slot] /= total
-
-    sample_target, sample_draft = target[sample], draft[sample]
-    gain = np.zeros(count, f32)
-    for slot in range(count):
-        if slot != sample_slot:
-            gain[slot] = target[children[slot]]
-            target[children[slot]] = f32(0.0)
-    accept_main = f32(0.0)
-    if ordered:
-        # what p leaves of w to be matched by the hubs
-        unclaimed = f32(0.0)
-        for i in range(size):
-            claimed = max(target[i] - off_mass * draft[i], f32(0.0))
-            unclaimed += max(hub_mass * draft[i] - claimed, f32(0.0))
-        hub_divisor = hub_mass if hub_mass > f32(0.0) else f32(1.0)
-        if sample_slot == 0:
-            accept_sample = _ratio(sample_target, off_mass * sample_draft)
-        else:
-            excess = max(sample_target - off_mass * sample_draft, f32(0.0))
-            accept_sample = _ratio(excess, hub_mass * sample_draft)
-            accept_main = _ratio(gain[0], unclaimed * hub_probs[0] / hub_divisor)
-        for slot in range(count):
-            gain[slot] = max(gain[slot] - unclaimed * hub_probs[slot] / hub_divisor, f32(0.0))
-    else:
-        accept_sample = _ratio(sample_target, sample_draft)
-
-    failed = f32(1.0) - accept_sample
-    pool = failed * (f32(1.0) - accept_main)
-    residual_mass = f32(0.0)
-    for i in range(size):
-        scratch[i] = max(target[i] - draft[i], f32(0.0))
-        residual_mass += scratch[i]
-    pool_mass = residual_mass
-    for slot in range(count):
-        pool_mass += gain[slot]
-    stuck = not pool_mass > f32(0.0)
-    reject = f32(0.0)
-    if stuck:
-        # reached by rounding only: accept the sampled child, unless the target rules it out
-        accept[:] = f32(0.0)
-        if sample_target > f32(0.0):
-            accept_sample += pool
-        else:
-            reject = pool
-    else:
-        for slot in range(count):
-            accept[slot] = gain[slot] * pool / pool_mass
-        reject = residual_mass * pool / pool_mass
-        target[:] = scratch
-    if sample_slot != 0:
-        accept[0] += failed * accept_main
-    accept[sample_slot] = accept_sample
-    return reject
+    """A token drawn from the weights."""
+    exponential_row(key, 0, noise, noise_bits, scratch, uniforms)
+    for i in range(weights.shape[0]):
+        noise[i] = weights[i] / noise[i]
+    return argmax(noise)
 
 
 @jit
-def _verify_tree(
+def _walk_trees(
     # [num_rows, vocab_size]
     target_logits,
     # [num_reqs] each
@@ -281,18 +252,22 @@ def _verify_tree(
     first_child,
     num_children,
     internal_index,
+    raced,
+    replaced,
     ordered,
+    sharpening,
     # [num_reqs, max_depth + 1] each, -1 throughout
     tokens,
     path,
     # [num_reqs]
     num_emitted,
 ):
+    """From the root while children are accepted."""
     size = target_logits.shape[1]
-    target, draft = np.empty(size, f32), np.empty(size, f32)
+    target, draft, spare = np.empty(size, f32), np.empty(size, f32), np.empty(size, f32)
     scratch, uniforms = np.empty(size, f32), np.empty(size, f32)
     scratch_bits, draft_bits = scratch.view(i32), draft.view(i32)
-    accept = np.empty(4, f32)
+    hub_probs, gain = np.empty(4, f32), np.empty(4, f32)
     for r in range(row_start.shape[0]):
         req = req_idx[r]
         greedy = target_temperature[req] == f32(0.0)
@@ -313,33 +288,61 @@ def _verify_tree(
                             slot = s
                             break
             else:
-                for i in range(size):
-                    target[i] = logits[i] * scale
-                _softmax(target, scratch, scratch_bits)
+                target[:] = logits
+                softmax(target, scale, scratch, scratch_bits)
                 if not leaf:
                     inner = internal_index[node]
                     draft[:] = draft_logits[draft_idx[r], inner]
-                    reject = _outcome(
-                        target,
-                        draft,
-                        draft_temperature[req],
-                        children,
-                        sample_slots[req, inner],
-                        ordered,
-                        accept[:count],
-                        scratch,
-                        scratch_bits,
-                    )
-                    total = reject
-                    for s in range(count):
-                        total += accept[s]
-                    draw = uniform(row_key(seeds[req], root_positions[r], node, rng.ACCEPT)) * total
-                    threshold = f32(0.0)
-                    for s in range(count):
-                        threshold += accept[s]
-                        if draw < threshold:
-                            slot = s
-                            break
+                    draw = uniform(row_key(seeds[req], root_positions[r], node, rng.ACCEPT))
+                    temperature = draft_temperature[req]
+                    if raced:
+                        slot = choose_recursive(
+                            target,
+                            draft,
+                            temperature,
+                            children,
+                            replaced,
+                            draw,
+                            spare,
+                            scratch,
+                            scratch_bits,
+                        )
+                    else:
+                        sample_slot = sample_slots[req, inner]
+                        hub_mass, off_mass = spechub_law(
+                            draft,
+                            temperature,
+                            sharpening,
+                            children,
+                            sample_slot,
+                            hub_probs[:count],
+                            spare,
+                            scratch,
+                            scratch_bits,
+                        )
+                        accept_sample, accept_main, residual_mass = spechub_parts(
+                            target,
+                            draft,
+                            children,
+                            sample_slot,
+                            ordered,
+                            hub_probs[:count],
+                            hub_mass,
+                            off_mass,
+                            gain[:count],
+                            scratch,
+                        )
+                        slot = choose_spechub(
+                            target,
+                            children,
+                            sample_slot,
+                            accept_sample,
+                            accept_main,
+                            gain[:count],
+                            residual_mass,
+                            scratch,
+                            draw,
+                        )
             if leaf or slot == count:
                 break
             tokens[r, depth] = children[slot]
@@ -348,12 +351,164 @@ def _verify_tree(
             path[r, depth] = node
         if not greedy:
             key = row_key(seeds[req], root_positions[r], node, rng.RESIDUAL)
-            exponential_row(key, draft, draft_bits, scratch, uniforms)
-            for i in range(size):
-                draft[i] = target[i] / draft[i]
-            best = argmax(draft)
+            best = _emit(target, key, draft, draft_bits, scratch, uniforms)
         tokens[r, depth] = best
         num_emitted[r] = depth + 1
+
+
+@jit
+def _traverse_trees(
+    # [num_rows, vocab_size]
+    target_logits,
+    # [num_reqs] each
+    row_start,
+    num_nodes,
+    # [num_rows]
+    node_tokens,
+    # [num_drafts, num_internal, vocab_size]
+    draft_logits,
+    # [num_reqs], each request's draft
+    draft_idx,
+    # [max_num_reqs, num_internal]
+    sample_slots,
+    # [num_reqs]
+    req_idx,
+    # [max_num_reqs] each
+    target_temperature,
+    draft_temperature,
+    seeds,
+    # [num_reqs]
+    root_positions,
+    # [num_tree_nodes] each
+    first_child,
+    num_children,
+    internal_index,
+    sharpening,
+    # [num_reqs, max_depth + 1] each, -1 throughout
+    tokens,
+    path,
+    # [num_reqs]
+    num_emitted,
+):
+    """Depth first, each node after its children, until one is accepted."""
+    size = target_logits.shape[1]
+    target, draft, spare = np.empty(size, f32), np.empty(size, f32), np.empty(size, f32)
+    scratch, uniforms = np.empty(size, f32), np.empty(size, f32)
+    scratch_bits, draft_bits = scratch.view(i32), draft.view(i32)
+    hub_probs, gain = np.empty(4, f32), np.empty(4, f32)
+    width = first_child.shape[0]
+    parents, sizes, depths = np.zeros(width, i32), np.ones(width, i32), np.zeros(width, i32)
+    for node in range(width - 1, -1, -1):
+        for child in range(first_child[node], first_child[node] + num_children[node]):
+            parents[child] = node
+            sizes[node] += sizes[child]
+    for node in range(1, width):
+        depths[node] = depths[parents[node]] + 1
+    # the path acceptance that a node is visited with; the probability of accepting it once its
+    # children have failed
+    visit, leave = np.empty(width, f32), np.empty(width, f32)
+    for r in range(row_start.shape[0]):
+        req = req_idx[r]
+        greedy = target_temperature[req] == f32(0.0)
+        scale = f32(1.0) if greedy else f32(1.0) / target_temperature[req]
+        visit[0] = f32(1.0)
+        node, arriving, emitting = np.int64(0), True, False
+        best = np.int64(-1)
+        while True:
+            first, count = np.int64(first_child[node]), np.int64(num_children[node])
+            leaf = count == 0 or first + count - 1 > num_nodes[r]
+            if emitting or (arriving and not leaf and visit[node] > f32(0.0)):
+                # look at the rows of a node: for its children, or for the bonus token
+                target[:] = target_logits[row_start[r] + node]
+                if greedy:
+                    best = argmax(target)
+                else:
+                    softmax(target, scale, scratch, scratch_bits)
+                if emitting and (greedy or leaf):
+                    break
+                children = node_tokens[row_start[r] + first : row_start[r] + first + count]
+                inner = internal_index[node]
+                sample_slot = np.int64(sample_slots[req, inner])
+                leave[node] = visit[node]
+                if greedy:
+                    for s in range(count):
+                        visit[first + s] = f32(1.0) if children[s] == best else f32(0.0)
+                else:
+                    for i in range(size):
+                        target[i] *= visit[node]
+                    draft[:] = draft_logits[draft_idx[r], inner]
+                    ordered = False
+                    for s in range(1, count):
+                        ordered = ordered or sizes[first + s] != sizes[first]
+                    hub_mass, off_mass = spechub_law(
+                        draft,
+                        draft_temperature[req],
+                        sharpening,
+                        children,
+                        sample_slot,
+                        hub_probs[:count],
+                        spare,
+                        scratch,
+                        scratch_bits,
+                    )
+                    accept_sample, accept_main, residual_mass = spechub_parts(
+                        target,
+                        draft,
+                        children,
+                        sample_slot,
+                        ordered,
+                        hub_probs[:count],
+                        hub_mass,
+                        off_mass,
+                        gain[:count],
+                        scratch,
+                    )
+                    if emitting:
+                        # without a residual, by rounding only, the target is emitted from
+                        if residual_mass > f32(0.0):
+                            target[:] = scratch
+                        break
+                    leave[node] = visit_spechub(
+                        sample_slot,
+                        ordered,
+                        visit[node],
+                        accept_sample,
+                        accept_main,
+                        gain[:count],
+                        residual_mass,
+                        visit[first : first + count],
+                    )
+                node = first + sample_slot
+                continue
+            if arriving:
+                leave[node] = visit[node]
+                arriving = False
+            draw = uniform(row_key(seeds[req], root_positions[r], node, rng.ACCEPT))
+            if node == 0 or draw < leave[node]:
+                emitting = True
+                continue
+            # on to the next sibling: the sampled child was first, the others follow by slot
+            parent = np.int64(parents[node])
+            first = np.int64(first_child[parent])
+            sample_slot = np.int64(sample_slots[req, internal_index[parent]])
+            following = 0 if node - first == sample_slot else node - first + 1
+            if following == sample_slot:
+                following += 1
+            arriving = following < num_children[parent]
+            node = first + following if arriving else parent
+
+        depth = depths[node]
+        num_emitted[r] = depth + 1
+        if not greedy:
+            key = row_key(seeds[req], root_positions[r], node, rng.RESIDUAL)
+            best = _emit(target, key, draft, draft_bits, scratch, uniforms)
+        tokens[r, depth] = best
+        path[r, 0] = 0
+        while depth > 0:
+            path[r, depth] = node
+            depth -= 1
+            tokens[r, depth] = node_tokens[row_start[r] + node]
+            node = np.int64(parents[node])
 
 
 def _rows(logits: torch.Tensor) -> np.ndarray:
@@ -377,8 +532,9 @@ def sample_children(
     # [num_rows]
     num_children: torch.Tensor,
     *,
-    ordered: bool,
+    rule: str,
     max_children: int,
+    sharpening: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`triton_kernels.child_sampling.sample_children` on the CPU."""
     tokens = torch.full((len(logits), max_children), -1, dtype=torch.int64)
@@ -391,7 +547,10 @@ def sample_children(
         root_positions.long().numpy(),
         node_ids.int().numpy(),
         num_children.int().numpy(),
-        ordered,
+        rule in RECURSIVE,
+        rule == "rrs",
+        rule in ORDERED_SLOTS,
+        f32(sharpening),
         tokens.numpy(),
         sample_slots.numpy(),
     )
@@ -429,7 +588,8 @@ def verify_tree(
     internal_index: torch.Tensor,
     *,
     max_depth: int,
-    ordered: bool,
+    rule: str,
+    sharpening: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`triton_kernels.verification.verify_tree` on the CPU."""
     num_reqs = len(row_start)
@@ -439,7 +599,7 @@ def verify_tree(
     req_idx = draft_idx = req_idx.long()
     if draft_logits.dtype != torch.float32:  # convert this batch's drafts, not every request's
         draft_logits, draft_idx = draft_logits[req_idx], torch.arange(num_reqs)
-    _verify_tree(
+    arguments = (
         _rows(target_logits),
         row_start.int().numpy(),
         num_nodes.int().numpy(),
@@ -455,9 +615,11 @@ def verify_tree(
         first_child.numpy(),
         num_children.numpy(),
         internal_index.numpy(),
-        ordered,
-        tokens.numpy(),
-        path.numpy(),
-        num_emitted.numpy(),
     )
+    results = (tokens.numpy(), path.numpy(), num_emitted.numpy())
+    if rule == "traversal":
+        _traverse_trees(*arguments, f32(sharpening), *results)
+    else:
+        flags = (rule in RECURSIVE, rule == "rrs", rule == "ordered")
+        _walk_trees(*arguments, *flags, f32(sharpening), *results)
     return tokens, num_emitted, path

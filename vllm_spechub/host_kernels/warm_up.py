@@ -14,10 +14,8 @@ def warm_up() -> None:
     tables = [torch.from_numpy(t) for t in (tree.first_child, tree.num_children)]
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     logits = torch.zeros(1, 8)
-    for ordered in (True, False):
-        sample_children(
-            logits, one, zero, zero, zero, zero, zero + 1, ordered=ordered, max_children=1
-        )
+    for rule in ("ordered", "traversal"):
+        sample_children(logits, one, zero, zero, zero, zero, zero + 1, rule=rule, max_children=1)
         verify_tree(
             logits.expand(2, -1),
             zero,
@@ -33,7 +31,7 @@ def warm_up() -> None:
             *tables,
             torch.from_numpy(tree.internal_index),
             max_depth=1,
-            ordered=ordered,
+            rule=rule,
         )
     query = np.zeros((1, 1, 4), np.float32)
     count = np.ones(1, np.int64)
@@ -48,5 +46,6 @@ def warm_up() -> None:
         count,
         np.float32(1.0),
         np.float32(0.0),
+        0,
         query.copy(),
     )

@@ -8,6 +8,10 @@ from typing import Any
 from vllm_spechub.patches import Patch, PatchMismatch
 
 METHOD = "spechub"
+HELP = (
+    " Method 'spechub' drafts trees: the word spechub with --spec-model DRAFT, or JSON such as "
+    '{"method": "spechub", "model": "DRAFT", "tree": "binary:3", "verification": "ordered"}.'
+)
 
 
 def parse_speculative_config(text: str) -> dict[str, Any] | None:
@@ -24,6 +28,7 @@ def _add_cli_args(original):
         for action in parser._actions:
             if "--speculative-config" in action.option_strings:
                 action.type = parse_speculative_config
+                action.help = f"{action.help}{HELP}"
             elif "--spec-method" in action.option_strings and action.choices is not None:
                 action.choices = [*action.choices, METHOD]
         return parser
@@ -86,18 +91,6 @@ def _validate_v2_model_runner(original):
     return _validate_v2_model_runner
 
 
-def _validate_tokens(original):
-    @functools.wraps(original)
-    def validate_tokens(self, request, spec_tokens):
-        from vllm_spechub.config import is_spechub
-
-        if request.use_structured_output and is_spechub(self.vllm_config):
-            return []
-        return original(self, request, spec_tokens)
-
-    return validate_tokens
-
-
 def _validate_spec_decode(original):
     @functools.wraps(original)
     def _validate_spec_decode(self, speculative_config):
@@ -157,7 +150,8 @@ PATCHES = (
         symbol="vllm.engine.arg_utils:EngineArgs.add_cli_args",
         parameters=("parser",),
         why="`--speculative-config` takes JSON only, and `--spec-method` has fixed choices.",
-        how="Lets the one accept the bare word `spechub` and adds it to the other's choices.",
+        how="Lets the one accept the bare word `spechub`, says so in its help, and adds the method "
+        "to the other's choices.",
         upstream="none yet",
         until="vLLM lets plugins register speculative methods",
         replace=_add_cli_args,
@@ -189,15 +183,6 @@ PATCHES = (
         upstream="none yet",
         until="vLLM runs the V2 model runner on the CPU, and has a hook for plugins' checks",
         replace=_validate_v2_model_runner,
-    ),
-    Patch(
-        symbol="vllm.v1.structured_output:StructuredOutputManager.validate_tokens",
-        parameters=("self", "request", "spec_tokens"),
-        why="Grammars accept drafts as one chain, so a tree's siblings would be cut or mistaken.",
-        how="Returns no drafts for a request with a grammar under spechub: it decodes plainly.",
-        upstream="none yet",
-        until="grammars are walked over trees here",
-        replace=_validate_tokens,
     ),
     Patch(
         symbol="vllm.sampling_params:SamplingParams._validate_spec_decode",

@@ -1,9 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders the patch ledger into `docs/patches.md`: `python -m vllm_spechub.patches.ledger`."""
+"""The whole ledger, by where it is applied.
+
+`python -m vllm_spechub.patches.ledger` renders it into `docs/patches.md`.
+"""
 
 from pathlib import Path
 
-from vllm_spechub.patches import SUPPORTED_VLLM, cpu, frontend, runner
+from vllm_spechub.patches import SUPPORTED_VLLM, Patch, cpu, frontend, grammar, metrics, runner
+
+EVERYWHERE: tuple[Patch, ...] = (*frontend.PATCHES, *grammar.PATCHES, *metrics.PATCHES)
+"""In every process, when vLLM loads its plugins."""
+WORKER: tuple[Patch, ...] = (*runner.PATCHES, *metrics.WORKER_PATCHES)
+"""In a worker that serves trees, before its model runner is built."""
+CPU_WORKER: tuple[Patch, ...] = cpu.PATCHES
+"""In such a worker on the CPU, before its host kernels are registered."""
 
 TOUCHES = """\
 ## Extension points and other touches, which replace nothing
@@ -11,6 +21,8 @@ TOUCHES = """\
 | what | for |
 |---|---|
 | entry point `vllm.general_plugins` | loading the plugin in every process |
+| `scheduler_config.scheduler_cls` | vLLM's schedulers with statistics of trees, named only in a \
+spechub configuration |
 | `parallel_config.worker_cls` | our workers, named only in a spechub configuration |
 | `register_backend(AttentionBackendEnum.CUSTOM, ..)` | tree attention on CUDA |
 | `register_backend(AttentionBackendEnum.CPU_ATTN, ..)` | tree attention on the CPU, \
@@ -21,7 +33,12 @@ engine of the same process chose, in a spechub CPU worker only |
 kernels, in a spechub CPU worker only |
 | `triton.next_power_of_2`, set where vLLM's placeholder for Triton lacks it | launchers that \
 compute block sizes with it, in a spechub CPU worker only |
+| `StructuredOutputManager._get_constraint_bounds`, `._grammar_bitmask` | asking whether a token \
+ends the reasoning; the buffer of masks |
 | `ModelState` and its hooks | positions, masks, sampler, cache tensors |
+| `LoRAModelManager.set_adapter_mapping`, its last mapping | a LoRA adapter for each of a tree's \
+logits rows, where the V2 runner maps one row to a request |
+| `Worker.wake_up` | small tensors made anew whose contents sleep mode does not keep |
 """
 
 
@@ -38,9 +55,9 @@ def render() -> str:
         "",
     ]
     for title, where, ledger in (
-        ("In every process", "when vLLM loads its plugins", frontend.PATCHES),
-        ("In a worker that serves trees", "before its model runner is built", runner.PATCHES),
-        ("In such a worker on the CPU", "before its host kernels are registered", cpu.PATCHES),
+        ("In every process", "when vLLM loads its plugins", EVERYWHERE),
+        ("In a worker that serves trees", "before its model runner is built", WORKER),
+        ("In such a worker on the CPU", "before its host kernels are registered", CPU_WORKER),
     ):
         lines += [f"## {title}", "", f"Applied {where}.", ""]
         for patch in ledger:

@@ -7,12 +7,13 @@ breadth-first order and see their ancestors only. The next step writes the accep
 in their final slots, so the draft's KV cache needs no compaction.
 """
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig, VllmConfig, replace
 from vllm.tokenizers import get_tokenizer
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
@@ -36,6 +37,11 @@ class DraftModelProposer(StandaloneARSpeculator):
         super().__init__(vllm_config, device)
         self.rule = rule
         self.tree = vllm_config.speculative_config.tree
+        # the target's, which may be padded to another size than the draft's own
+        self.draft_vocab_size, self.vocab_size = (
+            self.vocab_size,
+            vllm_config.model_config.get_vocab_size(),
+        )
         dtype, _ = self.draft_logits_spec(vllm_config)
         self.draft_logits = DraftState(self.tree, self.max_num_reqs, self.vocab_size, dtype, device)
         self.level_masks = [
@@ -63,19 +69,41 @@ class DraftModelProposer(StandaloneARSpeculator):
                 f"the target {target.max_model_len}; set max_model_len to at most "
                 f"{draft.max_model_len}"
             )
-        if (Path(draft.model) / "tokenizer.json").is_file():
-            own = get_tokenizer(draft.model, tokenizer_mode=target.tokenizer_mode).get_vocab()
-            shared = get_tokenizer(
-                target.tokenizer,
-                tokenizer_mode=target.tokenizer_mode,
-                revision=target.tokenizer_revision,
-                trust_remote_code=target.trust_remote_code,
-            ).get_vocab()
-            if own != shared:
-                raise ValueError(
-                    "speculative_config['model']: the draft's tokenizer differs from the "
-                    "target's; draft and target need one vocabulary"
-                )
+        sizes = draft.get_vocab_size(), target.get_vocab_size()
+        if not (Path(draft.model) / "tokenizer.json").is_file() and sizes[0] == sizes[1]:
+            return
+        shared = get_tokenizer(
+            target.tokenizer,
+            tokenizer_mode=target.tokenizer_mode,
+            revision=target.tokenizer_revision,
+            trust_remote_code=target.trust_remote_code,
+        ).get_vocab()
+        own = get_tokenizer(draft.model, tokenizer_mode=target.tokenizer_mode).get_vocab()
+        if own != shared:
+            raise ValueError(
+                "speculative_config['model']: the draft's tokenizer differs from the "
+                "target's; draft and target need one vocabulary"
+            )
+        if max(shared.values()) >= min(sizes) and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"speculative_config['model']: the draft's vocab_size={sizes[0]} and the target's "
+                f"vocab_size={sizes[1]} may differ by padding only, but the tokenizer's ids go up "
+                f"to {max(shared.values())}"
+            )
+
+    def load_draft_model(self, target_model, target_attn_layer_names):
+        """Load the draft with its own sliding window, where vLLM would give it the target's."""
+        draft, shared = self.draft_model_config, self.vllm_config
+        layer_types = getattr(draft.hf_text_config, "layer_types", None)
+        # as vLLM decides for a target: mixed layers bring their windows themselves
+        uniform = layer_types is None or set(layer_types) == {"sliding_attention"}
+        window = draft.get_sliding_window() if uniform else None
+        self.vllm_config = copy(shared)
+        self.vllm_config.cache_config = replace(shared.cache_config, sliding_window=window)
+        try:
+            return super().load_draft_model(target_model, target_attn_layer_names)
+        finally:
+            self.vllm_config = shared
 
     def set_attn(
         self, model_state, kv_cache_config, block_tables: BlockTables, *args, **kwargs
@@ -88,6 +116,20 @@ class DraftModelProposer(StandaloneARSpeculator):
             dtype=torch.int64,
             device=self.device,
         )
+
+    def compute_draft_logits(
+        self,
+        # [num_rows, hidden_size]
+        hidden_states: torch.Tensor,
+        spec_step_idx: int,
+    ) -> torch.Tensor:
+        """[num_rows, vocab_size] of the target: what the draft pads beyond it is cut off, and
+        what it lacks is never drafted."""
+        logits = super().compute_draft_logits(hidden_states, spec_step_idx)
+        missing = self.vocab_size - self.draft_vocab_size
+        if missing:
+            logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+        return logits
 
     @torch.inference_mode()
     def propose(
@@ -257,6 +299,8 @@ class _DraftStep:
         proposer, batch, num_tokens = self.proposer, self.batch, len(tokens)
         last = self.max_model_len - 1
         positions = positions.clamp(max=last)
+        if proposer.draft_vocab_size < proposer.vocab_size:
+            tokens = tokens.clamp(max=proposer.draft_vocab_size - 1)  # it has no row for padding
         metadata = slot_mappings = None
         if not self.skip_attn:
             level = tree is not None

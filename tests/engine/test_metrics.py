@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine reports: depths as positions, and the slots, widths and fallbacks of trees."""
+
+from itertools import pairwise
+
+import pytest
+from conftest import PROMPTS, engine, greedy_params, spec_metrics
+
+from vllm_spechub.topology import TokenTree
+
+TREE = [0, 0, 0, 1, 1, 2, 4, 4]  # unequal subtrees: depths 1 1 1 2 2 2 3 3
+MAX_TOKENS = 30
+
+
+def spechub_metrics(llm) -> dict:
+    """Our metrics: a value, or one per label that is not vLLM's own."""
+    found: dict = {}
+    for metric in llm.get_metrics():
+        if not metric.name.startswith("vllm:spechub_"):
+            continue
+        name = metric.name.removeprefix("vllm:spechub_")
+        labels = [v for k, v in metric.labels.items() if k not in ("model_name", "engine")]
+        value = metric if name == "emitted_tokens" else metric.value
+        if labels:
+            found.setdefault(name, {})[labels[0]] = value
+        else:
+            found[name] = value
+    return found
+
+
+@pytest.mark.parametrize("scheduling", ["sync", "async"])
+def test_a_tree_is_counted_as_deep_as_it_is(scheduling, request):
+    if scheduling == "async":
+        request.getfixturevalue("async_scheduling")
+    tree = TokenTree.parse(TREE)
+    with engine(TREE, max_num_batched_tokens=64, per_request_spec_decode_metrics="detailed") as llm:
+        paths = record_paths(llm)
+        outputs = llm.generate(PROMPTS, greedy_params(MAX_TOKENS, ignore_eos=True), use_tqdm=False)
+        chain, ours = spec_metrics(llm), spechub_metrics(llm)
+
+    emitted = sum(len(output.outputs[0].token_ids) for output in outputs)
+    assert emitted == MAX_TOKENS * len(PROMPTS)
+    by_depth = chain["num_accepted_tokens_per_pos"]
+    assert len(by_depth) == tree.depth
+    assert by_depth == sorted(by_depth, reverse=True)
+    assert sum(by_depth) == chain["num_accepted_tokens"]
+    assert chain["num_draft_tokens"] <= tree.depth * chain["num_drafts"]
+    assert chain["num_draft_tokens"] > (tree.depth - 1) * chain["num_drafts"]
+
+    histogram = ours["emitted_tokens"]
+    assert histogram.count == chain["num_drafts"]
+    assert histogram.sum == chain["num_accepted_tokens"] + chain["num_drafts"]
+    assert [histogram.buckets[f"{n}.0"] for n in range(1, tree.depth + 1)] == [
+        chain["num_drafts"] - accepted for accepted in by_depth
+    ]
+    assert ours["num_nodes"] <= tree.num_nodes * chain["num_drafts"]
+    assert sum(ours["steps"].values()) >= int(ours["steps"][str(tree.num_nodes)]) > 0
+
+    slots = ours["num_accepted_tokens_per_slot"]
+    assert sum(slots.values()) == chain["num_accepted_tokens"]
+    expected = dict.fromkeys(slots, 0)
+    for path in paths:
+        for parent, node in pairwise(path):
+            if node > 0:
+                expected[str(node - int(tree.first_child[parent]))] += 1
+    assert set(slots) == {"0", "1", "2"}
+    # asynchronous steps run ahead of a request's end; what they accepted is not counted
+    assert all(slots[slot] <= expected[slot] for slot in slots)
+    if scheduling == "sync":
+        assert slots == expected
+
+    for output in outputs:
+        own = output.outputs[0].spec_decode_metrics
+        assert own.num_spec_tokens == tree.depth
+        assert len(own.histogram) == tree.depth + 1
+        assert set(own.per_step_drafted) <= {1, 2, 3}
+        assert max(own.per_step_drafted) == tree.depth
+
+
+def record_paths(llm) -> list[list[int]]:
+    """Every accepted path from now on, straight from the verification rule."""
+    from conftest import model_runner
+
+    sampler = model_runner(llm).rejection_sampler
+    verify, paths = sampler.rule.verify, []
+
+    def recording(*args):
+        verified = verify(*args)
+        paths.extend(verified.path.tolist())
+        return verified
+
+    sampler.rule.verify = recording
+    return paths
+
+
+def test_requests_without_a_tree_are_counted_with_the_reason():
+    # a root and two nodes each: three requests fit into 10 tokens, and one token is left
+    with engine("binary:1", max_num_batched_tokens=10, max_model_len=64) as llm:
+        llm.generate(["x"] * 8, greedy_params(12, ignore_eos=True), use_tqdm=False)
+        budget = spechub_metrics(llm)["fallback_steps"]
+        assert budget["budget"] > 0
+        assert budget["max_model_len"] == 0
+        llm.generate(["x = 1\n" * 8], greedy_params(None, ignore_eos=True), use_tqdm=False)
+        assert spechub_metrics(llm)["fallback_steps"]["max_model_len"] > 0

@@ -1,0 +1,509 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One node of `node_rules` as device functions, which read a node's rows in blocks."""
+
+import triton
+import triton.language as tl
+
+from ..rng_device import element_hash, exponential
+
+# Stands for the peak of logits that are all -inf.
+LOWEST = tl.constexpr(-3.0e38)
+MAX_CHILDREN = tl.constexpr(4)
+NO_SLOT = tl.constexpr(4)
+_NO_INDEX = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _best(value, index):
+    """The index of the largest value over lanes, the lowest of a tie."""
+    best = tl.max(value, axis=0)
+    return tl.min(tl.where(value == best, index, _NO_INDEX), axis=0)
+
+
+@triton.jit
+def _accumulate(logit, peak, total, scale):
+    """One step of a lane's running maximum and sum of exponentials."""
+    higher = tl.maximum(peak, logit)
+    total = total * tl.exp((peak - higher) * scale) + tl.exp((logit - higher) * scale)
+    return higher, total
+
+
+@triton.jit
+def ratio(numerator, denominator):
+    """min(1, numerator / denominator), and 0 for 0 / 0: what has no mass is not accepted."""
+    enough = numerator >= denominator
+    quotient = numerator / tl.where(enough, 1.0, denominator)
+    return tl.where(enough, tl.where(numerator > 0.0, 1.0, 0.0), quotient)
+
+
+@triton.jit
+def at(vector, index, position):
+    """The element of a vector whose index is `position`, 0 if none is."""
+    return tl.sum(tl.where(index == position, vector, tl.zeros_like(vector)), axis=0)
+
+
+@triton.jit
+def emit(
+    # [vocab_size]
+    logits_ptr,
+    vocab_size,
+    key,
+    scale,
+    greedy,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The best token of a row, or a draw from it."""
+    lane = tl.arange(0, BLOCK_SIZE)
+    race = tl.full([BLOCK_SIZE], float("-inf"), tl.float32)
+    winner = lane
+    for start in range(0, vocab_size, BLOCK_SIZE):
+        index = start + lane
+        logit = tl.load(logits_ptr + index, mask=index < vocab_size, other=float("-inf"))
+        score = logit.to(tl.float32) * scale
+        if not greedy:
+            score -= tl.log(exponential(element_hash(key, index)))
+        ahead = score > race
+        race = tl.where(ahead, score, race)
+        winner = tl.where(ahead, index, winner)
+    return _best(race, winner)
+
+
+@triton.jit
+def _is_any(index, tokens):
+    return (index == tokens[0]) | (index == tokens[1]) | (index == tokens[2]) | (index == tokens[3])
+
+
+@triton.jit
+def _with(values, value, position: tl.constexpr):
+    """A tuple of four with one of them replaced."""
+    if position == 0:
+        return (value, values[1], values[2], values[3])
+    elif position == 1:
+        return (values[0], value, values[2], values[3])
+    elif position == 2:
+        return (values[0], values[1], value, values[3])
+    else:
+        return (values[0], values[1], values[2], value)
+
+
+@triton.jit
+def spechub_law(
+    # [vocab_size]
+    target_ptr,
+    # [vocab_size]
+    draft_ptr,
+    # [MAX_CHILDREN]
+    children,
+    sample_slot,
+    target_scale,
+    draft_temperature,
+    sharpening,
+    vocab_size,
+    ORDERED: tl.constexpr,
+    SHARPENED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """First pass over a node's rows: `node_rules.draft_law`, and what makes p of the target's.
+
+    Returns the hubs' tokens and the sampled child; peak and sum of the target's exponentials; peak
+    and sum of those of w, and whether w is a point mass; the masses that the label has on the hubs
+    and off them, and [MAX_CHILDREN] by hub.
+    """
+    lane = tl.arange(0, BLOCK_SIZE)
+    slots = tl.arange(0, MAX_CHILDREN)
+    greedy = draft_temperature == 0.0
+    scale = 1.0 / tl.where(greedy, 1.0, draft_temperature)
+    is_hub = (children >= 0) & (slots != sample_slot)
+    sample = at(children, slots, sample_slot)
+    hub_tokens = tl.where(is_hub, children, -1)
+    hubs = (
+        at(hub_tokens, slots, 0),
+        at(hub_tokens, slots, 1),
+        at(hub_tokens, slots, 2),
+        at(hub_tokens, slots, 3),
+    )
+
+    target_peaks = tl.full([BLOCK_SIZE], LOWEST, tl.float32)
+    draft_peaks = target_peaks
+    target_total = tl.zeros([BLOCK_SIZE], tl.float32)
+    draft_total = target_total
+    label_total = target_total
+    for start in range(0, vocab_size, BLOCK_SIZE):
+        index = start + lane
+        valid = index < vocab_size
+        logit = tl.load(target_ptr + index, mask=valid, other=float("-inf")).to(tl.float32)
+        target_peaks, target_total = _accumulate(logit, target_peaks, target_total, target_scale)
+        off_hub = valid & ~_is_any(index, hubs)
+        logit = tl.load(draft_ptr + index, mask=off_hub, other=float("-inf")).to(tl.float32)
+        if ORDERED and SHARPENED:
+            _, label_total = _accumulate(logit, draft_peaks, label_total, scale)
+        draft_peaks, draft_total = _accumulate(logit, draft_peaks, draft_total, scale * sharpening)
+    target_peak = tl.max(target_peaks, axis=0)
+    target_total *= tl.exp((target_peaks - target_peak) * target_scale)
+    target_sum = tl.sum(target_total, axis=0)
+    draft_peak = tl.max(draft_peaks, axis=0)
+    draft_total *= tl.exp((draft_peaks - draft_peak) * scale * sharpening)
+    draft_sum = tl.sum(draft_total, axis=0)
+
+    # The label's masses on and off the hubs, neither computed as 1 minus the other.
+    hub_mass = 0.0
+    off_hub_mass = 1.0
+    hub_probs = tl.zeros([MAX_CHILDREN], tl.float32)
+    if ORDERED:
+        label_sum = draft_sum
+        if SHARPENED:
+            label_total *= tl.exp((draft_peaks - draft_peak) * scale)
+            label_sum = tl.sum(label_total, axis=0)
+        hub_logits = tl.load(draft_ptr + children, mask=is_hub, other=float("-inf"))
+        hub_logits = hub_logits.to(tl.float32)
+        peak = tl.maximum(tl.max(hub_logits, axis=0), draft_peak)
+        # A row without any possible token was drafted as a greedy one.
+        greedy = greedy | (peak == LOWEST)
+        hub_probs = tl.exp((hub_logits - peak) * scale)
+        nothing = greedy | (draft_peak == LOWEST)
+        off_hub_mass = tl.where(nothing, 0.0, label_sum * tl.exp((draft_peak - peak) * scale))
+        # A greedy draft's law is a point mass on the first child.
+        hub_probs = tl.where(greedy, tl.where((slots == 0) & is_hub, 1.0, 0.0), hub_probs)
+        # Without hubs all the mass is off them.
+        off_hub_mass = tl.where(tl.sum(is_hub.to(tl.int32), axis=0) == 0, 1.0, off_hub_mass)
+        hub_mass = tl.sum(hub_probs, axis=0)
+        mass = hub_mass + off_hub_mass
+        hub_probs /= mass
+        hub_mass /= mass
+        off_hub_mass /= mass
+    # Nothing off the hubs, or a greedy draft: the sampled child was certain.
+    certain = greedy | (draft_peak == LOWEST)
+    draft_sum = tl.where(certain, 1.0, draft_sum)
+    p = (target_peak, target_sum, target_scale)
+    w = (draft_peak, draft_sum, scale * sharpening, certain)
+    return hubs, sample, p, w, (hub_mass, off_hub_mass), hub_probs
+
+
+@triton.jit
+def _prob(logit, p):
+    peak, total, scale = p
+    return tl.exp((logit - peak) * scale) / total
+
+
+@triton.jit
+def _sample_prob(logit, is_sample, w):
+    peak, total, scale, certain = w
+    prob = tl.exp((logit - peak) * scale) / total
+    return tl.where(certain, tl.where(is_sample, 1.0, 0.0), prob)
+
+
+@triton.jit
+def spechub_parts(
+    # [vocab_size]
+    target_ptr,
+    # [vocab_size]
+    draft_ptr,
+    # [MAX_CHILDREN]
+    children,
+    sample_slot,
+    law,
+    acceptance,
+    ordered,
+    vocab_size,
+    residual_key,
+    ORDERED: tl.constexpr,
+    DRAW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Second pass over a node's rows: `node_rules._SpecHubParts` of T = acceptance * p, with
+    `ordered` as a scalar where ORDERED allows it. DRAW also draws a token from the residual."""
+    hubs, sample, p, w, masses, hub_probs = law
+    hub_mass, off_hub_mass = masses
+    lane = tl.arange(0, BLOCK_SIZE)
+    slots = tl.arange(0, MAX_CHILDREN)
+    residual_mass = tl.zeros([BLOCK_SIZE], tl.float32)
+    unclaimed = residual_mass
+    race = residual_mass
+    winner = lane
+    for start in range(0, vocab_size, BLOCK_SIZE):
+        index = start + lane
+        off_hub = (index < vocab_size) & ~_is_any(index, hubs)
+        logit = tl.load(target_ptr + index, mask=off_hub, other=float("-inf")).to(tl.float32)
+        target = acceptance * _prob(logit, p)
+        logit = tl.load(draft_ptr + index, mask=off_hub, other=float("-inf")).to(tl.float32)
+        draft = _sample_prob(logit, index == sample, w)
+        residual = tl.maximum(target - draft, 0.0)
+        residual_mass += residual
+        if ORDERED:
+            claimed = tl.maximum(target - off_hub_mass * draft, 0.0)
+            unclaimed += tl.maximum(hub_mass * draft - claimed, 0.0)
+        if DRAW:
+            score = residual / exponential(element_hash(residual_key, index))
+            ahead = score > race
+            race = tl.where(ahead, score, race)
+            winner = tl.where(ahead, index, winner)
+    token = 0
+    if DRAW:
+        token = _best(race, winner)
+
+    is_hub = (children >= 0) & (slots != sample_slot)
+    logit = tl.load(target_ptr + children, mask=is_hub, other=float("-inf")).to(tl.float32)
+    hub_target = acceptance * _prob(logit, p)
+    sample_target = acceptance * _prob(tl.load(target_ptr + sample).to(tl.float32), p)
+    sample_draft = _sample_prob(tl.load(draft_ptr + sample).to(tl.float32), True, w)
+    accept_sample = ratio(sample_target, sample_draft)
+    accept_main = 0.0
+    hub_gain = hub_target
+    if ORDERED:
+        # Share of each hub in what the target leaves unclaimed: l_h.
+        share = tl.sum(unclaimed, axis=0) * hub_probs / tl.where(hub_mass == 0.0, 1.0, hub_mass)
+        as_main = off_hub_mass * sample_draft
+        excess = tl.maximum(sample_target - as_main, 0.0)
+        accept_ordered = tl.where(
+            sample_slot == 0,
+            ratio(sample_target, as_main),
+            ratio(excess, hub_mass * sample_draft),
+        )
+        accept_sample = tl.where(ordered, accept_ordered, accept_sample)
+        accept_main = tl.where(ordered, at(ratio(hub_target, share), slots, 0), 0.0)
+        hub_gain = tl.where(ordered, tl.maximum(hub_target - share, 0.0), hub_target)
+    return accept_sample, accept_main, hub_gain, tl.sum(residual_mass, axis=0), sample_target, token
+
+
+@triton.jit
+def emit_residual(
+    # [vocab_size]
+    target_ptr,
+    # [vocab_size]
+    draft_ptr,
+    law,
+    acceptance,
+    vocab_size,
+    key,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """A draw from (acceptance * p - w)+ off the hubs; -1 where that has no mass."""
+    hubs, sample, p, w, _, _ = law
+    lane = tl.arange(0, BLOCK_SIZE)
+    race = tl.zeros([BLOCK_SIZE], tl.float32)
+    winner = tl.full([BLOCK_SIZE], -1, tl.int32)
+    for start in range(0, vocab_size, BLOCK_SIZE):
+        index = start + lane
+        off_hub = (index < vocab_size) & ~_is_any(index, hubs)
+        logit = tl.load(target_ptr + index, mask=off_hub, other=float("-inf")).to(tl.float32)
+        target = acceptance * _prob(logit, p)
+        logit = tl.load(draft_ptr + index, mask=off_hub, other=float("-inf")).to(tl.float32)
+        residual = tl.maximum(target - _sample_prob(logit, index == sample, w), 0.0)
+        score = residual / exponential(element_hash(key, index))
+        ahead = score > race
+        race = tl.where(ahead, score, race)
+        winner = tl.where(ahead, index, winner)
+    return _best(race, winner)
+
+
+@triton.jit
+def _slot_prob(logit, is_child, peak, total, scale, greedy):
+    """A slot's law: a point mass on its child where drafting had no choice."""
+    certain = greedy | (peak == LOWEST)
+    prob = tl.exp((logit - peak) * scale) / tl.where(certain, 1.0, total)
+    return tl.where(certain, tl.where(is_child, 1.0, 0.0), prob)
+
+
+@triton.jit
+def _residual_after(
+    prob, logit, index, tokens, laws, masses, COUNT: tl.constexpr, REPLACED: tl.constexpr
+):
+    """What recursive rejection of the first COUNT slots leaves of a target probability.
+
+    `masses` holds the mass that each slot's residual had; a slot that was not tried, or whose
+    residual had none, holds 0 and leaves all as it was.
+    """
+    scale, greedy, peaks, totals = laws
+    for slot in tl.static_range(COUNT):
+        is_child = index == tokens[slot]
+        draft = _slot_prob(logit, is_child, peaks[slot], totals[slot], scale, greedy)
+        used = masses[slot] > 0.0
+        left = tl.maximum(prob - draft, 0.0) / tl.where(used, masses[slot], 1.0)
+        prob = tl.where(used, left, prob)
+        if not REPLACED:
+            logit = tl.where(is_child, float("-inf"), logit)
+    return prob
+
+
+@triton.jit
+def _residual_mass(
+    # [vocab_size]
+    target_ptr,
+    # [vocab_size]
+    draft_ptr,
+    p,
+    tokens,
+    laws,
+    masses,
+    vocab_size,
+    COUNT: tl.constexpr,
+    REPLACED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    lane = tl.arange(0, BLOCK_SIZE)
+    mass = tl.zeros([BLOCK_SIZE], tl.float32)
+    for start in range(0, vocab_size, BLOCK_SIZE):
+        index = start + lane
+        valid = index < vocab_size
+        logit = tl.load(target_ptr + index, mask=valid, other=float("-inf")).to(tl.float32)
+        draft = tl.load(draft_ptr + index, mask=valid, other=float("-inf")).to(tl.float32)
+        mass += _residual_after(
+            _prob(logit, p), draft, index, tokens, laws, masses, COUNT, REPLACED
+        )
+    return tl.sum(mass, axis=0)
+
+
+@triton.jit
+def _emit_recursive(
+    # [vocab_size]
+    target_ptr,
+    # [vocab_size]
+    draft_ptr,
+    p,
+    tokens,
+    laws,
+    masses,
+    vocab_size,
+    key,
+    REPLACED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """A draw from what recursive rejection of all slots leaves."""
+    lane = tl.arange(0, BLOCK_SIZE)
+    race = tl.zeros([BLOCK_SIZE], tl.float32)
+    winner = lane
+    for start in range(0, vocab_size, BLOCK_SIZE):
+        index = start + lane
+        valid = index < vocab_size
+        logit = tl.load(target_ptr + index, mask=valid, other=float("-inf")).to(tl.float32)
+        draft = tl.load(draft_ptr + index, mask=valid, other=float("-inf")).to(tl.float32)
+        residual = _residual_after(
+            _prob(logit, p), draft, index, tokens, laws, masses, MAX_CHILDREN, REPLACED
+        )
+        score = residual / exponential(element_hash(key, index))
+        ahead = score > race
+        race = tl.where(ahead, score, race)
+        winner = tl.where(ahead, index, winner)
+    return _best(race, winner)
+
+
+@triton.jit
+def verify_recursive(
+    # [vocab_size]
+    target_ptr,
+    # [vocab_size]
+    draft_ptr,
+    # [MAX_CHILDREN]
+    children,
+    target_scale,
+    draft_temperature,
+    vocab_size,
+    draw,
+    residual_key,
+    REPLACED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The accepted slot, or NO_SLOT, and the token to emit in that case: `rrs` where children are
+    REPLACED, else `rrsw`. Source: `node_rules._recursive_law` and `node_rules._recursive_outcome`.
+
+    A pass for the laws, one for each child rejected, and one to draw when all were.
+    """
+    lane = tl.arange(0, BLOCK_SIZE)
+    slots = tl.arange(0, MAX_CHILDREN)
+    greedy = draft_temperature == 0.0
+    scale = 1.0 / tl.where(greedy, 1.0, draft_temperature)
+    tokens = (
+        at(children, slots, 0),
+        at(children, slots, 1),
+        at(children, slots, 2),
+        at(children, slots, 3),
+    )
+
+    # Peaks and sums, of the target and of what the draft has besides the children.
+    target_peaks = tl.full([BLOCK_SIZE], LOWEST, tl.float32)
+    draft_peaks = target_peaks
+    target_total = tl.zeros([BLOCK_SIZE], tl.float32)
+    draft_total = target_total
+    for start in range(0, vocab_size, BLOCK_SIZE):
+        index = start + lane
+        valid = index < vocab_size
+        logit = tl.load(target_ptr + index, mask=valid, other=float("-inf")).to(tl.float32)
+        target_peaks, target_total = _accumulate(logit, target_peaks, target_total, target_scale)
+        if not REPLACED:
+            valid = valid & ~_is_any(index, tokens)
+        logit = tl.load(draft_ptr + index, mask=valid, other=float("-inf")).to(tl.float32)
+        draft_peaks, draft_total = _accumulate(logit, draft_peaks, draft_total, scale)
+    target_peak = tl.max(target_peaks, axis=0)
+    target_total *= tl.exp((target_peaks - target_peak) * target_scale)
+    p = (target_peak, tl.sum(target_total, axis=0), target_scale)
+    peak3 = tl.max(draft_peaks, axis=0)
+    total3 = tl.sum(draft_total * tl.exp((draft_peaks - peak3) * scale), axis=0)
+    peak0, peak1, peak2 = peak3, peak3, peak3
+    total0, total1, total2 = total3, total3, total3
+    logits = tl.load(draft_ptr + children, mask=children >= 0, other=float("-inf")).to(tl.float32)
+    if not REPLACED:
+        # A slot's law has its own child and those after it besides: added up from the last one.
+        peak3, total3 = _accumulate(at(logits, slots, 3), peak3, total3, scale)
+        peak2, total2 = _accumulate(at(logits, slots, 2), peak3, total3, scale)
+        peak1, total1 = _accumulate(at(logits, slots, 1), peak2, total2, scale)
+        peak0, total0 = _accumulate(at(logits, slots, 0), peak1, total1, scale)
+    # A row without any possible token was drafted as a greedy one.
+    laws = (
+        scale,
+        greedy | (peak0 == LOWEST),
+        (peak0, peak1, peak2, peak3),
+        (total0, total1, total2, total3),
+    )
+
+    target_logits = tl.load(target_ptr + children, mask=children >= 0, other=float("-inf"))
+    probs = _prob(target_logits.to(tl.float32), p)
+    slot = tl.full([], NO_SLOT, tl.int32)
+    reach = tl.full([], 1.0, tl.float32)
+    threshold = tl.full([], 0.0, tl.float32)
+    masses = (0.0, 0.0, 0.0, 0.0)
+    for tried in tl.static_range(MAX_CHILDREN):
+        token = tokens[tried]
+        mass = tl.full([], 0.0, tl.float32)
+        if (slot == NO_SLOT) & (token >= 0):
+            logit = at(logits, slots, tried)
+            prob = at(probs, slots, tried)
+            prob = _residual_after(prob, logit, token, tokens, laws, masses, tried, REPLACED)
+            peak, total = laws[2][tried], laws[3][tried]
+            chance = ratio(prob, _slot_prob(logit, True, peak, total, scale, laws[1]))
+            threshold += reach * chance
+            reach *= 1.0 - chance
+            if draw < threshold:
+                slot = tried + tl.zeros_like(slot)
+            else:
+                mass = _residual_mass(
+                    target_ptr,
+                    draft_ptr,
+                    p,
+                    tokens,
+                    laws,
+                    _with(masses, 1.0, tried),
+                    vocab_size,
+                    tried + 1,
+                    REPLACED,
+                    BLOCK_SIZE,
+                )
+                # A residual without mass is reached by rounding only: accept the child, unless the
+                # residual rules it out.
+                if (mass <= 0.0) & (prob > 0.0):
+                    slot = tried + tl.zeros_like(slot)
+        masses = _with(masses, mass, tried)
+    emitted = tl.full([], -1, tl.int32)
+    if slot == NO_SLOT:
+        emitted = _emit_recursive(
+            target_ptr,
+            draft_ptr,
+            p,
+            tokens,
+            laws,
+            masses,
+            vocab_size,
+            residual_key,
+            REPLACED,
+            BLOCK_SIZE,
+        )
+    return slot, emitted

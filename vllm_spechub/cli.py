@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-spechub`: choose rules and tree shapes for a pair of models, without an engine."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Lossless tree speculation for a pair of models: simulate rules, choose shapes.",
+)
+# Results go to the standard output, everything else beside it.
+output, notes = Console(), Console(stderr=True)
+
+Target = Annotated[str, typer.Argument(help="The target: a Hugging Face folder or name.")]
+Draft = Annotated[str, typer.Argument(help="The draft, over the same vocabulary.")]
+Prompts = Annotated[
+    Path,
+    typer.Option(
+        help="Prompts: JSON lines with `turns` or `prompt`, or text with one prompt per line.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first so many prompts.")]
+Temperatures = Annotated[
+    list[float], typer.Option("--temperature", "-T", min=0.0, help="May be repeated.")
+]
+MAX_DEPTH = 16
+Texts = Annotated[int, typer.Option(min=1, help="Texts sampled from the target for each prompt.")]
+Tokens = Annotated[int, typer.Option(min=4, help="Tokens of each text.")]
+Seed = Annotated[int, typer.Option(min=0, help="Equal seeds give equal results.")]
+Device = Annotated[str | None, typer.Option(help="CUDA if there is one, else the CPU.")]
+Dtype = Annotated[str, typer.Option(help="Of both models: float32, bfloat16 or float16.")]
+
+
+@app.command()
+def simulate(
+    target: Target,
+    draft: Draft,
+    prompts: Prompts,
+    limit: Limit = None,
+    temperature: Temperatures = (0.3, 0.6, 1.0),
+    rule: Annotated[
+        list[str],
+        typer.Option(
+            "--rule",
+            "-r",
+            help="A rule, or RULE@SHARPENING; may be repeated.",
+            show_default="all rules",
+        ),
+    ] = (),
+    nodes: Annotated[
+        list[int], typer.Option("--nodes", "-n", help="Drafted nodes at most; may be repeated.")
+    ] = (6, 14, 30),
+    depth: Annotated[
+        list[int],
+        typer.Option(
+            "--depth", "-d", min=1, max=MAX_DEPTH, help="Depth cap of best shapes; may be repeated."
+        ),
+    ] = (5,),
+    texts: Texts = 40,
+    tokens: Tokens = 48,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for CSV, JSON and a plot.", file_okay=False)
+    ] = None,
+    small: Annotated[
+        bool,
+        typer.Option(
+            "--small", help="Also compare acceptance with the optimum, on small vocabularies."
+        ),
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Tokens per step of every rule, on complete trees and on its own best shape.
+
+    Teacher-forced: trees hang from places in texts that the target has sampled, every place counts
+    alike, and what verification would accept is computed from the drafted tree, not tossed.
+    """
+    with _usage_errors():
+        from vllm_spechub.simulation import report, study, yardstick
+
+        variants = _variants(rule)
+        _check_nodes(nodes)
+        pair, encoded, sampling = _load(
+            target, draft, prompts, limit, texts, tokens, seed, max(depth), device, dtype
+        )
+        with _progress() as progress:
+            found = study.run_study(
+                pair, encoded, variants, temperature, nodes, depth, sampling, progress
+            )
+    for table in report.terminal_tables(found):
+        output.print(table)
+    yardsticks = []
+    if small:
+        for t in temperature:
+            if t > 0:
+                yardsticks += yardstick.run_yardstick(pair, encoded, variants, t, sampling)
+        output.print(report.yardstick_table(yardsticks))
+    if out is not None:
+        settings = {
+            "target": target,
+            "draft": draft,
+            "prompts": len(encoded),
+            "texts": texts,
+            "tokens": tokens,
+            "roots_per_text": sampling.roots,
+            "depth": list(depth),
+            "seed": seed,
+            "dtype": dtype,
+        }
+        report.save(found, yardsticks, settings, out)
+        notes.print(f"written to {out}")
+
+
+@app.command()
+def shape(
+    target: Target,
+    draft: Draft,
+    prompts: Prompts,
+    limit: Limit = None,
+    rule: Annotated[
+        str, typer.Option("--rule", "-r", help="The rule, or RULE@SHARPENING.")
+    ] = "ordered",
+    temperature: Temperatures = (1.0,),
+    nodes: Annotated[int, typer.Option("--nodes", "-n", min=1, max=63, help="Drafted nodes.")] = 15,
+    depth: Annotated[
+        int, typer.Option("--depth", "-d", min=1, max=MAX_DEPTH, help="Depth cap.")
+    ] = 5,
+    texts: Texts = 10,
+    tokens: Tokens = 48,
+    seed: Seed = 0,
+    rates_file: Annotated[
+        Path | None,
+        typer.Option("--rates", help="Also write every rule's rates by temperature, as JSON."),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """The best tree for a pair of models, as JSON that "tree" accepts.
+
+    Measures how often the child of each slot is accepted, averaged over the temperatures, and
+    finds the tree that accepts the most tokens per step.
+    """
+    with _usage_errors():
+        from vllm_spechub import shapes
+        from vllm_spechub.simulation import study
+
+        (variant,) = _variants([rule])
+        pair, encoded, sampling = _load(
+            target, draft, prompts, limit, texts, tokens, seed, depth, device, dtype
+        )
+        variants = _variants(()) if rates_file is not None else []
+        variants = list(dict.fromkeys([variant, *variants]))
+        rates: dict[str, dict[str, shapes.Rates]] = {}
+        with _progress() as progress:
+            for t in temperature:
+                measured = study.measure_rates(
+                    pair, encoded, variants, t, sampling, depth, progress
+                )
+                for each, by_slot in measured.items():
+                    rates.setdefault(str(each), {})[f"{t:g}"] = by_slot
+        average = shapes.average_rates(list(rates[str(variant)].values()))
+        best = shapes.best_shape(average, nodes, depth)
+    table = Table(title=f"{variant}: acceptance by slot, T = {', '.join(map(str, temperature))}")
+    for column in ("children", "slot 1", "slot 2", "slot 3", "slot 4"):
+        table.add_column(column, justify="right")
+    for k, by_slot in average.items():
+        table.add_row(str(k), *(f"{value:.3f}" for value in by_slot))
+    notes.print(table)
+    tree = best.tree
+    notes.print(
+        f"{tree.num_nodes} nodes, depth {tree.depth}, {1 + best.accepted:.2f} tokens per step "
+        "expected"
+    )
+    if rates_file is not None:
+        record = {"command": _RATES_NOTE, "rates": _rounded(rates)}
+        rates_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(list(tree.parents)))
+
+
+_RATES_NOTE = "vllm-spechub shape TARGET DRAFT --prompts FILE --rates FILE"
+
+
+def _rounded(rates: dict) -> dict:
+    return {
+        rule: {
+            t: {str(k): [round(rate, 4) for rate in by_slot] for k, by_slot in table.items()}
+            for t, table in by_temperature.items()
+        }
+        for rule, by_temperature in rates.items()
+    }
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Bad values and missing folders are the caller's: one line, no traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        notes.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _progress() -> Iterator:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("prompts"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=notes) as bars:
+        tasks: dict[str, int] = {}
+
+        def advance(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done)
+
+        yield advance
+
+
+def _variants(rules: list[str]) -> list:
+    from vllm_spechub.simulation.drafts import Variant
+    from vllm_spechub.triton_kernels.rules import RULES, check_rule
+
+    variants = [Variant.parse(text) for text in rules or RULES]
+    for variant in variants:
+        check_rule(variant.rule, variant.sharpening, 1)
+    return list(dict.fromkeys(variants))
+
+
+def _check_nodes(nodes: list[int]) -> None:
+    from vllm_spechub.topology import MAX_NODES
+
+    for count in nodes:
+        if not 2 <= count <= MAX_NODES:
+            raise ValueError(f"--nodes must be in 2..{MAX_NODES}, got {count}")
+
+
+def _load(target, draft, prompts, limit, texts, tokens, seed, depth, device, dtype):
+    import torch
+    from transformers.utils import logging
+
+    from vllm_spechub.simulation.study import Sampling
+    from vllm_spechub.simulation.texts import ModelPair, read_prompts
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+    logging.disable_progress_bar()
+    read = read_prompts(prompts, limit)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pair = ModelPair.load(target, draft, device, dtypes[dtype])
+    room = pair.max_positions - tokens - depth
+    if room < 1:
+        raise ValueError(f"--tokens {tokens} is too many: the models read {pair.max_positions}")
+    sampling = Sampling(texts=texts, tokens=tokens, roots=4, seed=seed)
+    encoded = [pair.encode(prompt, min(room, sampling.max_prompt_tokens)) for prompt in read]
+    return pair, encoded, sampling

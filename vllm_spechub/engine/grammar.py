@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structured outputs over trees: one mask per node, by walking the grammar down and up the tree.
+
+A node's mask is what plain decoding of its path would have met. Each token of a path is fed as
+plain decoding feeds it, alone, so a reasoning parser may switch the grammar on at any node.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm.v1.structured_output.utils import strip_speculative_padding
+
+from vllm_spechub.topology import TokenTree
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.request import Request
+    from vllm.v1.structured_output import StructuredOutputManager
+    from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+    from vllm.v1.structured_output.request import StructuredOutputRequest
+
+UNCONSTRAINED = -1
+"""A word of a mask that allows all its 32 tokens."""
+
+
+@dataclass
+class History:
+    """A request as vLLM's reasoning check reads it, at some token of its own or of a tree."""
+
+    request_id: str
+    structured_output_request: "StructuredOutputRequest"
+    prompt_token_ids: list[int] | None
+    all_token_ids: list[int] = field(default_factory=list)
+    use_structured_output: bool = True
+
+    @classmethod
+    def of(cls, request: "Request", length: int) -> "History":
+        """The request when it had `length` tokens."""
+        return cls(
+            request.request_id,
+            request.structured_output_request,
+            request.prompt_token_ids,
+            list(request.all_token_ids[:length]),
+        )
+
+
+def is_masked(manager: "StructuredOutputManager", request: "Request") -> bool:
+    """Whether the grammar applies to the request's next token: no reasoning comes first."""
+    return manager._get_constraint_bounds(request, ()).constraint_start == 0
+
+
+class GrammarWalk:
+    """A request's grammar and reasoning parser at one node, the root at first.
+
+    Args:
+        manager: vLLM's structured output manager, which knows when reasoning ends.
+        request: a request whose grammar is compiled and fed with all its tokens.
+    """
+
+    def __init__(self, manager: "StructuredOutputManager", request: "Request") -> None:
+        self.manager = manager
+        self.request_id = request.request_id
+        self.grammar: StructuredOutputGrammar = request.structured_output_request.grammar
+        # `masks`: whether the grammar applies here, and not only after some reasoning to come
+        self.masks = is_masked(manager, request)
+        self.history = None if self.masks else History.of(request, request.num_tokens)
+
+    @contextmanager
+    def step(self, token: int) -> Iterator[bool]:
+        """Go down to the child with this token, and up again at the end of the block.
+
+        Yields whether a mask may be needed at or below the child: not below a token that the
+        grammar refuses, as it is never emitted, nor below one that ends the grammar.
+        """
+        if self.masks:
+            with self._feed(token) as goes_on:
+                yield goes_on
+            return
+        self.history.all_token_ids.append(token)
+        start, constraint_start = self.manager._get_constraint_bounds(
+            self.history, [token], spec_tokens_committed=True
+        )
+        self.masks = constraint_start <= 1
+        if start == 0:  # the token that ends the reasoning belongs to the grammar
+            with self._feed(token) as goes_on:
+                yield goes_on
+        else:
+            yield True
+        self.masks = False
+        self.history.all_token_ids.pop()
+
+    @contextmanager
+    def _feed(self, token: int) -> Iterator[bool]:
+        grammar = self.grammar
+        # Asked first: an accept that fails is logged as an error, and one backend stays broken.
+        fed = (
+            not grammar.is_terminated()
+            and bool(grammar.validate_tokens([token]))
+            and grammar.accept_tokens(self.request_id, [token])
+        )
+        yield fed and not grammar.is_terminated()
+        if fed:
+            grammar.rollback(1)
+
+
+def fill_tree_bitmask(
+    walk: GrammarWalk,
+    tree: TokenTree,
+    tokens: Sequence[int],
+    # [1 + len(tokens), ceil(vocab_size / 32)] int32, the root's row first
+    bitmask: "torch.Tensor",
+) -> None:
+    """Fill the mask of the root and of every drafted node, by a depth-first walk.
+
+    Args:
+        walk: stands at the root, and stands there again afterwards.
+        tree: the tree that was drafted.
+        tokens: the drafted nodes' tokens in breadth-first order; fewer than the tree has nodes if
+            it was truncated, none if it is not known.
+        bitmask: bit t of a row is set if token t may follow the row's node. Rows that nothing
+            constrains, and rows that cannot be reached, allow everything.
+    """
+    bitmask.fill_(UNCONSTRAINED)
+
+    def visit(node: int) -> None:
+        if walk.masks and not walk.grammar.is_terminated():
+            walk.grammar.fill_bitmask(bitmask, node)
+        first = int(tree.first_child[node])
+        last = min(first + int(tree.num_children[node]) - 1, len(tokens))
+        for child in range(first, last + 1):
+            with walk.step(tokens[child - 1]) as goes_on:
+                if goes_on:
+                    visit(child)
+
+    visit(0)
+
+
+def grammar_bitmask(
+    manager: "StructuredOutputManager",
+    requests: "dict[str, Request]",
+    request_ids: list[str],
+    drafts: dict[str, list[int]],
+) -> "npt.NDArray[np.int32]":
+    """A batch's masks, those of a request side by side in node order, as the worker reads them.
+
+    Args:
+        request_ids: the requests with a grammar, in the masks' order.
+        drafts: each request's scheduled drafts, -1 for those that are not known here.
+    """
+    config = manager.vllm_config
+    if manager._grammar_bitmask is None:
+        rows = config.scheduler_config.max_num_seqs * (1 + config.num_speculative_tokens)
+        manager._grammar_bitmask = manager.backend.allocate_token_bitmask(rows)
+    end = 0
+    for request_id in request_ids:
+        tokens = drafts.get(request_id, [])
+        start, end = end, end + 1 + len(tokens)
+        fill_tree_bitmask(
+            GrammarWalk(manager, requests[request_id]),
+            config.speculative_config.tree,
+            strip_speculative_padding(tokens),
+            manager._grammar_bitmask[start:end],
+        )
+    return manager._grammar_bitmask[:end].numpy()
+
+
+def unseen_drafts(
+    scheduler_output: "SchedulerOutput", grammar_output: "GrammarOutput"
+) -> dict[str, int]:
+    """How many drafts each request has that its grammar could not walk, as they were not known.
+
+    Those of a request that starts in this step do not count: they only pad its first batch.
+    """
+    drafts = scheduler_output.scheduled_spec_decode_tokens
+    starting = {request.req_id for request in scheduler_output.scheduled_new_reqs}
+    starting |= scheduler_output.scheduled_cached_reqs.resumed_req_ids
+    known = zip(
+        grammar_output.structured_output_request_ids,
+        grammar_output.num_acceptable_drafts,
+        strict=True,
+    )
+    return {
+        request_id: len(drafts[request_id])
+        for request_id, num_known in known
+        if num_known == 0 and request_id in drafts and request_id not in starting
+    }
+
+
+def accept_tokens(
+    accept: "Callable[[StructuredOutputManager, Request | History, list[int]], bool]",
+    manager: "StructuredOutputManager",
+    request: "Request",
+    token_ids: Sequence[int],
+) -> bool:
+    """Feed a step's emitted tokens to the grammar as plain decoding does, one at a time.
+
+    Args:
+        accept: vLLM's `StructuredOutputManager.accept_tokens`.
+        token_ids: the last tokens of `request`. A reasoning parser is asked about each of them
+            with those before it only, and a grammar may end before the last of them.
+
+    Returns:
+        False if the grammar refuses one.
+    """
+    if is_masked(manager, request):
+        return all(accept(manager, request, [token]) for token in token_ids)
+    past = History.of(request, request.num_tokens - len(token_ids))
+    for token in token_ids:
+        past.all_token_ids.append(token)
+        if not accept(manager, past, [token]):
+            return False
+    return True

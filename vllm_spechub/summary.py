@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine says about its trees when it starts, once."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+from vllm_spechub.topology import TokenTree
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+def draw(tree: TokenTree) -> str:
+    """The tree as text, one line a node, siblings in slot order.
+
+    Examples::
+
+        >>> print(draw(TokenTree((0, 0, 1))))
+        0
+        ├─ 1
+        │  └─ 3
+        └─ 2
+    """
+    lines = ["0"]
+
+    def add_children(node: int, indent: str) -> None:
+        first, count = int(tree.first_child[node]), int(tree.num_children[node])
+        for child in range(first, first + count):
+            last = child == first + count - 1
+            lines.append(f"{indent}{'└─' if last else '├─'} {child}")
+            add_children(child, indent + ("   " if last else "│  "))
+
+    add_children(0, "")
+    return "\n".join(lines)
+
+
+def tensor_bytes(owner: object) -> int:
+    """Bytes of the tensors that an object holds as attributes."""
+    return sum(t.nbytes for t in vars(owner).values() if isinstance(t, torch.Tensor))
+
+
+def num_parameters(model: str, revision: str | None) -> int:
+    """As the checkpoint has them: a loaded module may have packed its weights away."""
+    tensors = get_safetensors_params_metadata(model, revision=revision).values()
+    # safetensors keeps free-form metadata among its tensors
+    return sum(math.prod(tensor["shape"]) for tensor in tensors if "shape" in tensor)
+
+
+def kv_cache_share(kv_cache_config: "KVCacheConfig", layer_names: set[str]) -> float:
+    """The part of every KV cache block that the named layers take."""
+    ours = total = 0
+    for group in kv_cache_config.kv_cache_groups:
+        per_layer = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+        for name in group.layer_names:
+            size = per_layer.get(name, group.kv_cache_spec).page_size_bytes
+            total += size
+            ours += size * (name in layer_names)
+    return ours / total if total else 0.0
+
+
+def summarize(
+    vllm_config: "VllmConfig", speculator: object, kv_cache_config: "KVCacheConfig"
+) -> str:
+    """One readable block: method, tree, rule, draft, memory added, what is off and why."""
+    config = vllm_config.speculative_config
+    tree, draft = config.tree, config.draft_model_config
+    parameters = num_parameters(draft.model, draft.revision)
+    weights = parameters * draft.dtype.itemsize / config.draft_parallel_config.tensor_parallel_size
+    share = kv_cache_share(kv_cache_config, getattr(speculator, "draft_attn_layer_names", set()))
+    off = switched_off(vllm_config)
+    rows = [
+        ("draft", f"{config.model} ({parameters / 1e6:,.1f} M parameters, {config.proposer})"),
+        ("verification", config.verification),
+        ("tree", f"{tree}: {tree.num_nodes} nodes, depth {tree.depth}"),
+        ("memory added", f"{weights / 2**20:,.1f} MiB of draft weights"),
+        ("", f"{tensor_bytes(speculator.draft_logits) / 2**20:,.1f} MiB of draft rows"),
+        ("", f"{share:.0%} of every KV cache block"),
+        ("off", "; ".join(off) or "nothing"),
+    ]
+    lines = [f"  {name:<14}{text}" for name, text in rows]
+    drawing = [f"  {'':<14}{line}" for line in draw(tree).splitlines()]
+    lines[3:3] = drawing
+    return "\n".join(["spechub: lossless speculative decoding with draft trees", *lines])
+
+
+def switched_off(vllm_config: "VllmConfig") -> list[str]:
+    """What a spechub engine does without, and why."""
+    off = []
+    if not vllm_config.scheduler_config.async_scheduling:
+        off.append("asynchronous scheduling (as vLLM decided for this platform or configuration)")
+    if vllm_config.model_config.enforce_eager:
+        off.append("compilation and CUDA graphs (enforce_eager)")
+    return off
