@@ -86,7 +86,8 @@ def server(plain, tmp_path_factory):
     command += ["--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20)]
     command += ["--structured-outputs-config", json.dumps(GRAMMARS)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
-    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    for_tests = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
+    env = {k: v for k, v in os.environ.items() if k not in for_tests}
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as output:
         process = subprocess.Popen(
