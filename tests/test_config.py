@@ -18,7 +18,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_spechub.config import SpecHubConfig, Unsupported
 from vllm_spechub.proposers import PROPOSERS
 from vllm_spechub.registry import Registry
-from vllm_spechub.rules import RULES
+from vllm_spechub.rules import RULES, VerificationRule, build_rule
+from vllm_spechub.shapes import parse_tree
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
@@ -63,6 +64,15 @@ def test_every_command_line_form(arguments):
     assert config.parallel_config.worker_cls.startswith("vllm_spechub.")
 
 
+def test_the_best_tree_for_a_budget():
+    """Without vLLM it is tested in test_shapes.py; here, that the rule's own shape arrives."""
+    for rule, tree in (("ordered", "auto"), ("unordered", "auto:7:3")):
+        spec = configured({"tree": tree, "verification": rule}).speculative_config
+        assert spec.tree == parse_tree(tree, rule)
+        assert spec.num_speculative_tokens == spec.tree.num_nodes
+    assert spec.tree != parse_tree(tree, "ordered")
+
+
 def test_survives_pickling_into_a_fresh_process():
     config = configured({"tree": [0, 0, 1]})
     program = (
@@ -85,7 +95,19 @@ def test_survives_pickling_into_a_fresh_process():
         ({"model": "/nowhere/draft"}, "there is no folder '/nowhere/draft'"),
         ({"tree": "oak:3"}, "speculative_config['tree']: 'oak:3' is none of: binary:DEPTH"),
         ({"tree": [0, 2]}, "speculative_config['tree']: parents[1] = 2"),
+        ({"tree": "auto:99"}, "speculative_config['tree']: 'auto:99': NODES and DEPTH must be in"),
         ({"verification": "maybe"}, "speculative_config['verification'] is 'maybe', allowed: orde"),
+        (
+            {"sharpening": 0},
+            "speculative_config['sharpening'] is 0, allowed: a finite number",
+        ),
+        ({"sharpening": "2"}, "speculative_config['sharpening'] is '2', allowed: a finite number"),
+        ({"sharpening": float("nan")}, "speculative_config['sharpening'] is nan, allowed: a fini"),
+        (
+            {"sharpening": 2, "verification": "rrsw"},
+            "speculative_config['sharpening']: verification 'rrsw' has no sampled slot to sharpen",
+        ),
+        ({"verification": "chain"}, "speculative_config['tree'] is binary:3, but verification 'ch"),
         ({"proposer": "oracle"}, "speculative_config['proposer'] is 'oracle', allowed: draft_mo"),
         (
             {"use_heterogeneous_vocab": True},
@@ -186,13 +208,43 @@ def test_flags_that_contradict_the_json():
 def test_a_third_party_registers_rules_and_proposers(monkeypatch):
     monkeypatch.setattr(RULES, "_entries", dict(RULES._entries))
     monkeypatch.setattr(PROPOSERS, "_entries", dict(PROPOSERS._entries))
-    RULES.register("mine", "vllm_spechub.rules.spechub:UnorderedSpecHub")
-    RULES.register("mine", "vllm_spechub.rules.spechub:UnorderedSpecHub")  # idempotent
+    RULES.register("mine", "vllm_spechub.rules.builtin:UnorderedSpecHub")
+    RULES.register("mine", "vllm_spechub.rules.builtin:UnorderedSpecHub")  # idempotent
     PROPOSERS.register("mine", "vllm_spechub.proposers.draft_model:DraftModelProposer")
     spec = configured({"verification": "mine", "proposer": "mine"}).speculative_config
     assert (spec.verification, spec.proposer) == ("mine", "mine")
     with pytest.raises(ValueError, match="already"):
         RULES.register("ordered", "elsewhere:Rule")
+
+
+class OwnRule(VerificationRule):
+    """A third party's, which knows nothing of sharpening."""
+
+    name = "own"
+    sample_children = verify = None
+
+
+def test_a_third_partys_rule_need_not_know_every_option(monkeypatch):
+    monkeypatch.setattr(RULES, "_entries", dict(RULES._entries))
+    RULES.register("own", f"{__name__}:OwnRule")
+    assert isinstance(build_rule(configured({"verification": "own"}).speculative_config), OwnRule)
+    with pytest.raises(ValueError, match=r"speculative_config\['sharpening'\]: verification 'own'"):
+        configured({"verification": "own", "sharpening": 2})
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"verification": "chain", "tree": "chain:4"},
+        {"verification": "traversal", "sharpening": 2},
+        {"verification": "rrs", "sharpening": 1},
+    ],
+)
+def test_rules_and_sharpening(spec):
+    config = configured(spec).speculative_config
+    rule = build_rule(config)
+    assert rule.name == spec["verification"]
+    assert rule.config.sharpening == spec.get("sharpening", 1.0)
 
 
 def test_registry_names_what_it_has():

@@ -32,7 +32,10 @@ MIXED = (
     "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
     "engine/test_parameters.py::test_greedy_answers_equal_plain_vllm",
 )
-LOGPROBS = ("engine/test_parameters.py::test_logprobs_equal_plain_vllm",)
+LOGPROBS = (
+    "engine/test_parameters.py::test_logprobs_equal_plain_vllm",
+    "engine/test_random_mixes.py::test_processed_logprobs_equal_plain_vllm",
+)
 
 SAMPLING_PARAMETERS = (
     Row(
@@ -137,8 +140,18 @@ SAMPLING_PARAMETERS = (
     Row(
         ("structured_outputs",),
         "works",
-        "such a request decodes without its tree",
-        ("engine/test_faults.py::test_grammars_share_a_batch_with_trees",),
+        "one mask per node; drafts themselves are not masked; backends xgrammar, guidance and "
+        "outlines, and lm-format-enforcer refused by vLLM under any speculation; reasoning "
+        "parsers may switch the grammar on within a tree",
+        (
+            "engine/test_grammar.py::test_every_node_is_masked_as_its_path",
+            "engine/test_grammar.py::test_reasoning_that_ends_within_a_tree",
+            "engine/test_structured_outputs.py::test_greedy_tokens",
+            "engine/test_structured_outputs.py::test_asynchronous_scheduling",
+            "engine/test_structured_outputs.py::test_rows",
+            "engine/test_structured_outputs.py::test_prefixes_follow_the_masked_target",
+            "engine/test_structured_outputs.py::test_reasoning_ends_within_a_tree",
+        ),
     ),
     Row(
         ("trace_decode_token_ids",),

@@ -16,7 +16,7 @@ from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.history import HistoryProcessors
 from vllm_spechub.engine.layout import TreeLayout
 from vllm_spechub.engine.sampler import TreeRejectionSampler
-from vllm_spechub.rules import RULES
+from vllm_spechub.rules import build_rule
 
 
 class TreeModelState(DefaultModelState):
@@ -64,7 +64,7 @@ class TreeModelState(DefaultModelState):
         history = HistoryProcessors(sampler.logits_processors, self.max_num_reqs)
         sampler.logits_processors = [history]
         self.sampling_states = sampler.sampling_states
-        rule = RULES.load(self.config.verification)()
+        rule = build_rule(self.config)
         rejection_sampler = TreeRejectionSampler(
             sampler, self.config, self.device, rule, history, self.compactor
         )

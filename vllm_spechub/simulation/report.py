@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study as tables (terminal, Markdown), CSV, JSON and a plot."""
+"""A study as tables for the terminal, CSV, JSON and a plot."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from vllm_spechub.simulation.study import Difference, Row, Study
+from vllm_spechub.simulation.study import Row, Study
 from vllm_spechub.simulation.yardstick import Yardstick
 
 ROWS_CSV, DIFFERENCES_CSV = "tokens_per_step.csv", "differences.csv"
@@ -61,44 +61,6 @@ def yardstick_table(yardsticks: Sequence[Yardstick]) -> Table:
             f"{y.temperature:g}", y.rule, str(y.children), accepted, optimum, str(y.roots)
         )
     return table
-
-
-def markdown_rows(rows: Sequence[Row], kind: str) -> str:
-    """Tokens per step of one kind of shape: a column for each rule."""
-    settings = by_setting([row for row in rows if row.kind == kind])
-    rules = list(dict.fromkeys(row.rule for row in rows))
-    lines = [
-        f"| T | nodes | {' | '.join(rules)} |",
-        f"|---|---|{'---|' * len(rules)}",
-    ]
-    for (temperature, budget), cells in settings.items():
-        best = max(row.tokens_per_step for row in cells.values())
-        marked = []
-        for rule in rules:
-            row = cells[rule, kind]
-            cell = _cell(row.tokens_per_step, row.ci)
-            marked.append(f"**{cell}**" if row.tokens_per_step == best else cell)
-        lines.append(f"| {temperature:g} | {budget + 1} | {' | '.join(marked)} |")
-    return "\n".join(lines)
-
-
-def markdown_differences(
-    differences: Sequence[Difference], kind: str, pairs: Sequence[tuple[str, str]]
-) -> str:
-    """Differences at equal roots and noise: a column for each (rule, baseline)."""
-    cells = {
-        (d.temperature, d.budget, d.rule, d.baseline): d for d in differences if d.kind == kind
-    }
-    settings = dict.fromkeys((d.temperature, d.budget) for d in differences)
-    lines = [
-        f"| T | nodes | {' | '.join(f'{rule} - {other}' for rule, other in pairs)} |",
-        f"|---|---|{'---|' * len(pairs)}",
-    ]
-    for temperature, budget in settings:
-        found = [cells[temperature, budget, rule, other] for rule, other in pairs]
-        text = " | ".join(f"{d.difference:+.3f} ± {d.ci:.3f}" for d in found)
-        lines.append(f"| {temperature:g} | {budget + 1} | {text} |")
-    return "\n".join(lines)
 
 
 def write_csv(records: Sequence, path: Path) -> None:
