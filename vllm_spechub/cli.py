@@ -161,11 +161,9 @@ def shape(
         pair, encoded, sampling = _load(
             target, draft, prompts, limit, texts, tokens, seed, depth, device, dtype
         )
-        # A traversal accepts more where more hangs below, so its own rates mislead on trees unlike
-        # those they were measured on; the rates of the rule that drafts alike are a second guide.
-        guides = [variant]
-        if variant.rule == "traversal":
-            guides.append(Variant("ordered", variant.sharpening))
+        # Its own rates and those that guide it instead; the simulation decides.
+        guide = Variant(shapes.GUIDES.get(variant.rule, variant.rule), variant.sharpening)
+        guides = list(dict.fromkeys([variant, guide]))
         variants = list(dict.fromkeys([*guides, *(_variants(()) if rates_file else [])]))
         rates: dict[Variant, dict[str, shapes.Rates]] = {}
         with _progress() as progress:
@@ -190,12 +188,19 @@ def shape(
         f"{tree.num_nodes} nodes, depth {tree.depth}, {tokens_per_step:.2f} tokens per step"
     )
     if rates_file is not None:
-        record = {"command": _RATES_NOTE, "rates": _rounded(rates)}
+        settings = {
+            "target": target,
+            "draft": draft,
+            "prompts": len(encoded),
+            "texts": texts,
+            "tokens": tokens,
+            "roots_per_text": sampling.roots,
+            "depth": depth,
+            "seed": seed,
+        }
+        record = {"settings": settings, "rates": _rounded(rates)}
         rates_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(list(tree.parents)))
-
-
-_RATES_NOTE = "vllm-spechub shape TARGET DRAFT --prompts FILE --rates FILE"
 
 
 def _rounded(rates: dict) -> dict:
