@@ -18,7 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_spechub.config import SpecHubConfig, Unsupported
 from vllm_spechub.proposers import PROPOSERS
 from vllm_spechub.registry import Registry
-from vllm_spechub.rules import RULES
+from vllm_spechub.rules import RULES, VerificationRule, build_rule
 from vllm_spechub.shapes import parse_tree
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
@@ -97,6 +97,17 @@ def test_survives_pickling_into_a_fresh_process():
         ({"tree": [0, 2]}, "speculative_config['tree']: parents[1] = 2"),
         ({"tree": "auto:99"}, "speculative_config['tree']: 'auto:99': NODES and DEPTH must be in"),
         ({"verification": "maybe"}, "speculative_config['verification'] is 'maybe', allowed: orde"),
+        (
+            {"sharpening": 0},
+            "speculative_config['sharpening'] is 0, allowed: a finite number",
+        ),
+        ({"sharpening": "2"}, "speculative_config['sharpening'] is '2', allowed: a finite number"),
+        ({"sharpening": float("nan")}, "speculative_config['sharpening'] is nan, allowed: a fini"),
+        (
+            {"sharpening": 2, "verification": "rrsw"},
+            "speculative_config['sharpening']: verification 'rrsw' has no sampled slot to sharpen",
+        ),
+        ({"verification": "chain"}, "speculative_config['tree'] is binary:3, but verification 'ch"),
         ({"proposer": "oracle"}, "speculative_config['proposer'] is 'oracle', allowed: draft_mo"),
         (
             {"use_heterogeneous_vocab": True},
@@ -200,13 +211,43 @@ def test_flags_that_contradict_the_json():
 def test_a_third_party_registers_rules_and_proposers(monkeypatch):
     monkeypatch.setattr(RULES, "_entries", dict(RULES._entries))
     monkeypatch.setattr(PROPOSERS, "_entries", dict(PROPOSERS._entries))
-    RULES.register("mine", "vllm_spechub.rules.spechub:UnorderedSpecHub")
-    RULES.register("mine", "vllm_spechub.rules.spechub:UnorderedSpecHub")  # idempotent
+    RULES.register("mine", "vllm_spechub.rules.builtin:UnorderedSpecHub")
+    RULES.register("mine", "vllm_spechub.rules.builtin:UnorderedSpecHub")  # idempotent
     PROPOSERS.register("mine", "vllm_spechub.proposers.draft_model:DraftModelProposer")
     spec = configured({"verification": "mine", "proposer": "mine"}).speculative_config
     assert (spec.verification, spec.proposer) == ("mine", "mine")
     with pytest.raises(ValueError, match="already"):
         RULES.register("ordered", "elsewhere:Rule")
+
+
+class OwnRule(VerificationRule):
+    """A third party's, which knows nothing of sharpening."""
+
+    name = "own"
+    sample_children = verify = None
+
+
+def test_a_third_partys_rule_need_not_know_every_option(monkeypatch):
+    monkeypatch.setattr(RULES, "_entries", dict(RULES._entries))
+    RULES.register("own", f"{__name__}:OwnRule")
+    assert isinstance(build_rule(configured({"verification": "own"}).speculative_config), OwnRule)
+    with pytest.raises(ValueError, match=r"speculative_config\['sharpening'\]: verification 'own'"):
+        configured({"verification": "own", "sharpening": 2})
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"verification": "chain", "tree": "chain:4"},
+        {"verification": "traversal", "sharpening": 2},
+        {"verification": "rrs", "sharpening": 1},
+    ],
+)
+def test_rules_and_sharpening(spec):
+    config = configured(spec).speculative_config
+    rule = build_rule(config)
+    assert rule.name == spec["verification"]
+    assert rule.config.sharpening == spec.get("sharpening", 1.0)
 
 
 def test_registry_names_what_it_has():

@@ -41,7 +41,6 @@ def assert_one_line(error, message: str) -> None:
     ("part", "field", "value", "message"),
     [
         ("parallel_config", "pipeline_parallel_size", 2, "use tensor_parallel_size"),
-        ("parallel_config", "data_parallel_size", 2, "start separate engines"),
         ("parallel_config", "decode_context_parallel_size", 2, "must be 1"),
         ("parallel_config", "prefill_context_parallel_size", 2, "must be 1"),
         ("parallel_config", "enable_dbo", True, "enable_dbo (dual-batch overlap)"),
@@ -74,6 +73,17 @@ def test_engines(accepted, part, field, value, message):
     assert_one_line(error, message)
 
 
+def test_data_parallel_experts(accepted, monkeypatch):
+    config = copy.copy(accepted)
+    config.parallel_config = copy.copy(config.parallel_config)
+    config.parallel_config.data_parallel_size = 2
+    prepare_engine(config)
+    monkeypatch.setattr(ModelConfig, "is_moe", property(lambda self: True))
+    with pytest.raises(Unsupported) as error:
+        prepare_engine(config)
+    assert_one_line(error, "start separate engines")
+
+
 def test_platforms(accepted, monkeypatch):
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     with pytest.raises(Unsupported) as error:
@@ -85,7 +95,6 @@ def test_platforms(accepted, monkeypatch):
     ("options", "message"),
     [
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size > 1"),
-        ({"data_parallel_size": 2}, "data_parallel_size > 1"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "kv_transfer_config",

@@ -48,6 +48,7 @@ ALLOWED_KEYS = (
     "model",
     "tree",
     "verification",
+    "sharpening",
     "proposer",
     "kv_cache_dtype",
     "draft_tensor_parallel_size",
@@ -73,6 +74,8 @@ class SpecHubConfig(SpeculativeConfig):
     its drafted nodes' parents, breadth-first, 0 being the root, or "auto[:NODES[:DEPTH]]"."""
     verification: str = "ordered"
     """The verification rule, by its registered name."""
+    sharpening: float = 1.0
+    """The exponent of the draft's law in the slots that SpecHub samples."""
     proposer: str = "draft_model"
     """What drafts the tree, by its registered name."""
 
@@ -88,7 +91,7 @@ class SpecHubConfig(SpeculativeConfig):
         return (
             f"SpecHubConfig(model={self.model!r}, tree={self.tree}, nodes={self.tree.num_nodes}, "
             f"depth={self.tree.depth}, verification={self.verification!r}, "
-            f"proposer={self.proposer!r})"
+            f"sharpening={self.sharpening}, proposer={self.proposer!r})"
         )
 
 
@@ -124,6 +127,11 @@ def create_config(
             raise ValueError(
                 f"speculative_config[{key!r}] is {options[key]!r}, allowed: {', '.join(registry)}"
             )
+    sharpening = options.get("sharpening", 1.0)
+    if type(sharpening) not in (int, float) or not 0 < sharpening < float("inf"):
+        raise ValueError(
+            f"speculative_config['sharpening'] is {sharpening!r}, allowed: a finite number above 0"
+        )
     try:
         rule = options.get("verification", SpecHubConfig.verification)
         tree = parse_tree(options.pop("tree", DEFAULT_TREE), rule)
@@ -142,6 +150,7 @@ def create_config(
         )
     except (ValidationError, OSError, ValueError) as error:
         raise ValueError(f"speculative_config: {_first_line(error)}") from error
+    RULES.load(spechub.verification).check_config(spechub)
     proposer.check_config(spechub)
     return spechub
 
@@ -221,8 +230,9 @@ def _engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
         "pipeline_parallel_size > 1 is not supported; use tensor_parallel_size",
     )
     yield (
-        parallel.data_parallel_size > 1,
-        "data_parallel_size > 1 is not supported; start separate engines",
+        parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe,
+        "data_parallel_size > 1 is not supported for mixtures of experts, whose ranks run in step; "
+        "start separate engines",
     )
     yield (
         parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,

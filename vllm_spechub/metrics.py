@@ -17,7 +17,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_spechub.topology import MAX_BRANCHING, TokenTree
 
 FALLBACKS = {
-    "grammar": "its grammar could not be walked over the tree",
+    "grammar": "its drafts were not known when its grammar was asked",
     "max_model_len": "it stood at the end of the context",
     "budget": "no token budget or KV cache was left for drafts",
 }

@@ -68,13 +68,15 @@ def summarize(
     """One readable block: method, tree, rule, draft, memory added, what is off and why."""
     config = vllm_config.speculative_config
     tree, draft = config.tree, config.draft_model_config
+    # none for a checkpoint that is not in safetensors
     parameters = num_parameters(draft.model, draft.revision)
     weights = parameters * draft.dtype.itemsize / config.draft_parallel_config.tensor_parallel_size
+    sharpened = f", sharpening {config.sharpening:g}" if config.sharpening != 1 else ""
     share = kv_cache_share(kv_cache_config, getattr(speculator, "draft_attn_layer_names", set()))
     off = switched_off(vllm_config)
     rows = [
         ("draft", f"{config.model} ({parameters / 1e6:,.1f} M parameters, {config.proposer})"),
-        ("verification", config.verification),
+        ("verification", f"{config.verification}{sharpened}"),
         ("tree", f"{tree}: {tree.num_nodes} nodes, depth {tree.depth}"),
         ("memory added", f"{weights / 2**20:,.1f} MiB of draft weights"),
         ("", f"{tensor_bytes(speculator.draft_logits) / 2**20:,.1f} MiB of draft rows"),

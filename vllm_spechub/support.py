@@ -32,7 +32,10 @@ MIXED = (
     "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
     "engine/test_parameters.py::test_greedy_answers_equal_plain_vllm",
 )
-LOGPROBS = ("engine/test_parameters.py::test_logprobs_equal_plain_vllm",)
+LOGPROBS = (
+    "engine/test_parameters.py::test_logprobs_equal_plain_vllm",
+    "engine/test_random_mixes.py::test_processed_logprobs_equal_plain_vllm",
+)
 
 SAMPLING_PARAMETERS = (
     Row(
@@ -137,8 +140,18 @@ SAMPLING_PARAMETERS = (
     Row(
         ("structured_outputs",),
         "works",
-        "such a request decodes without its tree",
-        ("engine/test_faults.py::test_grammars_share_a_batch_with_trees",),
+        "one mask per node; drafts themselves are not masked; backends xgrammar, guidance and "
+        "outlines, and lm-format-enforcer refused by vLLM under any speculation; reasoning "
+        "parsers may switch the grammar on within a tree",
+        (
+            "engine/test_grammar.py::test_every_node_is_masked_as_its_path",
+            "engine/test_grammar.py::test_reasoning_that_ends_within_a_tree",
+            "engine/test_structured_outputs.py::test_greedy_tokens",
+            "engine/test_structured_outputs.py::test_asynchronous_scheduling",
+            "engine/test_structured_outputs.py::test_rows",
+            "engine/test_structured_outputs.py::test_prefixes_follow_the_masked_target",
+            "engine/test_structured_outputs.py::test_reasoning_ends_within_a_tree",
+        ),
     ),
     Row(
         ("trace_decode_token_ids",),
@@ -198,35 +211,110 @@ FEATURES = (
         ("test_serve.py::test_streaming_equals_the_whole_answer",),
     ),
     Row(
-        ("tensor parallelism",),
-        "not refused, not yet tested",
+        ("priority scheduling",),
+        "works",
         "",
-        (),
+        ("engine/test_robustness.py::test_priorities",),
+    ),
+    Row(
+        ("sleep and wake",),
+        "works",
+        "tested on the CPU, which has no sleep mode, by losing by hand what it does not keep",
+        ("engine/test_robustness.py::test_sleep_and_wake",),
+    ),
+    Row(
+        ("tensor parallelism",),
+        "works",
+        "all ranks draw alike, and as one rank does",
+        ("engine/test_parallel.py::test_tensor_parallelism",),
+    ),
+    Row(
+        ("data parallelism",),
+        "works",
+        "for dense models; refused for mixtures of experts",
+        (
+            "engine/test_parallel.py::test_data_parallelism",
+            "test_refusals.py::test_data_parallel_experts",
+        ),
+    ),
+    Row(
+        ("LoRA",),
+        "works",
+        "on the target, its output matrix included; the draft has no adapter",
+        ("engine/test_features.py::test_lora_adapters_on_the_target",),
+    ),
+    Row(
+        ("fp8 KV cache",),
+        "works",
+        "for target and draft or the draft alone; per-tensor scales, on the CPU with AVX-512",
+        (
+            "engine/test_features.py::test_fp8_cache",
+            "kernels/test_triton_backend.py::test_an_fp8_cache_is_read_with_the_layers_scales",
+        ),
+    ),
+    Row(
+        ("sliding windows", "several KV cache groups"),
+        "works",
+        "in all or some layers of target and draft; a tree's distances count depths",
+        (
+            "engine/test_features.py::test_sliding_windows",
+            "kernels/test_tree_attention.py::test_window_counts_depths",
+        ),
+    ),
+    Row(
+        ("drafts of another family", "vocabulary sizes that differ by padding", "untied models"),
+        "works",
+        "with the target's tokenizer",
+        (
+            "engine/test_features.py::test_a_draft_of_another_family_and_padding",
+            "engine/test_features.py::test_lora_adapters_on_the_target",
+        ),
+    ),
+    Row(
+        ("drafts of another vocabulary", "`use_heterogeneous_vocab`"),
+        "refused",
+        "",
+        (
+            "test_config.py::test_a_draft_with_another_vocabulary_size",
+            "test_config.py::test_a_draft_with_another_tokenizer",
+            "test_config.py::test_refused_options_take_one_line",
+        ),
+    ),
+    Row(
+        ("a worker, a draft folder or numbers that fail", "oversized requests"),
+        "as in plain vLLM",
+        "a NaN ruins its own request alone",
+        (
+            "engine/test_parallel.py::test_tensor_parallelism",
+            "engine/test_robustness.py::test_a_draft_whose_folder_vanishes",
+            "engine/test_robustness.py::test_nans_in_the_target",
+            "engine/test_robustness.py::test_nans_in_the_draft",
+            "engine/test_faults.py::test_a_prompt_too_long_is_refused_and_others_go_on",
+        ),
     ),
     Row(
         (
-            "pipeline, data, context parallelism",
+            "pipeline and context parallelism",
             "DBO",
             "EPLB",
             "batch-sharded sampling",
-            "LoRA",
-            "fp8 KV cache",
             "KV connectors",
             "prompt embeddings",
             "watermarking",
         ),
         "refused",
         "",
-        ("test_config.py::test_unsupported_engines_are_refused",),
+        ("test_refusals.py::test_engines", "test_refusals.py::test_from_an_engines_arguments"),
     ),
     Row(
         (
-            "sliding-window, ALiBi, MLA, M-RoPE, multimodal models",
-            "hybrid or Mamba, encoder-decoder models",
+            "hybrid or Mamba, M-RoPE, MLA, ALiBi models",
+            "chunked attention",
+            "multimodal, encoder-decoder models",
         ),
         "refused",
         "",
-        ("test_config.py::test_unsupported_engines_are_refused",),
+        ("test_refusals.py::test_models", "test_refusals.py::test_kinds_of_models"),
     ),
     Row(
         ("CUDA",),

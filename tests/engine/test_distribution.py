@@ -5,7 +5,16 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import PROMPTS, TARGET, engine, reference_model, spec_metrics
+from conftest import (
+    PROMPTS,
+    TARGET,
+    engine,
+    greedy_params,
+    plain_greedy,
+    reference_model,
+    spec_metrics,
+    token_ids,
+)
 from oracle import processed_row, resolved, tokens_of
 from scipy.stats import chisquare
 from vllm import SamplingParams
@@ -27,12 +36,12 @@ def next_token(prompt: list[int], prefixes: list, params: SamplingParams) -> tor
 
 
 def likely_prefixes(
-    prompt: list[int], params: SamplingParams, length: int, floor: float
+    prompt: list[int], params: SamplingParams, length: int, floor: float, law=next_token
 ) -> dict[tuple[int, ...], float]:
     """Every prefix of that many tokens whose probability is above the floor."""
     prefixes = {(): 1.0}
     for _ in range(length):
-        probs = next_token(prompt, list(prefixes), params)
+        probs = law(prompt, list(prefixes), params)
         longer = {}
         for (prefix, mass), row in zip(prefixes.items(), probs, strict=True):
             joint = row * mass
@@ -42,11 +51,13 @@ def likely_prefixes(
     return prefixes
 
 
-def assert_prefixes_follow(output, prompt: list[int], params: SamplingParams) -> None:
+def assert_prefixes_follow(
+    output, prompt: list[int], params: SamplingParams, law=next_token
+) -> None:
     """Chi-square of the emitted prefixes of every length against the target's own law."""
     params, samples = resolved(params), len(output.outputs)
     for length in LENGTHS:
-        expected = likely_prefixes(prompt, params, length, 10 / samples)
+        expected = likely_prefixes(prompt, params, length, 10 / samples, law)
         counts = Counter(tuple(sample.token_ids[:length]) for sample in output.outputs)
         observed = [counts[prefix] for prefix in expected]
         wanted = [mass * samples for mass in expected.values()]
@@ -83,6 +94,38 @@ def test_prefixes_follow_the_target(tree, verification, params):
     assert_prefixes_follow(output, prompt, params)
 
 
+UNEQUAL = [0, 0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("tree", "verification", "spec"),
+    [
+        (UNEQUAL, "traversal", None),
+        ("binary:2", "traversal", {"sharpening": 1.5}),
+        (UNEQUAL, "rrs", None),
+        (UNEQUAL, "rrsw", None),
+        ("chain:3", "chain", None),
+    ],
+)
+def test_rules(tree, verification, spec):
+    """Two temperatures, and plain vLLM's tokens at temperature 0, from one engine per rule."""
+    prompt, each = tokens_of(PROMPTS[4]), 600
+    params = [
+        SamplingParams(n=each, max_tokens=LENGTHS[-1], ignore_eos=True, temperature=temperature)
+        for temperature in (0.5, 1.0)
+    ]
+    options = {"max_num_seqs": 128, "max_num_batched_tokens": 4096}
+    with engine(tree, verification=verification, spec=spec, **options) as llm:
+        answers = token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False))
+        prompts = [{"prompt_token_ids": prompt}] * len(params)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        metrics = spec_metrics(llm)
+    assert answers == plain_greedy()
+    assert metrics["num_accepted_tokens"] > 0.4 * metrics["num_drafts"]
+    for output, asked in zip(outputs, params, strict=True):
+        assert_prefixes_follow(output, prompt, asked)
+
+
 TRUNCATED = [
     {"top_k": 1},
     {"top_k": 2},
@@ -94,13 +137,16 @@ TRUNCATED = [
 ]
 
 
-@pytest.mark.parametrize("verification", ["ordered", "unordered"])
-def test_truncated_drafts_follow_the_target(verification):
+@pytest.mark.parametrize(
+    ("verification", "chosen"),
+    [("ordered", [0, 1, 3, 5]), ("unordered", [1, 2, 4, 6])],
+)
+def test_truncated_drafts_follow_the_target(verification, chosen):
     """In one batch; often the draft keeps fewer tokens than a node has children."""
-    prompt, each = tokens_of(PROMPTS[4]), SAMPLES // 4
+    prompt, each = tokens_of(PROMPTS[4]), 400
     params = [
         SamplingParams(n=each, max_tokens=LENGTHS[-1], ignore_eos=True, **options)
-        for options in TRUNCATED
+        for options in (TRUNCATED[i] for i in chosen)
     ]
     options = {"max_num_seqs": 128, "max_num_batched_tokens": 4096}
     with engine(WIDE, verification=verification, **options) as llm:
@@ -153,7 +199,7 @@ def test_a_seed_fixes_the_tokens(tree):
 
 def test_the_checked_entry_points_take_what_the_engine_passes(monkeypatch):
     """On CUDA the engine calls `triton_kernels`, whose references must sample the same tokens."""
-    from vllm_spechub.rules import spechub
+    from vllm_spechub.rules import kernels
     from vllm_spechub.triton_kernels.child_sampling import sample_children
     from vllm_spechub.triton_kernels.verification import verify_tree
 
@@ -161,7 +207,7 @@ def test_the_checked_entry_points_take_what_the_engine_passes(monkeypatch):
     tokens = []
     for calls in ({}, {"sample_children": sample_children, "verify_tree": verify_tree}):
         for name, function in calls.items():
-            monkeypatch.setattr(spechub, name, function)
+            monkeypatch.setattr(kernels, name, function)
         with engine(WIDE) as llm:
             outputs = llm.generate(PROMPTS, params, use_tqdm=False)
         tokens.append([list(o.outputs[0].token_ids) for o in outputs])

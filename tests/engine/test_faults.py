@@ -7,7 +7,6 @@ import pytest
 from conftest import PROMPTS, engine, greedy_params, plain_greedy, token_ids
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import StructuredOutputsParams
 
 TREE = "binary:3"
 TOO_LONG = {"prompt_token_ids": [5] * 300}
@@ -19,15 +18,6 @@ FULL = {
 TO_THE_END = [greedy_params(128, ignore_eos=True)] * 5
 
 
-def with_grammar(**constraint):
-    return greedy_params(40, structured_outputs=StructuredOutputsParams(**constraint))
-
-
-GRAMMARS = [
-    with_grammar(regex="[a-zA-Z_ .=()]{40}"),
-    with_grammar(choice=["return None", "return self.value", "raise ValueError(name)"]),
-    with_grammar(regex=r"(\w|[ .,()=:\n]){60}"),
-]
 MIXED = [
     greedy_params(),
     greedy_params(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3),
@@ -47,14 +37,6 @@ def ask(llm, params, prompts=PROMPTS):
     return llm.generate(prompts[: len(params)], params, use_tqdm=False)
 
 
-def grammar_batch(llm):
-    """A request with a grammar after every ordinary one. -> (with grammar, ordinary)"""
-    prompts = [prompt for prompt in PROMPTS[: len(GRAMMARS)] for _ in range(2)]
-    params = [params for grammar in GRAMMARS for params in (greedy_params(), grammar)]
-    answers = token_ids(ask(llm, params, prompts))
-    return answers[1::2], answers[::2]
-
-
 def finish(core):
     """Step until every request is done. -> the token ids by request id"""
     answers = {}
@@ -69,8 +51,6 @@ def finish(core):
 def plain():
     """What plain vLLM answers to everything asked here."""
     with engine() as llm:
-        grammars = token_ids(ask(llm, GRAMMARS))
-        assert grammars != token_ids(ask(llm, [greedy_params()] * len(GRAMMARS)))
         mixed = [output.outputs[0] for output in ask(llm, MIXED)]
         with pytest.raises(VLLMValidationError) as too_long:
             llm.generate(TOO_LONG, greedy_params(), use_tqdm=False)
@@ -79,7 +59,6 @@ def plain():
     with pytest.raises(ValueError) as no_room, engine(**FULL | {"num_gpu_blocks_override": 4}):
         pass
     return {
-        "grammars": grammars,
         "mixed": [(list(answer.token_ids), answer.text, answer.stop_reason) for answer in mixed],
         "too_long": str(too_long.value),
         "full": full,
@@ -120,26 +99,6 @@ def test_a_prompt_too_long_is_refused_and_others_go_on(llm):
     assert finish(core) == {str(i): plain_greedy()[i] for i in (0, 4)}
 
 
-def test_grammars_share_a_batch_with_trees(llm, monkeypatch):
-    from vllm_spechub.engine.sampler import TreeRejectionSampler
-
-    with_drafts = []  # per step of all six requests, how many have a tree
-    original = TreeRejectionSampler.__call__
-
-    def spy(self, logits, batch, *args):
-        if batch.num_reqs == 2 * len(GRAMMARS):
-            with_drafts.append(int((batch.num_draft_tokens_per_req > 0).sum()))
-        return original(self, logits, batch, *args)
-
-    monkeypatch.setattr(TreeRejectionSampler, "__call__", spy)
-    with_grammar, ordinary = grammar_batch(llm)
-    assert with_grammar == plain()["grammars"]
-    assert ordinary == plain_greedy()[: len(GRAMMARS)]
-    # in the first, the prompt of one token that joins is padded to a tree's length
-    assert len(with_drafts) >= 4
-    assert set(with_drafts[1:]) == {len(GRAMMARS)}
-
-
 def test_greedy_requests_in_a_mixed_batch(llm):
     """Each answers as it would without trees, whatever its neighbours ask for."""
     prompts = [*PROMPTS, *PROMPTS[: len(SAMPLED)]]
@@ -166,18 +125,6 @@ def test_a_seed_holds_beside_other_requests(llm, head_start, prompt):
         core.add_request(str(i), prompt, params)
     answers = finish(core)
     assert [answers[str(i)] for i in range(len(seeds))] == alone
-
-
-def test_grammars_with_async_scheduling(request):
-    """Grammars then meet drafts that were scheduled before them."""
-    plain(), plain_greedy()
-    request.getfixturevalue("async_scheduling")
-    with engine(TREE) as llm:
-        core = llm.llm_engine.engine_core.engine_core
-        assert type(core.scheduler).__name__ == "AsyncTreeScheduler"
-        with_grammar, ordinary = grammar_batch(llm)
-    assert with_grammar == plain()["grammars"]
-    assert ordinary == plain_greedy()[: len(GRAMMARS)]
 
 
 def test_a_cache_that_cannot_hold_one_request_is_refused():

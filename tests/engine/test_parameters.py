@@ -75,7 +75,7 @@ GREEDY = {
     "negative penalties": greedy(presence_penalty=-0.5, repetition_penalty=0.8),
     "logit_bias": greedy(logit_bias={ASSIGN: -100.0, SELF: 5.0, NEWLINE: -2.5}),
     "allowed_token_ids": greedy(allowed_token_ids=list(range(1, 900, 2))),
-    "bad_words": greedy(bad_words=[" stream", "self", "in range", "return None"]),
+    "bad_words": greedy(bad_words=["_header", "line):", " string", "return None"]),
     "min_tokens": greedy(min_tokens=17, stop_token_ids=[NEWLINE, ASSIGN, 11], **PENALTIES),
     "stop": greedy(stop=["self", "\n\n"], min_tokens=6),
     "stop, included": greedy(stop=["self", "\n"], include_stop_str_in_output=True),
@@ -133,10 +133,18 @@ ALONE = {
 
 CASES = GREEDY | ALONE
 IMPORTS = PROMPTS[3]  # it opens the reasoning marker
-TEXTS = [
-    PROMPTS[2] if params.stop else IMPORTS if params.thinking_token_budget is not None else prompt
-    for params, prompt in zip(CASES.values(), PROMPTS * 5, strict=False)
-]
+
+
+def text_for(params: SamplingParams, otherwise: str) -> str:
+    """A prompt that the parameters have something to do after."""
+    if params.stop:
+        return PROMPTS[2]
+    if params.thinking_token_budget is not None:
+        return IMPORTS
+    return PROMPTS[0] if params.bad_words else otherwise
+
+
+TEXTS = [text_for(*pair) for pair in zip(CASES.values(), PROMPTS * 5, strict=False)]
 
 
 def logprob_rows(output) -> list[dict[int, float]]:

@@ -66,6 +66,7 @@ def draft_tree(
     # [num_reqs]
     root_positions: torch.Tensor,
     rule: str,
+    sharpening: float = 1.0,
 ) -> Draft:
     """Draft a tree node by node, with the reference."""
     num_reqs = len(root_tokens)
@@ -85,6 +86,7 @@ def draft_tree(
             torch.full((num_reqs,), count, dtype=torch.int32),
             rule=rule,
             max_children=count,
+            sharpening=sharpening,
         )
         slots.append(slot)
         for position in range(count):

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 from drafting import huge_rows
+from enumeration import enumerate_drafts
 from scipy import stats
 
 from vllm_spechub.triton_kernels.child_sampling import kernel, sample_children
+from vllm_spechub.triton_kernels.rules import RULES, SPECHUB
 
 TEMPERATURES = [0.0, 0.5, 1.0, 0.02]
 SEEDS = [1, -7, 2**40 + 5, 12345]
@@ -26,8 +28,10 @@ def make_rows(num_rows: int, vocab_size: int, max_children: int, dtype: torch.dt
     logits[3, : vocab_size // 2] = -torch.inf
     logits[4] = 0.0
     logits[5, 1] += 200.0  # nothing left off the hubs in float32
+    logits[7] = -torch.inf  # nothing at all
+    logits[8, 1:] = -torch.inf  # one token
     req_idx = torch.arange(num_rows, dtype=torch.int32) % 4
-    req_idx[2:6] = 2  # the special rows at temperature 1
+    req_idx[2:9] = 2  # the special rows at temperature 1
     req_idx[6] = -1
     return [
         logits.to(dtype),
@@ -40,7 +44,14 @@ def make_rows(num_rows: int, vocab_size: int, max_children: int, dtype: torch.dt
     ]
 
 
-def many(logits: torch.Tensor, count: int, k: int, rule: str, temperature: float = 1.0):
+def many(
+    logits: torch.Tensor,
+    count: int,
+    k: int,
+    rule: str,
+    temperature: float = 1.0,
+    sharpening: float = 1.0,
+):
     """`count` independent drafts from one row of logits."""
     return sample_children(
         logits.expand(count, -1),
@@ -52,6 +63,7 @@ def many(logits: torch.Tensor, count: int, k: int, rule: str, temperature: float
         torch.full((count,), k, dtype=torch.int32),
         rule=rule,
         max_children=k,
+        sharpening=sharpening,
     )
 
 
@@ -64,23 +76,29 @@ def assert_distributed(samples: torch.Tensor, probs: np.ndarray) -> None:
         assert stats.chisquare(observed[support], expected).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("rule", ["unordered", "ordered"])
-@pytest.mark.parametrize("max_children", [1, 2, 3, 4])
+SIZES = [
+    (4, 16, torch.float32),
+    (63, 16, torch.float16),
+    (500, 128, torch.bfloat16),
+    (1030, 2048, torch.float32),
+]
+KERNEL_CASES = [
+    *((rule, k, 1.0, *sizes) for rule in RULES[:-1] for k in (2, 4) for sizes in SIZES),
+    *((rule, k, 1.0, *SIZES[1]) for rule in RULES[:-1] for k in (1, 3)),
+    *((rule, k, 2.5, *SIZES[2]) for rule in SPECHUB for k in (1, 3)),
+    ("chain", 1, 1.0, *SIZES[1]),
+]
+
+
 @pytest.mark.parametrize(
-    ("vocab_size", "block_size", "dtype"),
-    [
-        (4, 16, torch.float32),
-        (63, 16, torch.float16),
-        (500, 128, torch.bfloat16),
-        (1030, 2048, torch.float32),
-    ],
+    ("rule", "max_children", "sharpening", "vocab_size", "block_size", "dtype"), KERNEL_CASES
 )
 def test_kernel_equals_reference(
-    monkeypatch, device, vocab_size, block_size, max_children, rule, dtype
+    monkeypatch, device, rule, max_children, sharpening, vocab_size, block_size, dtype
 ):
     monkeypatch.setattr(kernel, "BLOCK_SIZE", block_size)
-    rows = make_rows(12, vocab_size, max_children, dtype)
-    options = {"rule": rule, "max_children": max_children}
+    rows = make_rows(14, vocab_size, max_children, dtype)
+    options = {"rule": rule, "max_children": max_children, "sharpening": sharpening}
     tokens, sample_slot = sample_children(*rows, **options)
     actual, actual_slot = kernel.sample_children(*on(device, *rows), **options)
     assert torch.equal(actual.cpu(), tokens)
@@ -92,7 +110,7 @@ def test_kernel_equals_reference(
 @pytest.mark.parametrize("max_children", [1, 2, 3])
 def test_smallest_vocabulary(device, max_children):
     rows = make_rows(12, 3, max_children, torch.float32)
-    for rule in ("unordered", "ordered"):
+    for rule in RULES[:-1]:
         options = {"rule": rule, "max_children": max_children}
         tokens, _ = sample_children(*rows, **options)
         assert torch.equal(kernel.sample_children(*on(device, *rows), **options)[0].cpu(), tokens)
@@ -161,6 +179,33 @@ def test_slots(vocab_size, max_children, rule):
             assert slot == k - 1
 
 
+@pytest.mark.parametrize(
+    ("rule", "sharpening"), [*((r, 1.0) for r in RULES[:-1]), *((r, 2.0) for r in SPECHUB)]
+)
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [0.3, 1.1, -torch.inf, 0.9, 1.1, -1.0, 0.0],
+        [0.3, -torch.inf, -torch.inf, 1.1, -torch.inf],  # fewer than three tokens
+        [-torch.inf, 0.3, -torch.inf],
+        [-torch.inf] * 4,
+    ],
+)
+def test_joint_distribution(rule, k, logits, sharpening):
+    """All slots together, as each rule defines them."""
+    count, logits = 20_000, torch.tensor(logits)
+    vocab_size = len(logits)
+    q = torch.softmax(logits.double(), dim=0).nan_to_num().numpy()
+    drafts = enumerate_drafts(q, k, rule, sharpening=sharpening)
+    tokens, sample_slot = many(logits, count, k, rule, sharpening=sharpening)
+    powers = vocab_size ** torch.arange(k)
+    probs = np.zeros(vocab_size**k * k)
+    cells = (drafts.children * powers).sum(dim=1) * k + drafts.sample_slot
+    np.add.at(probs, cells.numpy(), drafts.prob.numpy())
+    assert_distributed((tokens * powers).sum(dim=1) * k + sample_slot, probs)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("rule", ["unordered", "ordered"])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -213,6 +258,9 @@ def test_confident_draft_still_samples_off_the_hubs():
         ({"logits": torch.zeros(9, 5).t()}, "logits"),
         ({"max_children": 5}, "max_children"),
         ({"max_children": 0}, "max_children"),
+        ({"rule": "maybe"}, "rule"),
+        ({"rule": "chain"}, "chain"),
+        ({"sharpening": float("inf")}, "sharpening"),
         ({"req_idx": torch.zeros(4, dtype=torch.int32)}, "req_idx"),
         ({"num_children": torch.ones(5, 1, dtype=torch.int32)}, "num_children"),
         ({"seeds": torch.zeros(1, dtype=torch.int64)}, "seeds"),
@@ -238,7 +286,7 @@ def test_wrong_arguments_are_named(change, message):
 def test_no_rows(device):
     rows = [
         value[:0] if i not in (1, 2) else value
-        for i, value in enumerate(make_rows(8, 9, 2, torch.float32))
+        for i, value in enumerate(make_rows(9, 9, 2, torch.float32))
     ]
     for implementation, where in ((sample_children, "cpu"), (kernel.sample_children, device)):
         tokens, sample_slot = implementation(*on(where, *rows), rule="ordered", max_children=2)

@@ -300,6 +300,25 @@ def test_row_that_sees_nothing_is_zero(num_splits):
     assert_close(batch.run(tree_attention_reference), output)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.usefixtures("interpreted_bf16_dot")
+def test_fp8_cache(dtype, fp8):
+    """Stored with scales, read with them; unused slots are NaN there as well."""
+    batch = make_batch(mixed_requests(), dtype=dtype, padding=0)
+    scales = torch.tensor([0.5]), torch.tensor([2.0])
+    exact = make_batch(mixed_requests(), dtype=dtype, padding=0)
+    for name, scale in zip(("key_cache", "value_cache"), scales, strict=True):
+        stored = (getattr(batch, name).float() / scale).to(fp8)
+        setattr(batch, name, stored)
+        setattr(exact, name, (stored.float() * scale).to(dtype))
+    options = {"key_scale": scales[0], "value_scale": scales[1], "window": 20}
+    expected = exact.run(tree_attention, window=20)
+    assert_close(expected, batch.run(tree_attention, **options))
+    for num_splits in (1, 2):
+        assert_close(expected, batch.run(tree_attention_triton, num_splits=num_splits, **options))
+
+
 def test_softcap():
     batch = make_batch(mixed_requests(), padding=0)
     batch.query *= 20.0
@@ -394,11 +413,12 @@ def test_no_key_is_read_past_the_visible_ones():
         ("block_table", {"block_table": torch.zeros(1, 2, dtype=torch.int64)}),
         ("visible_until", {"visible_until": torch.zeros(1, dtype=torch.int32)}),
         ("tree_mask", {"tree_mask": torch.zeros(4, dtype=torch.int32)}),
+        ("key_scale", {"key_cache": torch.zeros(4, 16, 2, 64).to(torch.float8_e4m3fn)}),
     ],
 )
 def test_bad_arguments_are_named(name, change):
     batch = make_batch([(9, causal_rows(9, 2))])
-    if name == "key_cache":
+    if "key_cache" in change:
         change = {**change, "value_cache": change["key_cache"]}
     batch.__dict__.update(change)
     with pytest.raises(ValueError, match=rf"^{name}:"):
@@ -409,7 +429,14 @@ TRITON_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf
 
 
 def attention_job(
-    dtype, head_size, group_size, max_query_len, num_splits=1, softcap=False, window=False
+    dtype,
+    head_size,
+    group_size,
+    max_query_len,
+    num_splits=1,
+    softcap=False,
+    window=False,
+    fp8=False,
 ):
     """Signature, constexprs and options as `tree_attention_triton` launches."""
     config = launch_config(dtype, head_size, group_size, max_query_len)
@@ -441,13 +468,19 @@ def attention_job(
         }
     if num_splits == 1:
         constexprs["part_lse_ptr"] = None
+    if not fp8:
+        constexprs |= {"key_scale_ptr": None, "value_scale_ptr": None}
     kind = TRITON_TYPE[dtype]
     signature = {
         name: "i32"
         for name in _tree_attention_kernel.arg_names
         if (name.endswith("_stride") or name in ("num_reqs", "window")) and name not in constexprs
     }
-    signature |= dict.fromkeys(("query_ptr", "key_cache_ptr", "value_cache_ptr"), f"*{kind}")
+    signature["query_ptr"] = f"*{kind}"
+    cached = "fp8e4nv" if fp8 else kind
+    signature |= dict.fromkeys(("key_cache_ptr", "value_cache_ptr"), f"*{cached}")
+    if fp8:
+        signature |= dict.fromkeys(("key_scale_ptr", "value_scale_ptr"), "*fp32")
     signature |= dict.fromkeys(
         ("query_start_loc_ptr", "seq_lens_ptr", "block_table_ptr", "visible_until_ptr"), "*i32"
     )
@@ -489,6 +522,17 @@ def test_nothing_spills_on_hopper(
     )
     resources = compile_for(_tree_attention_kernel, signature, constexprs, 90, **options)
     print(f"{dtype} head {head_size} group {group_size}: {resources}")
+    assert resources.spill_bytes == 0
+
+
+@pytest.mark.parametrize("max_query_len", [15, 512])
+@pytest.mark.parametrize("capability", [90, 100])
+def test_fp8_cache_compiles_without_spills(compile_for, capability, max_query_len):
+    signature, constexprs, options = attention_job(
+        torch.bfloat16, 128, 4, max_query_len, window=True, fp8=True
+    )
+    resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)
+    print(f"fp8 sm_{capability}: {resources}")
     assert resources.spill_bytes == 0
 
 

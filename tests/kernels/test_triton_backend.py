@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm.config import CUDAGraphMode
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -248,11 +249,10 @@ def test_declarations():
 @pytest.mark.parametrize(
     ("change", "feature"),
     [
-        ({"sliding_window": 8}, "sliding-window attention"),
         ({"alibi_slopes": [0.5] * NUM_HEADS}, "ALiBi"),
         ({"sinks": torch.zeros(NUM_HEADS)}, "attention sinks"),
         ({"chunk_lookback": 1}, "chunked attention"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype='int8_per_token_head'"),
         ({"attn_type": AttentionType.ENCODER_DECODER}, "encoder_decoder attention"),
     ],
 )
@@ -261,12 +261,29 @@ def test_unsupported_features_are_refused(change, feature):
         make_impl(**change)
 
 
-def test_softcap_reaches_the_kernel(launches):
+def test_softcap_and_window_reach_the_kernel(launches):
     common, tree = make_common(MIXED), make_tree(MIXED)
     query, cache = make_inputs(common)
     metadata = make_builder().build(0, common, tree=tree)
-    forward(make_impl(logits_soft_cap=30.0), metadata, query, cache)
-    assert launches[0][-1] == 30.0
+    forward(make_impl(logits_soft_cap=30.0, sliding_window=8), metadata, query, cache)
+    assert launches[0][-4:] == (30.0, 8, None, None)
+
+
+def test_an_fp8_cache_is_read_with_the_layers_scales(launches, monkeypatch):
+    monkeypatch.setattr(current_platform, "fp8_dtype", lambda: torch.float8_e4m3fn)
+    common, tree = make_common(MIXED), make_tree(MIXED)
+    query, cache = make_inputs(common)
+    metadata = make_builder().build(0, common, tree=tree)
+    impl = make_impl(kv_cache_dtype="fp8")
+    layer = SimpleNamespace(_k_scale=torch.tensor([0.5]), _v_scale=torch.tensor([2.0]))
+    stored = cache.to(torch.float8_e4m3fn)
+    output = torch.zeros_like(query)
+    impl.forward(layer, query, query, query, stored.view(torch.uint8), metadata, output)
+    assert launches[0][-2:] == (layer._k_scale, layer._v_scale)
+    read = stored.float()
+    read[..., :HEAD_SIZE] *= 0.5
+    read[..., HEAD_SIZE:] *= 2.0
+    torch.testing.assert_close(output, expected_output(common, tree, query, read))
 
 
 def test_cache_views_split_keys_from_values():

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from drafting import BINARY, CHAIN, UNEQUAL, WIDE, Draft, Tree, draft_tree, huge_rows
+from enumeration import enumerate_drafts, laws_of
 from scipy import stats
 
+from vllm_spechub.triton_kernels.rules import RULES, SPECHUB
 from vllm_spechub.triton_kernels.verification import kernel, verify_tree
+from vllm_spechub.triton_kernels.verification.node_rules import node_outcome
 
 TREES = {"binary": BINARY, "unequal": UNEQUAL, "chain": CHAIN, "wide": WIDE}
 TARGET_TEMPERATURES = [1.0, 0.0, 1.0, 0.5, 1.0, 0.0, 0.02]
@@ -21,9 +24,14 @@ def on(device: str, arguments: list) -> list:
 
 
 def make_case(
-    tree: Tree, vocab_size: int, rule: str, dtype: torch.dtype, num_reqs: int = 7
+    tree: Tree,
+    vocab_size: int,
+    rule: str,
+    dtype: torch.dtype,
+    num_reqs: int = 7,
+    sharpening: float = 1.0,
 ) -> tuple[list, dict]:
-    """Arguments with every temperature, ties, masked tokens, and truncated trees."""
+    """Arguments with every temperature, ties, masked tokens, masked rows, and truncated trees."""
     generator = torch.Generator().manual_seed(vocab_size)
     num_internal = int(tree.internal_index.max()) + 1
     num_rows = len(tree.counts)
@@ -34,6 +42,7 @@ def make_case(
     target_logits[:, :, vocab_size // 2] = -torch.inf
     draft_logits[0, :, 1:] = -torch.inf  # nothing off the hubs
     draft_logits[4, :, vocab_size - 1] = -torch.inf
+    draft_logits[3, ::2] = -torch.inf  # nothing at all
     draft_logits[4, :, 0] += 100.0  # hub mass of 1 in float32
     target_logits[4, :, 0] += 100.0
     draft_logits, target_logits = draft_logits.to(dtype), target_logits.to(dtype)
@@ -53,6 +62,7 @@ def make_case(
         req_idx,
         torch.arange(num_reqs) + 50,
         rule,
+        sharpening,
     )
     for request in range(num_reqs):
         start = int(row_start[request])
@@ -77,7 +87,8 @@ def make_case(
         tree.num_children,
         tree.internal_index,
     ]
-    return arguments, {"max_depth": tree.max_depth, "rule": rule}
+    options = {"max_depth": tree.max_depth, "rule": rule, "sharpening": sharpening}
+    return arguments, options
 
 
 def assert_equal(actual, expected) -> None:
@@ -86,20 +97,30 @@ def assert_equal(actual, expected) -> None:
         assert torch.equal(value.cpu(), reference)
 
 
-@pytest.mark.parametrize("rule", ["unordered", "ordered"])
-@pytest.mark.parametrize("name", TREES)
+SIZES = [
+    (6, 16, torch.float32),
+    (63, 16, torch.float16),
+    (500, 128, torch.bfloat16),
+    (1030, 2048, torch.float32),
+]
+BRANCHING_RULES = RULES[:-1]
+KERNEL_CASES = [
+    *(("unequal", rule, 1.0, *sizes) for rule in BRANCHING_RULES for sizes in SIZES),
+    *((name, rule, 1.0, *SIZES[1]) for name in ("binary", "wide") for rule in BRANCHING_RULES),
+    *(("chain", rule, 1.0, *SIZES[2]) for rule in RULES),
+    *(("unequal", rule, 2.5, *SIZES[1]) for rule in SPECHUB),
+    *(("binary", rule, 0.5, *SIZES[2]) for rule in SPECHUB),
+]
+
+
 @pytest.mark.parametrize(
-    ("vocab_size", "block_size", "dtype"),
-    [
-        (6, 16, torch.float32),
-        (63, 16, torch.float16),
-        (500, 128, torch.bfloat16),
-        (1030, 2048, torch.float32),
-    ],
+    ("name", "rule", "sharpening", "vocab_size", "block_size", "dtype"), KERNEL_CASES
 )
-def test_kernel_equals_reference(monkeypatch, device, vocab_size, block_size, dtype, name, rule):
+def test_kernel_equals_reference(
+    monkeypatch, device, name, rule, sharpening, vocab_size, block_size, dtype
+):
     monkeypatch.setattr(kernel, "BLOCK_SIZE", block_size)
-    arguments, options = make_case(TREES[name], vocab_size, rule, dtype)
+    arguments, options = make_case(TREES[name], vocab_size, rule, dtype, sharpening=sharpening)
     expected = verify_tree(*arguments, **options)
     assert_equal(kernel.verify_tree(*on(device, arguments), **options), expected)
     tokens, num_emitted, path = expected
@@ -119,8 +140,9 @@ def test_kernel_equals_reference(monkeypatch, device, vocab_size, block_size, dt
         assert (walked <= arguments[2][request]).all()
 
 
-def test_strides(device):
-    arguments, options = make_case(BINARY, 63, "ordered", torch.float32)
+@pytest.mark.parametrize("rule", ["ordered", "rrsw", "traversal"])
+def test_strides(device, rule):
+    arguments, options = make_case(BINARY, 63, rule, torch.float32)
     expected = verify_tree(*arguments, **options)
     rows, draft_logits, slots = arguments[0], arguments[4], arguments[5]
     nan = float("nan")
@@ -135,10 +157,11 @@ def test_strides(device):
         assert_equal(implementation(*strided, **options), expected)
 
 
-def test_offsets_beyond_32_bits(device):
+@pytest.mark.parametrize("rule", ["ordered", "rrs", "traversal"])
+def test_offsets_beyond_32_bits(device, rule):
     if device != "cpu":
         pytest.skip("needs memory that is reserved but not used")
-    arguments, options = make_case(Tree([2, 0, 0]), 8, "ordered", torch.bfloat16)
+    arguments, options = make_case(Tree([2, 0, 0]), 8, rule, torch.bfloat16)
     expected = verify_tree(*arguments, **options)
     rows = arguments[0]
     arguments[0] = huge_rows(len(rows), 2**28 + 16, 8).copy_(rows)
@@ -147,8 +170,8 @@ def test_offsets_beyond_32_bits(device):
     assert_equal(kernel.verify_tree(*arguments, **options), expected)
 
 
-@pytest.mark.parametrize("rule", ["unordered", "ordered"])
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("rule", BRANCHING_RULES)
+@pytest.mark.parametrize("name", ["binary", "unequal"])
 def test_greedy_follows_the_argmax(name, rule):
     tree = TREES[name]
     arguments, options = make_case(tree, 30, rule, torch.bfloat16, num_reqs=21)
@@ -185,6 +208,7 @@ def run_markov(
     count: int,
     draft_temperature: float = 1.0,
     num_nodes: int | None = None,
+    sharpening: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, Draft]:
     """Speculate once for `count` seeds from token 0; the laws depend on the token before."""
     seeds = torch.arange(count)
@@ -201,6 +225,7 @@ def run_markov(
         req_idx,
         positions,
         rule,
+        sharpening,
     )
     num_rows = len(tree.counts)
     tokens, num_emitted, _ = verify_tree(
@@ -221,6 +246,7 @@ def run_markov(
         tree.internal_index,
         max_depth=tree.max_depth,
         rule=rule,
+        sharpening=sharpening,
     )
     return tokens, num_emitted, drafted
 
@@ -257,20 +283,28 @@ STATISTICAL_TREES = {
 }
 
 
-@pytest.mark.parametrize("draft_temperature", [1.0, 0.0, 0.4])
-@pytest.mark.parametrize("rule", ["unordered", "ordered"])
-@pytest.mark.parametrize("name", STATISTICAL_TREES)
-def test_lossless(name, rule, draft_temperature):
-    """Three-token sequences follow the target; the first token is accepted at the optimal rate."""
+LOSSLESS_CASES = [
+    *itertools.product(STATISTICAL_TREES, BRANCHING_RULES, [1.0, 0.4], [1.0]),
+    *(("three", rule, 0.0, 1.0) for rule in BRANCHING_RULES),
+    *(("three", rule, 1.0, 2.5) for rule in SPECHUB),
+    ("chain", "chain", 1.0, 1.0),
+]
+
+
+@pytest.mark.parametrize(("name", "rule", "draft_temperature", "sharpening"), LOSSLESS_CASES)
+def test_lossless(name, rule, draft_temperature, sharpening):
+    """Three-token sequences follow the target; the first token is accepted at its known rate."""
     count = 20_000
     generator = torch.Generator().manual_seed(3)
     target = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=generator) * 1.2
     draft = target + torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=generator)
     draft[1, 2] = draft[1, 0]  # a tie
+    draft[3] = -torch.inf  # nothing to draft from
     target[2, 3] = -torch.inf
     tree = STATISTICAL_TREES[name]
+    num_nodes = 5 if name == "truncated" else None
     tokens, num_emitted, _ = run_markov(
-        tree, rule, target, draft, count, draft_temperature, 5 if name == "truncated" else None
+        tree, rule, target, draft, count, draft_temperature, num_nodes, sharpening
     )
     probs = torch.softmax(target.double(), dim=1)
     sequences = extend(tokens, num_emitted, probs)
@@ -284,21 +318,20 @@ def test_lossless(name, rule, draft_temperature):
     expected = np.append(expected[~rare], expected[rare].sum())
     assert stats.chisquare(observed, expected).pvalue > 1e-4
 
-    k = tree.counts[0]
     p = probs[0].numpy()
-    order = np.argsort(-draft[0].numpy(), kind="stable")
-    hubs, others = order[: k - 1], order[k - 1 :]
-    w = np.zeros(VOCAB_SIZE)
-    if draft_temperature:
-        w[others] = torch.softmax(draft[0, others].double() / draft_temperature, dim=0)
-    else:
-        w[others[0]] = 1.0
-    alpha = p[hubs].sum() + np.minimum(p, w)[others].sum()
+    q = torch.softmax(draft[0].double() / (draft_temperature or 1.0), dim=0).numpy()
+    drafts = enumerate_drafts(q, tree.counts[0], rule, draft_temperature == 0, sharpening)
+    law = laws_of(q, drafts, rule, draft_temperature == 0, sharpening)
+    rows = torch.from_numpy(p).expand(len(drafts.prob), -1)
+    outcome = node_outcome(rows, law, drafts.children, drafts.sample_slot, rule=rule)
+    alpha = (drafts.prob * outcome.accept.sum(dim=1)).sum().item()
     accepted = int((num_emitted > 1).sum())
-    assert stats.binomtest(accepted, count, min(alpha, 1.0)).pvalue > 1e-4
+    # Traversal makes good for what fails below the root's children.
+    alternative = "less" if rule == "traversal" else "two-sided"
+    assert stats.binomtest(accepted, count, min(alpha, 1.0), alternative).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("rule", ["unordered", "ordered"])
+@pytest.mark.parametrize("rule", RULES)
 def test_equal_laws_accept(rule):
     """An only child drafted from the target's own law is accepted, but for rounding."""
     logits = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(1)) * 3
@@ -307,7 +340,7 @@ def test_equal_laws_accept(rule):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "kernel"])
-@pytest.mark.parametrize("rule", ["unordered", "ordered"])
+@pytest.mark.parametrize("rule", RULES)
 def test_ruled_out_tokens_are_never_emitted(device, implementation, rule):
     """The target is certain; the draft too in float32, but its improbable child gets drafted."""
     vocab_size, count = 8, 32
@@ -368,11 +401,26 @@ def test_wrong_shapes_are_named(name):
         verify_tree(**named, **options)
 
 
-def test_no_requests(device):
-    arguments, options = make_case(BINARY, 9, "ordered", torch.float32)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rule": "maybe"}, "rule is 'maybe', allowed: ordered"),
+        ({"sharpening": 0.0}, "sharpening is 0.0"),
+        ({"rule": "rrs", "sharpening": 2.0}, "sharpening must be 1 with rule 'rrs'"),
+    ],
+)
+def test_wrong_rules_are_named(change, message):
+    arguments, options = make_case(CHAIN, 9, "unordered", torch.float32)
+    with pytest.raises(ValueError, match=message):
+        verify_tree(*arguments, **(options | change))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_requests(device, rule):
+    arguments, options = make_case(CHAIN, 9, rule, torch.float32)
     for position in (1, 2, 6, 10):
         arguments[position] = arguments[position][:0]
     for implementation, where in ((verify_tree, "cpu"), (kernel.verify_tree, device)):
         tokens, num_emitted, path = implementation(*on(where, arguments), **options)
-        assert tokens.shape == path.shape == (0, 4)
+        assert tokens.shape == path.shape == (0, 5)
         assert num_emitted.shape == (0,)

@@ -8,6 +8,7 @@ from .reference import CAUSAL, tree_attention_reference
 __all__ = ["CAUSAL", "tree_attention", "tree_attention_reference"]
 
 MIN_BLOCK_SIZE = 16
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def tree_attention(
@@ -33,6 +34,9 @@ def tree_attention(
     max_query_len: int,
     softcap: float = 0.0,
     window: int = 0,
+    # [1] each
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """Attend every query token to the keys it may see and write the result into `output`.
 
@@ -50,8 +54,8 @@ def tree_attention(
 
     Args:
         query: bf16, fp16 or fp32, last dimension contiguous.
-        key_cache: same dtype; any strides. A slot that no token of the request sees may hold
-            anything, NaN included.
+        key_cache: same dtype, or fp8 (e4m3 or e5m2) with scales; any strides. A slot that no token
+            of the request sees may hold anything, NaN included.
         value_cache: as `key_cache`.
         output: same dtype as `query`, last dimension contiguous. Rows from `query_start_loc[-1]`
             on (CUDA graph padding) are left alone; a token that sees nothing gets zeros.
@@ -66,6 +70,8 @@ def tree_attention(
         softcap: `c` in `c * tanh(score / c)`; 0 turns it off.
         window: how many positions a token sees, its own included; 0 stands for all. Blocks
             before every token's window are not read.
+        key_scale: float32, what stored keys are multiplied by; needed for fp8 and only there.
+        value_scale: as `key_scale`.
 
     Raises:
         ValueError: a shape, dtype or stride does not fit; the message names the argument.
@@ -83,8 +89,13 @@ def tree_attention(
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if cache.dim() != 4 or cache.shape != key_cache.shape or cache.shape[3] != head_size:
             raise ValueError(f"{name}: bad shape {list(cache.shape)} for head size {head_size}")
-        if cache.dtype != query.dtype:
+        if cache.dtype not in (query.dtype, *FP8):
             raise ValueError(f"{name}: dtype {cache.dtype} differs from query's {query.dtype}")
+    for name, scale_of in (("key_scale", key_scale), ("value_scale", value_scale)):
+        if (scale_of is None) != (key_cache.dtype not in FP8):
+            raise ValueError(f"{name}: needed for an fp8 cache, and only there")
+        if scale_of is not None and (scale_of.dtype, scale_of.numel()) != (torch.float32, 1):
+            raise ValueError(f"{name}: expected float32 [1]")
     if num_q_heads % key_cache.shape[2]:
         raise ValueError(f"query: {num_q_heads} heads do not divide over {key_cache.shape[2]}")
     if key_cache.shape[1] < MIN_BLOCK_SIZE:
@@ -120,4 +131,6 @@ def tree_attention(
         max_query_len,
         softcap,
         window,
+        key_scale,
+        value_scale,
     )

@@ -132,7 +132,7 @@ def _attend_tile(
         + (dims * key_dim_stride)[None, :],
         mask=load_mask,
         other=0.0,
-    )
+    ).to(query.dtype)
     # [BLOCK_M, TILE]
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * qk_scale
     if USE_SOFTCAP:
@@ -159,7 +159,7 @@ def _attend_tile(
         + (dims * value_dim_stride)[None, :],
         mask=load_mask,
         other=0.0,
-    )
+    ).to(query.dtype)
     acc = tl.dot(weights.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
     return new_max, row_sum, acc
 
@@ -187,6 +187,9 @@ def _tree_attention_kernel(
     visible_until_ptr,
     # [num_tokens]
     tree_mask_ptr,
+    # [1] each, None unless the cache is quantised
+    key_scale_ptr,
+    value_scale_ptr,
     qk_scale,
     softcap,
     window,
@@ -287,6 +290,8 @@ def _tree_attention_kernel(
     if USE_WINDOW:
         shared_tile = first_tile  # a window has few tiles, and rows differ at both its ends
 
+    if key_scale_ptr is not None:
+        qk_scale *= tl.load(key_scale_ptr)
     key_cache_ptr += kv_head.to(tl.int64) * key_head_stride
     value_cache_ptr += kv_head.to(tl.int64) * value_head_stride
     block_row_ptr = block_table_ptr + req.to(tl.int64) * block_table_stride
@@ -366,6 +371,8 @@ def _tree_attention_kernel(
 
     empty = row_sum == 0.0
     acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
+    if value_scale_ptr is not None:
+        acc *= tl.load(value_scale_ptr)
     tl.store(
         output_ptr
         + split.to(tl.int64) * output_split_stride
@@ -493,6 +500,9 @@ def tree_attention_triton(
     max_query_len: int,
     softcap: float = 0.0,
     window: int = 0,
+    # [1] each
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
     num_splits: int | None = None,
 ) -> None:
     """Launch the kernels; never waits for the device. Arguments as `tree_attention`.
@@ -538,6 +548,8 @@ def tree_attention_triton(
         block_table,
         visible_until,
         tree_mask,
+        key_scale,
+        value_scale,
         qk_scale,
         float(softcap),
         window,

@@ -70,6 +70,9 @@ def tree_attention_reference(
     max_query_len: int,
     softcap: float = 0.0,
     window: int = 0,
+    # [1] each
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """Gather each request's keys, mask, softmax in fp32. Arguments as `tree_attention`."""
     block_size, num_kv_heads = key_cache.shape[1:3]
@@ -84,6 +87,8 @@ def tree_attention_reference(
         # [seq_len, num_kv_heads, head_size]
         keys = key_cache[blocks, positions % block_size].float()
         values = value_cache[blocks, positions % block_size].float()
+        if key_scale is not None and value_scale is not None:
+            keys, values = keys * key_scale, values * value_scale
         # [query_len, num_kv_heads, group_size, head_size]
         queries = query[rows].float().unflatten(1, (num_kv_heads, group_size))
         # [num_kv_heads, group_size, query_len, seq_len]

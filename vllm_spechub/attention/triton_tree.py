@@ -199,8 +199,8 @@ class TritonTreeImpl(TritonAttentionImpl):
             (f"{kind} attention", kind != AttentionType.DECODER.value, no_spec),
             (
                 f"kv_cache_dtype={kv_cache_dtype!r}",
-                self._kv_quant_mode != KVQuantMode.NONE,
-                "set --kv-cache-dtype auto",
+                self._kv_quant_mode not in (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR),
+                "set --kv-cache-dtype auto or fp8",
             ),
         ):
             if used:
@@ -242,6 +242,10 @@ class TritonTreeImpl(TritonAttentionImpl):
                 output_block_scale,
             )
         num_tokens = attn_metadata.num_actual_tokens
+        key_scale = value_scale = None
+        if self._kv_quant_mode == KVQuantMode.FP8_PER_TENSOR:
+            kv_cache = kv_cache.view(self.fp8_dtype)
+            key_scale, value_scale = layer._k_scale, layer._v_scale
         key_cache, value_cache = cache_views(kv_cache)
         tree_attention(
             query[:num_tokens],
@@ -257,5 +261,7 @@ class TritonTreeImpl(TritonAttentionImpl):
             attn_metadata.max_query_len,
             self.logits_soft_cap,
             self.window,
+            key_scale,
+            value_scale,
         )
         return output

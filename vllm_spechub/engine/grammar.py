@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.request import Request
     from vllm.v1.structured_output import StructuredOutputManager
     from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
@@ -166,6 +167,28 @@ def grammar_bitmask(
             manager._grammar_bitmask[start:end],
         )
     return manager._grammar_bitmask[:end].numpy()
+
+
+def unseen_drafts(
+    scheduler_output: "SchedulerOutput", grammar_output: "GrammarOutput"
+) -> dict[str, int]:
+    """How many drafts each request has that its grammar could not walk, as they were not known.
+
+    Those of a request that starts in this step do not count: they only pad its first batch.
+    """
+    drafts = scheduler_output.scheduled_spec_decode_tokens
+    starting = {request.req_id for request in scheduler_output.scheduled_new_reqs}
+    starting |= scheduler_output.scheduled_cached_reqs.resumed_req_ids
+    known = zip(
+        grammar_output.structured_output_request_ids,
+        grammar_output.num_acceptable_drafts,
+        strict=True,
+    )
+    return {
+        request_id: len(drafts[request_id])
+        for request_id, num_known in known
+        if num_known == 0 and request_id in drafts and request_id not in starting
+    }
 
 
 def accept_tokens(

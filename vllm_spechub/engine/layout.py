@@ -26,13 +26,19 @@ class TreeLayout:
         until_minus_slot = np.concatenate([ordinary + 1, -slot_of_node])
         masks = np.concatenate([ordinary, tree.ancestor_masks])
         # [num_nodes + 2] each
-        self._rope_offset = torch.from_numpy(depth_minus_slot).to(device)
-        self._until_offset = torch.from_numpy(until_minus_slot).to(device)
-        self._mask = torch.from_numpy(masks).to(device)
+        self._tables = [
+            torch.from_numpy(table) for table in (depth_minus_slot, until_minus_slot, masks)
+        ]
+        self.place_tables()
         # [max_num_tokens] each
         self.positions = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
         self.visible_until = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
         self.tree_mask = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
+
+    def place_tables(self) -> None:
+        """Put the tree's tables on the device; again after its memory was given away."""
+        tables = [table.to(self.device, copy=True) for table in self._tables]
+        self._rope_offset, self._until_offset, self._mask = tables
 
     def update(self, batch: InputBatch) -> TreeVisibility:
         """Fill the buffers for this batch. Tokens of padding see nothing but themselves."""

@@ -2,6 +2,7 @@
 """The target's model state: tree inputs before the forward pass, tree sampling after it."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.history import HistoryProcessors
 from vllm_spechub.engine.layout import TreeLayout
 from vllm_spechub.engine.sampler import TreeRejectionSampler
-from vllm_spechub.rules import RULES
+from vllm_spechub.rules import build_rule
 
 
 class TreeModelState(DefaultModelState):
@@ -28,7 +29,13 @@ class TreeModelState(DefaultModelState):
         self.compactor = PathCompactor(vllm_config)
 
     def initialize_kv_cache(self, kv_cache_config, block_tables) -> None:
-        self.compactor.bind(kv_cache_config, block_tables)
+        self.bind_compactor = partial(self.compactor.bind, kv_cache_config, block_tables)
+        self.bind_compactor()
+
+    def wake_up(self) -> None:
+        """Make the small tensors anew whose contents sleep mode does not keep."""
+        self.layout.place_tables()
+        self.bind_compactor()
 
     def prepare_attn(self, input_batch: InputBatch, *args, **kwargs) -> dict[str, Any]:
         tree = self.layout.update(input_batch)
@@ -57,7 +64,7 @@ class TreeModelState(DefaultModelState):
         history = HistoryProcessors(sampler.logits_processors, self.max_num_reqs)
         sampler.logits_processors = [history]
         self.sampling_states = sampler.sampling_states
-        rule = RULES.load(self.config.verification)()
+        rule = build_rule(self.config)
         rejection_sampler = TreeRejectionSampler(
             sampler, self.config, self.device, rule, history, self.compactor
         )

@@ -11,6 +11,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from vllm_spechub.engine.grammar import unseen_drafts
 from vllm_spechub.metrics import StepObserver, TreeDecodingStats, TreeRequestMetrics
 
 
@@ -60,17 +61,9 @@ class _TreeStatistics:
         scheduler knows its drafts. Its tree goes unused, and is marked as invalid here."""
         output = super().get_grammar_bitmask(scheduler_output)
         if output is not None:
-            drafts = scheduler_output.scheduled_spec_decode_tokens
-            known = zip(
-                output.structured_output_request_ids, output.num_acceptable_drafts, strict=True
-            )
-            unused = {
-                request_id: len(drafts[request_id])
-                for request_id, num_known in known
-                if num_known == 0 and request_id in drafts
-            }
+            unseen = unseen_drafts(scheduler_output, output)
             invalid = scheduler_output.num_invalid_spec_tokens or {}
-            scheduler_output.num_invalid_spec_tokens = invalid | unused
+            scheduler_output.num_invalid_spec_tokens = invalid | unseen
         return output
 
     def make_spec_decoding_stats(

@@ -27,3 +27,7 @@ class SpecHubWorker(Worker):
         if self.is_driver_worker:
             speculator = self.model_runner.speculator
             logger.info(summarize(self.vllm_config, speculator, kv_cache_config))
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        super().wake_up(tags)
+        self.model_runner.model_state.wake_up()

@@ -36,6 +36,9 @@ compute block sizes with it, in a spechub CPU worker only |
 | `StructuredOutputManager._get_constraint_bounds`, `._grammar_bitmask` | asking whether a token \
 ends the reasoning; the buffer of masks |
 | `ModelState` and its hooks | positions, masks, sampler, cache tensors |
+| `LoRAModelManager.set_adapter_mapping`, its last mapping | a LoRA adapter for each of a tree's \
+logits rows, where the V2 runner maps one row to a request |
+| `Worker.wake_up` | small tensors made anew whose contents sleep mode does not keep |
 """
 
 

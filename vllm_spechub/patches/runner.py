@@ -11,12 +11,12 @@ def _init_speculator(original):
     def init_speculator(vllm_config, device, req_states):
         from vllm_spechub.config import is_spechub
         from vllm_spechub.proposers import PROPOSERS
-        from vllm_spechub.rules import RULES
+        from vllm_spechub.rules import build_rule
 
         if not is_spechub(vllm_config):
             return original(vllm_config, device, req_states)
         config = vllm_config.speculative_config
-        rule = RULES.load(config.verification)()
+        rule = build_rule(config)
         return PROPOSERS.load(config.proposer)(vllm_config, device, rule)
 
     return init_speculator

@@ -13,6 +13,7 @@ from vllm_spechub.registry import Registry
 if TYPE_CHECKING:
     import torch
 
+    from vllm_spechub.config import SpecHubConfig
     from vllm_spechub.drafting import DraftLevel, DraftState
 
 
@@ -36,6 +37,24 @@ class VerificationRule(ABC):
     """
 
     name: ClassVar[str]
+
+    def __init__(self, config: "SpecHubConfig") -> None:
+        """The drafting side and the verifying side each build one from the configuration."""
+        self.config = config
+
+    @classmethod
+    def check_config(cls, config: "SpecHubConfig") -> None:
+        """Refuse what this rule cannot do, before any weights are loaded; a rule that reads
+        `config.sharpening` overrides this.
+
+        Raises:
+            ValueError: one line that names the key and what is allowed.
+        """
+        if config.sharpening != 1.0:
+            raise ValueError(
+                f"speculative_config['sharpening']: verification {config.verification!r} does not "
+                "read it; leave it out"
+            )
 
     @abstractmethod
     def sample_children(
@@ -84,7 +103,16 @@ class VerificationRule(ABC):
 RULES: Registry[VerificationRule] = Registry(
     "verification rule",
     {
-        "ordered": "vllm_spechub.rules.spechub:OrderedSpecHub",
-        "unordered": "vllm_spechub.rules.spechub:UnorderedSpecHub",
+        "ordered": "vllm_spechub.rules.builtin:OrderedSpecHub",
+        "unordered": "vllm_spechub.rules.builtin:UnorderedSpecHub",
+        "traversal": "vllm_spechub.rules.builtin:TraversalSpecHub",
+        "rrs": "vllm_spechub.rules.builtin:RecursiveRejection",
+        "rrsw": "vllm_spechub.rules.builtin:RecursiveRejectionWithoutReplacement",
+        "chain": "vllm_spechub.rules.builtin:ChainRejection",
     },
 )
+
+
+def build_rule(config: "SpecHubConfig") -> VerificationRule:
+    """The configured rule."""
+    return RULES.load(config.verification)(config)
