@@ -104,7 +104,12 @@ def server(plain, tmp_path_factory):
                 assert time.monotonic() < give_up, log.read_text()[-4000:]
                 time.sleep(0.3)
         started = log.read_text()
-        for line in ("verification  ordered", "binary:3: 14 nodes, depth 3", "├─ 1", "draft rows"):
+        for line in (
+            "verification  traversal",
+            "binary:3: 14 nodes, depth 3",
+            "├─ 1",
+            "draft rows",
+        ):
             assert line in started
         yield address
         assert process.poll() is None, log.read_text()[-4000:]
