@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -131,7 +133,7 @@ def shape(
     limit: Limit = None,
     rule: Annotated[
         str, typer.Option("--rule", "-r", help="The rule, or RULE@SHARPENING.")
-    ] = "ordered",
+    ] = DEFAULT_RULE,
     temperature: Temperatures = (1.0,),
     nodes: Annotated[int, typer.Option("--nodes", "-n", min=1, max=63, help="Drafted nodes.")] = 15,
     depth: Annotated[
