@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 from vllm_spechub.cli import app
 from vllm_spechub.library import DraftTree, verify_tree
 from vllm_spechub.shapes import parse_tree
-from vllm_spechub.simulation import report
+from vllm_spechub.simulation import report, study
 from vllm_spechub.simulation.drafts import Law, Plan, Variant, draft_plans
 from vllm_spechub.simulation.reach import Reach
-from vllm_spechub.simulation.study import Difference, Row, mean_and_ci
-from vllm_spechub.simulation.texts import ModelPair, read_prompts, sample_roots
+from vllm_spechub.simulation.study import Difference, Row, Sampling, mean_and_ci, measure
+from vllm_spechub.simulation.texts import ModelPair, Roots, read_prompts, sample_roots
 from vllm_spechub.simulation.yardstick import Yardstick
 from vllm_spechub.topology import TokenTree
 from vllm_spechub.triton_kernels.rules import RECURSIVE, RULES
@@ -185,6 +185,16 @@ def test_greedy_plans_accept_the_best_path(pair, roots):
     found = [reach.of(plan).sum(dim=1) for plan in plans]
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert found[0].unique().tolist() == found[0].round().unique().tolist()
+
+
+def test_texts_that_end_at_once_are_refused(pair, monkeypatch):
+    plans, prompts = [Plan(Variant("chain"), TokenTree.chain(1))], [pair.encode("a", 4)]
+    sampling = Sampling(texts=3, tokens=4)
+    assert 0 < len(measure(pair, prompts, plans, 1.0, sampling)[plans[0]].tokens) <= 12
+    everything_ends = Roots(torch.zeros(3, 5, dtype=torch.int64), *torch.zeros(2, 0).long())
+    monkeypatch.setattr(study, "sample_roots", lambda *_: everything_ends)
+    with pytest.raises(ValueError, match="every sampled text ended"):
+        measure(pair, prompts, plans, 1.0, sampling)
 
 
 def test_intervals_respect_prompts():

@@ -7,7 +7,7 @@ import torch
 
 from vllm_spechub.checks import check_probs
 from vllm_spechub.topology import MAX_BRANCHING
-from vllm_spechub.triton_kernels.rules import ORDERED_SLOTS, check_rule
+from vllm_spechub.triton_kernels.rules import DEFAULT_RULE, ORDERED_SLOTS, check_rule
 
 MAX_STATES = 1 << 22
 """Most (rejected tokens, next token) pairs that sampling without replacement is summed over."""
@@ -28,7 +28,7 @@ def acceptance(
     # [..., vocab_size]
     q: torch.Tensor,
     k: int,
-    rule: str = "ordered",
+    rule: str = DEFAULT_RULE,
     *,
     sharpening: float = 1.0,
 ) -> Acceptance:

@@ -83,7 +83,8 @@ def measure(
         all_roots = sample_roots(
             pair, prompt, temperature, sampling.texts, sampling.tokens, sampling.roots, generator
         )
-        for chunk in torch.arange(len(all_roots.text), device=device).split(batch):
+        for start in range(0, len(all_roots.text), batch):
+            chunk = slice(start, start + batch)
             used, text = all_roots.text[chunk].unique(return_inverse=True)
             roots = Roots(all_roots.texts[used], text, all_roots.position[chunk])
             seed = int(torch.randint(1 << 40, (), generator=generator, device=device))
@@ -92,7 +93,7 @@ def measure(
                 values = accepted.of(plan).double().cpu().numpy()
                 tokens[plan].append(values.sum(axis=1))
                 reach[plan].append(values.sum(axis=0))
-            of_prompt.append(np.full(len(chunk), number))
+            of_prompt.append(np.full(len(text), number))
         if progress:
             progress(label, number + 1, len(prompts))
     if not of_prompt:

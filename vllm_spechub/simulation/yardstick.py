@@ -48,7 +48,7 @@ def small_pairs(
         targets.append(drafted.target_probs.double())
         drafts.append(torch.softmax(drafted.draft_logits.double() / temperature, dim=1))
     p, q = torch.cat(targets), torch.cat(drafts)
-    kept = (p + q).topk(vocab_size, dim=1).indices
+    kept = (p + q).topk(min(vocab_size, pair.vocab_size), dim=1).indices
     p, q = p.gather(1, kept), q.gather(1, kept)
     return p / p.sum(dim=1, keepdim=True), q / q.sum(dim=1, keepdim=True)
 
