@@ -10,4 +10,6 @@ TRITON_INTERPRET=1 pytest -q -n 2 tests/kernels
 TRITON_INTERPRET=1 pytest -q -n 2 tests/host_kernels
 # Collecting it imports Numba, which an engine's start in the same process would stumble over.
 pytest -q tests/compiled
+# One OpenMP thread an engine, on any core: two engines at a time would only spin for each other.
+export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 pytest -q -n 2 --dist loadfile tests/test_*.py tests/engine "$@"

@@ -59,7 +59,7 @@ def test_every_command_line_form(arguments):
     spec = config.speculative_config
     assert isinstance(spec, SpecHubConfig)
     assert (spec.num_speculative_tokens, spec.tree.depth) == (14, 3)
-    assert (spec.verification, spec.proposer) == ("ordered", "draft_model")
+    assert (spec.verification, spec.proposer) == ("traversal", "draft_model")
     assert config.use_v2_model_runner
     assert config.parallel_config.worker_cls.startswith("vllm_spechub.")
 

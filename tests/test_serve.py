@@ -86,7 +86,8 @@ def server(plain, tmp_path_factory):
     command += ["--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20)]
     command += ["--structured-outputs-config", json.dumps(GRAMMARS)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
-    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    for_tests = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
+    env = {k: v for k, v in os.environ.items() if k not in for_tests}
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -103,7 +104,12 @@ def server(plain, tmp_path_factory):
                 assert time.monotonic() < give_up, log.read_text()[-4000:]
                 time.sleep(0.3)
         started = log.read_text()
-        for line in ("verification  ordered", "binary:3: 14 nodes, depth 3", "├─ 1", "draft rows"):
+        for line in (
+            "verification  traversal",
+            "binary:3: 14 nodes, depth 3",
+            "├─ 1",
+            "draft rows",
+        ):
             assert line in started
         yield address
         assert process.poll() is None, log.read_text()[-4000:]

@@ -15,6 +15,8 @@ SPECHUB = ("ordered", "unordered", "traversal")
 RECURSIVE = ("rrs", "rrsw")
 """Rules whose children are all drawn from the draft and tried one after the other."""
 RULES = (*SPECHUB, *RECURSIVE, "chain")
+DEFAULT_RULE = "traversal"
+"""The rule that emits most tokens per step, measured in docs/verification.md."""
 
 ORDERED_SLOTS = ("ordered", "traversal")
 """Rules that draft into slot 0 a token distributed as the draft; see `sample_children`."""

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -131,7 +133,7 @@ def shape(
     limit: Limit = None,
     rule: Annotated[
         str, typer.Option("--rule", "-r", help="The rule, or RULE@SHARPENING.")
-    ] = "ordered",
+    ] = DEFAULT_RULE,
     temperature: Temperatures = (1.0,),
     nodes: Annotated[int, typer.Option("--nodes", "-n", min=1, max=63, help="Drafted nodes.")] = 15,
     depth: Annotated[
@@ -149,52 +151,63 @@ def shape(
 ) -> None:
     """The best tree for a pair of models, as JSON that "tree" accepts.
 
-    Measures how often the child of each slot is accepted, averaged over the temperatures, and
-    finds the tree that accepts the most tokens per step.
+    Measures how often the child of each slot is accepted, averaged over the temperatures, finds
+    the tree that accepts the most tokens per step by these rates, and simulates it on fresh texts.
     """
     with _usage_errors():
         from vllm_spechub import shapes
         from vllm_spechub.simulation import study
+        from vllm_spechub.simulation.drafts import Variant
 
         (variant,) = _variants([rule])
         pair, encoded, sampling = _load(
             target, draft, prompts, limit, texts, tokens, seed, depth, device, dtype
         )
-        variants = _variants(()) if rates_file is not None else []
-        variants = list(dict.fromkeys([variant, *variants]))
-        rates: dict[str, dict[str, shapes.Rates]] = {}
+        # Its own rates and those that guide it instead; the simulation decides.
+        guide = Variant(shapes.GUIDES.get(variant.rule, variant.rule), variant.sharpening)
+        guides = list(dict.fromkeys([variant, guide]))
+        variants = list(dict.fromkeys([*guides, *(_variants(()) if rates_file else [])]))
+        rates: dict[Variant, dict[str, shapes.Rates]] = {}
         with _progress() as progress:
             for t in temperature:
                 measured = study.measure_rates(
                     pair, encoded, variants, t, sampling, depth, progress
                 )
                 for each, by_slot in measured.items():
-                    rates.setdefault(str(each), {})[f"{t:g}"] = by_slot
-        average = shapes.average_rates(list(rates[str(variant)].values()))
-        best = shapes.best_shape(average, nodes, depth)
+                    rates.setdefault(each, {})[f"{t:g}"] = by_slot
+            average = {each: shapes.average_rates(list(rates[each].values())) for each in guides}
+            trees = [shapes.best_shape(by_slot, nodes, depth).tree for by_slot in average.values()]
+            tree, tokens_per_step = study.pick_tree(
+                pair, encoded, variant, trees, temperature, sampling, progress
+            )
     table = Table(title=f"{variant}: acceptance by slot, T = {', '.join(map(str, temperature))}")
     for column in ("children", "slot 1", "slot 2", "slot 3", "slot 4"):
         table.add_column(column, justify="right")
-    for k, by_slot in average.items():
+    for k, by_slot in average[variant].items():
         table.add_row(str(k), *(f"{value:.3f}" for value in by_slot))
     notes.print(table)
-    tree = best.tree
     notes.print(
-        f"{tree.num_nodes} nodes, depth {tree.depth}, {1 + best.accepted:.2f} tokens per step "
-        "expected"
+        f"{tree.num_nodes} nodes, depth {tree.depth}, {tokens_per_step:.2f} tokens per step"
     )
     if rates_file is not None:
-        record = {"command": _RATES_NOTE, "rates": _rounded(rates)}
+        settings = {
+            "target": target,
+            "draft": draft,
+            "prompts": len(encoded),
+            "texts": texts,
+            "tokens": tokens,
+            "roots_per_text": sampling.roots,
+            "depth": depth,
+            "seed": seed,
+        }
+        record = {"settings": settings, "rates": _rounded(rates)}
         rates_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(list(tree.parents)))
 
 
-_RATES_NOTE = "vllm-spechub shape TARGET DRAFT --prompts FILE --rates FILE"
-
-
 def _rounded(rates: dict) -> dict:
     return {
-        rule: {
+        str(rule): {
             t: {str(k): [round(rate, 4) for rate in by_slot] for k, by_slot in table.items()}
             for t, table in by_temperature.items()
         }

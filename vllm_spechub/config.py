@@ -19,6 +19,7 @@ from vllm_spechub.proposers import PROPOSERS
 from vllm_spechub.rules import RULES
 from vllm_spechub.shapes import parse_tree
 from vllm_spechub.topology import TokenTree
+from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -72,7 +73,7 @@ class SpecHubConfig(SpeculativeConfig):
     tree: TokenTree | str | list[int] = DEFAULT_TREE
     """The draft tree: a family ("binary:3", "kary:4:2", "chain:5", "caterpillar:5:3"), the list of
     its drafted nodes' parents, breadth-first, 0 being the root, or "auto[:NODES[:DEPTH]]"."""
-    verification: str = "ordered"
+    verification: str = DEFAULT_RULE
     """The verification rule, by its registered name."""
     sharpening: float = 1.0
     """The exponent of the draft's law in the slots that SpecHub samples."""

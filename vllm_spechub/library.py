@@ -16,7 +16,7 @@ import torch
 from vllm_spechub.checks import check_probs
 from vllm_spechub.topology import TokenTree
 from vllm_spechub.triton_kernels.child_sampling import sample_children
-from vllm_spechub.triton_kernels.rules import check_rule
+from vllm_spechub.triton_kernels.rules import DEFAULT_RULE, check_rule
 
 DraftProbs = Callable[[torch.Tensor], torch.Tensor]
 
@@ -50,7 +50,7 @@ def draft_tree(
     draft_probs_fn: DraftProbs,
     batch_size: int,
     *,
-    rule: str = "ordered",
+    rule: str = DEFAULT_RULE,
     generator: torch.Generator | None = None,
     sharpening: float = 1.0,
 ) -> DraftTree:

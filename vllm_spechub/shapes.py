@@ -21,6 +21,10 @@ Rates = Mapping[int, Sequence[float]]
 AUTO_NODES = 15
 AUTO_DEPTH = 5
 AUTO_FORM = "auto[:NODES[:DEPTH]]"
+GUIDES = {"traversal": "ordered"}
+"""Rules that take another's rates. A traversal accepts a child more often the more hangs below it,
+so the rates that it has on complete trees mislead on others; it drafts as `ordered` does, whose
+rates gave it the better trees (docs/verification.md)."""
 SHIPPED = "acceptance_rates.json"
 _AUTO = re.compile(r"auto(?::(\d+)(?::(\d+))?)?")
 

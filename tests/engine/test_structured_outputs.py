@@ -120,7 +120,7 @@ def test_asynchronous_scheduling(budget, request):
     request.getfixturevalue("async_scheduling")
     with engine("binary:3", **with_grammars("xgrammar", max_num_batched_tokens=budget)) as llm:
         core = llm.llm_engine.engine_core.engine_core
-        assert type(core.scheduler).__name__ == "AsyncScheduler"
+        assert type(core.scheduler).__name__ == "AsyncTreeScheduler"
         assert token_ids(llm.generate(*mixed(), use_tqdm=False)) == expected
         fallbacks = grammar_fallbacks(llm)
         metrics = spec_metrics(llm)
@@ -174,12 +174,12 @@ def test_prefixes_follow_the_masked_target(tree, verification, backend):
     plain_law = next_token(prompt, [()], SamplingParams(temperature=1.0))
     assert plain_law[0, allowed(oracle([]))].sum() < 0.6  # much is forbidden
     structured = StructuredOutputsParams(**regex)
-    params = SamplingParams(n=SAMPLES, max_tokens=LENGTHS[-1], structured_outputs=structured)
+    params = SamplingParams(n=SAMPLES // 2, max_tokens=LENGTHS[-1], structured_outputs=structured)
     options = with_grammars(backend, max_num_seqs=128, max_num_batched_tokens=4096)
     with engine(tree, verification=verification, **options) as llm:
         output = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0]
         metrics = spec_metrics(llm)
-    assert metrics["num_accepted_tokens"] > 0.2 * SAMPLES
+    assert metrics["num_accepted_tokens"] > 0.1 * SAMPLES
     assert_prefixes_follow(output, prompt, params, law)
 
 

@@ -9,8 +9,7 @@ import pytest
 from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
 from vllm_spechub.triton_kernels.verification import kernel as verification
 
-CAPABILITIES = [80, 90, 100]
-DTYPES = ["fp32", "bf16"]
+TARGETS = [(80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "bf16")]
 
 CHILD_SAMPLING_ARGUMENTS = {
     "tokens_ptr": "*i64",
@@ -54,11 +53,13 @@ VERIFICATION_ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("rule", "max_children"),
-    [("unordered", 1), ("ordered", 2), ("ordered", 4), ("rrs", 4), ("rrsw", 4)],
+    ("rule", "max_children", "capability", "dtype"),
+    [
+        ("unordered", 1, *TARGETS[1]),
+        ("ordered", 2, *TARGETS[1]),
+        *((rule, 4, *target) for rule in ("ordered", "rrs", "rrsw") for target in TARGETS),
+    ],
 )
 def test_child_sampling(compile_for, capability, dtype, rule, max_children):
     resources = compile_for(
@@ -72,22 +73,23 @@ def test_child_sampling(compile_for, capability, dtype, rule, max_children):
         capability,
         child_sampling.NUM_WARPS,
     )
-    print(f"sample_children, {max_children} children, {dtype}, sm_{capability}: {resources}")
+    print(
+        f"sample_children, {rule}, {max_children} children, {dtype}, sm_{capability}: {resources}"
+    )
     assert resources.spill_bytes == 0
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("rule", "sharpened"),
+    ("rule", "sharpened", "capability", "dtype"),
     [
-        ("ordered", False),
-        ("ordered", True),
-        ("unordered", False),
-        ("rrs", False),
-        ("rrsw", False),
-        ("traversal", False),
-        ("traversal", True),
+        *(
+            (rule, False, *target)
+            for rule in ("ordered", "traversal", "rrs", "rrsw")
+            for target in TARGETS
+        ),
+        ("unordered", False, *TARGETS[1]),
+        ("ordered", True, *TARGETS[1]),
+        ("traversal", True, *TARGETS[1]),
     ],
 )
 def test_verification(compile_for, capability, dtype, rule, sharpened):

@@ -140,6 +140,15 @@ def test_kernel_equals_reference(
         assert (walked <= arguments[2][request]).all()
 
 
+@pytest.mark.parametrize("tree", [Tree([2, 2, 2, 0, 0, 0, 0]), Tree([2, 2, 2, 1, 0, 0, 0, 0])])
+def test_traversal_tells_subtrees_apart(monkeypatch, device, tree):
+    """Many requests, so that the two ways to emit a node's masses differ in some."""
+    monkeypatch.setattr(kernel, "BLOCK_SIZE", 8)
+    arguments, options = make_case(tree, 6, "traversal", torch.float32, num_reqs=35)
+    expected = verify_tree(*arguments, **options)
+    assert_equal(kernel.verify_tree(*on(device, arguments), **options), expected)
+
+
 @pytest.mark.parametrize("rule", ["ordered", "rrsw", "traversal"])
 def test_strides(device, rule):
     arguments, options = make_case(BINARY, 63, rule, torch.float32)

@@ -297,7 +297,7 @@ def sample_children(
             node_ids,
             num_children,
             vocab_size,
-            sharpening,
+            float(sharpening),
             RULE=rule,
             MAX_CHILDREN=max_children,
             BLOCK_SIZE=BLOCK_SIZE,

@@ -275,7 +275,7 @@ def verify_tree(
         internal_index,
         max_depth,
         target_logits.shape[1],
-        sharpening,
+        float(sharpening),
     )
     options = {"SHARPENED": sharpening != 1.0, "BLOCK_SIZE": BLOCK_SIZE, "num_warps": NUM_WARPS}
     if rule == "traversal":

@@ -45,7 +45,7 @@ class History:
             request.request_id,
             request.structured_output_request,
             request.prompt_token_ids,
-            list(request.all_token_ids[:length]),
+            request.all_token_ids[:length],
         )
 
 

@@ -10,7 +10,7 @@ from vllm_spechub.patches import Patch, PatchMismatch
 METHOD = "spechub"
 HELP = (
     " Method 'spechub' drafts trees: the word spechub with --spec-model DRAFT, or JSON such as "
-    '{"method": "spechub", "model": "DRAFT", "tree": "binary:3", "verification": "ordered"}.'
+    '{"method": "spechub", "model": "DRAFT", "tree": "binary:3", "verification": "traversal"}.'
 )
 
 

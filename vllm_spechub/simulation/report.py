@@ -113,45 +113,34 @@ def save(study: Study, yardsticks: Sequence[Yardstick], settings: dict, folder: 
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Tokens per step over nodes: a panel for each temperature, a line for each rule and kind of
-    shape (complete trees dotted, the first depth cap solid)."""
+    """Tokens per step over nodes, a line for each rule: a column of panels for each temperature, a
+    row for each kind of shape."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     temperatures = list(dict.fromkeys(row.temperature for row in rows))
-    rules = list(dict.fromkeys(row.rule for row in rows))
     kinds = list(dict.fromkeys(row.kind for row in rows))
+    rules = list(dict.fromkeys(row.rule for row in rows))
+    size = (3 * len(temperatures) + 1, 2.4 * len(kinds))
     figure, panels = pyplot.subplots(
-        1, len(temperatures), figsize=(3.4 * len(temperatures), 3.4), sharey=True, squeeze=False
+        len(kinds), len(temperatures), figsize=size, sharex=True, sharey=True, squeeze=False
     )
-    for panel, temperature in zip(panels[0], temperatures, strict=True):
-        for number, rule in enumerate(rules):
-            for kind, style in zip(kinds, (":", "-", "--", "-."), strict=False):
-                found = [
-                    row
-                    for row in rows
-                    if (row.temperature, row.rule, row.kind) == (temperature, rule, kind)
-                ]
-                panel.errorbar(
-                    [row.budget + 1 for row in found],
-                    [row.tokens_per_step for row in found],
-                    yerr=[0.0 if row.ci != row.ci else row.ci for row in found],
-                    fmt=style,
-                    marker="o" if style == "-" else None,
-                    markersize=3,
-                    linewidth=1,
-                    elinewidth=0.6,
-                    color=f"C{number}",
-                    label=rule if style == "-" else None,
-                )
-        panel.set_title(f"T = {temperature:g}")
-        panel.set_xlabel("nodes, the root included")
+    places = [(kind, temperature) for kind in kinds for temperature in temperatures]
+    for panel, (kind, temperature) in zip(panels.flat, places, strict=True):
+        for rule in rules:
+            line = (temperature, rule, kind)
+            found = [row for row in rows if (row.temperature, row.rule, row.kind) == line]
+            nodes = [row.budget + 1 for row in found]
+            panel.plot(nodes, [row.tokens_per_step for row in found], "o-", ms=3, lw=1, label=rule)
+        panel.set_title(f"T = {temperature:g}, {kind}", fontsize=9)
         panel.set_xticks(sorted({row.budget + 1 for row in rows}))
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("tokens per step")
-    panels[0][-1].legend(fontsize=7, title=f"{kinds[1]}\n(dotted: complete)", title_fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.supxlabel("nodes, the root included", fontsize=9)
+    figure.supylabel("tokens per step", fontsize=9)
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="center right", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1 - 1 / size[0], 1))
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)

@@ -84,7 +84,8 @@ def measure(
             pair, prompt, temperature, sampling.texts, sampling.tokens, sampling.roots, generator
         )
         for chunk in torch.arange(len(all_roots.text), device=device).split(batch):
-            roots = Roots(all_roots.texts, all_roots.text[chunk], all_roots.position[chunk])
+            used, text = all_roots.text[chunk].unique(return_inverse=True)
+            roots = Roots(all_roots.texts[used], text, all_roots.position[chunk])
             seed = int(torch.randint(1 << 40, (), generator=generator, device=device))
             accepted = Reach(draft_plans(pair, roots, plans, temperature, seed))
             for plan in plans:
@@ -220,6 +221,27 @@ def measure_rates(
     label = f"T={temperature:g}: acceptance by slot"
     measured = measure(pair, prompts, probes, temperature, sampling, 1, progress, label)
     return {variant: slot_rates(measured, variant, max_depth) for variant in variants}
+
+
+def pick_tree(
+    pair: ModelPair,
+    prompts: Sequence[torch.Tensor],
+    variant: Variant,
+    trees: Sequence[TokenTree],
+    temperatures: Sequence[float],
+    sampling: Sampling,
+    progress: Progress | None = None,
+) -> tuple[TokenTree, float]:
+    """The tree with the most tokens per step in a simulation, and how many, over temperatures."""
+    plans = [Plan(variant, tree) for tree in trees]
+    tokens = dict.fromkeys(plans, 0.0)
+    for temperature in temperatures:
+        label = f"T={temperature:g}: tokens per step"
+        found = measure(pair, prompts, plans, temperature, sampling, 2, progress, label)
+        for plan in tokens:
+            tokens[plan] += float(found[plan].tokens.mean()) / len(temperatures)
+    best = max(tokens, key=tokens.get)
+    return best.tree, tokens[best]
 
 
 def run_study(
