@@ -8,6 +8,7 @@ vLLM preempts all the time. At the end no request is lost or answered twice, eve
 again, the process has not grown, and greedy answers are those of a fresh engine without trees.
 """
 
+import ctypes
 import gc
 import os
 import random
@@ -114,6 +115,14 @@ class Report:
         return [message for fault, message in found if fault]
 
 
+def resident_mib() -> float:
+    """Memory of this process in use; what the allocator merely keeps is handed back first."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    return psutil.Process().memory_info().rss / 2**20
+
+
 def free_blocks(llm: "LLM") -> int:
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     return scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
@@ -135,7 +144,7 @@ def soak(
     from vllm import SamplingParams
 
     rng, core, report = random.Random(seed), llm.llm_engine, Report(requests=num_requests)
-    process, started = psutil.Process(), time.monotonic()
+    started = time.monotonic()
     report.blocks_before, preemptions = free_blocks(llm), num_preemptions(llm)
     alive: set[str] = set()
     asked: dict[str, tuple[int, str | None, int]] = {}
@@ -171,7 +180,7 @@ def soak(
                 report.greedy.append(Answer(prompt, kind, max_tokens, ids))
             on_finished(len(report.finished) + len(report.aborted))
             if len(report.finished) % max(num_requests // 20, 1) == 0:
-                report.resident_mib.append(process.memory_info().rss / 2**20)
+                report.resident_mib.append(resident_mib())
     while core.has_unfinished_requests():
         core.step()
     core.step()
@@ -249,7 +258,7 @@ def main(
         table.add_row(name, str(value))
     Console().print(table)
     faults = report.faults(reference)
-    if last > first * 1.05:
+    if last > first * 1.03:
         faults.append(f"the process grew from {first:.0f} to {last:.0f} MiB")
     for fault in faults:
         Console().print(fault, style="red")
