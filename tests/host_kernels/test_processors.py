@@ -11,7 +11,6 @@ from vllm.v1.worker.gpu.sample import (
     logit_bias,
     penalties,
     thinking_budget,
-    trace_replay,
 )
 
 SLOTS = 7
@@ -220,26 +219,5 @@ def test_grammar_bitmask(seed):
             BLOCK_SIZE=8192,
         )
         return batch.logits
-
-    assert_host_matches(scenario, seed)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_trace_replay(seed):
-    def scenario(rng):
-        num_reqs = int(rng.integers(1, SLOTS))
-        idx_mapping = ints(rng.permutation(SLOTS)[:num_reqs], torch.int64)
-        idx_mapping[ints(rng.random(num_reqs) < 0.3, torch.bool)] = -1
-        sampled = ints(rng.integers(0, 99, num_reqs), torch.int64)
-        prompt_len = rng.integers(1, 9, SLOTS)
-        trace_replay.apply_trace_tokens(
-            sampled,
-            idx_mapping,
-            strided(ints(rng.integers(100, 199, (SLOTS, MODEL_LEN)))),
-            ints(rng.integers(0, 9, SLOTS)),
-            ints(prompt_len + rng.integers(-1, 9, SLOTS)),
-            ints(prompt_len),
-        )
-        return sampled
 
     assert_host_matches(scenario, seed)

@@ -14,10 +14,9 @@ register()
 
 from vllm.triton_utils import dispatcher
 from vllm.v1.worker.gpu import input_batch
-from vllm.v1.worker.gpu.spec_decode.standalone_ar import speculator
 
 assert set(HOST_KERNELS) <= set(dispatcher._registry)
-assert isinstance(speculator._prepare_prefill_inputs_kernel, dispatcher.KernelOverride)
+assert isinstance(input_batch._prepare_prefill_inputs_kernel, dispatcher.KernelOverride)
 idx, local = input_batch.expand_idx_mapping(
     torch.tensor([4, 2]), 5, torch.tensor([0, 3, 5], dtype=torch.int32), 3
 )

@@ -5,7 +5,7 @@ import torch
 from interpreted import assert_host_matches, bounds, floats, ints, strided
 from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
-from vllm.v1.worker.gpu.sample import gumbel, logprob, min_p, output, prompt_logprob
+from vllm.v1.worker.gpu.sample import gumbel, logprob, min_p, prompt_logprob
 
 from vllm_spechub.host_kernels.gumbel import uniform32, uniform64
 
@@ -180,31 +180,6 @@ def test_topk_scores_and_ranks(seed, num_logprobs, max_custom):
         return result.logprob_token_ids, result.logprobs, result.selected_token_ranks
 
     assert_host_matches(scenario, seed, rtol=1e-6, atol=1e-5)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("rows_per_request", [1, 4])
-@pytest.mark.parametrize("max_num_kept", [40, VOCAB])
-def test_sampling_masks(seed, rows_per_request, max_num_kept):
-    def scenario(rng):
-        num_reqs = 5
-        counts = rng.integers(1, rows_per_request + 1, num_reqs)
-        logits = _logits(rng, int(counts.sum()))
-        logits[0] = float("-inf")
-        logits[-1, 4] = float("nan")
-        # Columns that lie apart, too.
-        wide = torch.empty(logits.shape[0], 2 * VOCAB)
-        wide[:, ::2] = logits
-        mask = output.SamplingMaskTensors.from_logits(
-            wide[:, ::2],
-            bounds(counts),
-            ints(rng.integers(0, counts + 1)),
-            max_num_kept,
-            rows_per_request,
-        )
-        return mask.token_ids, mask.packed_mask, mask.counts
-
-    assert_host_matches(scenario, seed)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

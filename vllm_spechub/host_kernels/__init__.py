@@ -9,7 +9,7 @@ V2 one.
 from collections.abc import Callable
 from functools import cache
 
-from vllm_spechub.host_kernels import batch, processors, sampling, speculation
+from vllm_spechub.host_kernels import batch, processors, sampling
 
 _GPU = "vllm.v1.worker.gpu"
 
@@ -39,7 +39,6 @@ HOST_KERNELS: dict[str, Callable[..., None]] = {
         "sample.logprob._ranks_kernel": sampling.ranks,
         "sample.logprob._topk_log_softmax_kernel": sampling.topk_log_softmax,
         "sample.min_p._min_p_kernel": sampling.min_p,
-        "sample.output._compact_sampling_mask_kernel": sampling.compact_sampling_mask,
         "sample.penalties._bincount_kernel": processors.bincount,
         "sample.penalties._penalties_kernel": processors.penalties,
         "sample.prompt_logprob._prompt_logprobs_token_ids_kernel": (
@@ -48,14 +47,6 @@ HOST_KERNELS: dict[str, Callable[..., None]] = {
         "sample.thinking_budget._thinking_budget_kernel": processors.thinking_budget,
         "sample.thinking_budget._update_committed_marker_cache_kernel": (
             processors.update_committed_marker_cache
-        ),
-        "sample.trace_replay._trace_replay_kernel": processors.trace_replay,
-        "spec_decode.rejection_sampler._flatten_sampled_kernel": speculation.flatten_sampled,
-        "spec_decode.rejection_sampler._gather_draft_sampled_kernel": (
-            speculation.gather_draft_sampled
-        ),
-        "spec_decode.standalone_ar.speculator._prepare_prefill_inputs_kernel": (
-            speculation.prepare_standalone_prefill
         ),
         "structured_outputs._apply_grammar_bitmask_kernel": processors.apply_grammar_bitmask,
     }.items()

@@ -417,26 +417,3 @@ def apply_grammar_bitmask(
     rows = torch.from_numpy((firsts + positions)[active]).long()
     allowed = _unpack_bits(bitmask[torch.from_numpy(active)], vocab_size)
     logits[rows] = logits[rows].masked_fill_(torch.from_numpy(allowed == 0), float("-inf"))
-
-
-def trace_replay(
-    # [num_reqs]
-    sampled: torch.Tensor,
-    # [num_reqs], negative to skip a request
-    idx_mapping: torch.Tensor,
-    # [max_num_reqs, max_model_len]
-    trace_token_ids: torch.Tensor,
-    _trace_token_ids_stride: int,
-    # [max_num_reqs]
-    trace_len: torch.Tensor,
-    # [max_num_reqs]
-    total_len: torch.Tensor,
-    # [max_num_reqs]
-    prompt_len: torch.Tensor,
-    **_launch: Any,
-) -> None:
-    """Stands for `sample.trace_replay._trace_replay_kernel`."""
-    idx = idx_mapping.numpy()
-    step = total_len.numpy()[idx] - prompt_len.numpy()[idx]
-    rows = ((idx >= 0) & (step >= 0) & (step < trace_len.numpy()[idx])).nonzero()[0]
-    sampled.numpy()[rows] = trace_token_ids.numpy()[idx[rows], step[rows]]

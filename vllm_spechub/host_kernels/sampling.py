@@ -185,44 +185,6 @@ def fill_logprob_token_ids(
         valid[plain, 1 : 1 + NUM_TOPK] = True
 
 
-def compact_sampling_mask(
-    # [num_logits, vocab_size]
-    logits: torch.Tensor,
-    _logits_row_stride: int,
-    _logits_col_stride: int,
-    # [num_reqs + 1]
-    cu_num_logits: torch.Tensor,
-    # [num_reqs]
-    num_sampled_tokens: torch.Tensor,
-    # [num_reqs * ROWS_PER_REQUEST, max_num_kept]
-    token_ids: torch.Tensor,
-    _token_ids_row_stride: int,
-    # [num_reqs * ROWS_PER_REQUEST, ceil(vocab_size / 8)]
-    packed_mask: torch.Tensor,
-    _packed_mask_row_stride: int,
-    # [num_reqs * ROWS_PER_REQUEST]
-    counts: torch.Tensor,
-    _vocab_size: int,
-    max_num_kept: int,
-    ROWS_PER_REQUEST: int,
-    **_launch: Any,
-) -> None:
-    """Stands for `sample.output._compact_sampling_mask_kernel`."""
-    reqs, slots = np.divmod(np.arange(counts.shape[0]), ROWS_PER_REQUEST)
-    out_rows = (slots < num_sampled_tokens.numpy()[reqs]).nonzero()[0]
-    sources = cu_num_logits.numpy()[reqs[out_rows]] + slots[out_rows]
-    kept = logits[torch.from_numpy(sources).long()].isfinite().numpy()
-
-    totals = kept.sum(axis=1)
-    counts.zero_()
-    counts.numpy()[out_rows] = totals
-    packed_mask.numpy()[out_rows] = np.packbits(kept, axis=1, bitorder="little")
-    rows, offsets = ragged_index(totals)
-    ids = kept.nonzero()[1]
-    fits = offsets < max_num_kept
-    token_ids.numpy()[out_rows[rows[fits]], offsets[fits]] = ids[fits]
-
-
 def prompt_logprobs_token_ids(
     # [num_tokens]
     token_ids: torch.Tensor,
