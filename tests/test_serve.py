@@ -154,6 +154,13 @@ def test_greedy_texts_in_parallel(client, server, plain):
     assert metric(server, r'vllm:spechub_steps_total.*width="14"') > 0
 
 
+def test_the_dashboards_metrics_exist(server):
+    dashboard = (Path(__file__).parents[1] / "docs" / "grafana.json").read_text()
+    names = set(re.findall(r"vllm:\w+", dashboard))
+    assert len(names) > 8
+    assert names <= set(re.findall(r"^vllm:\w+", fetch(f"{server}/metrics"), re.MULTILINE))
+
+
 def test_streaming_equals_the_whole_answer(client, plain):
     chunks = [chunk.choices[0].text for chunk in complete(client, stream=True)]
     assert "".join(chunks) == plain[0]
