@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-spechub`: choose rules and tree shapes for a pair of models, without an engine."""
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Lossless tree speculation for a pair of models: simulate rules, choose shapes.",
+    help="Lossless tree speculation for a pair of models: simulate rules, choose shapes, look on.",
 )
 # Results go to the standard output, everything else beside it.
 output, notes = Console(), Console(stderr=True)
@@ -205,6 +206,50 @@ def shape(
     print(json.dumps(list(tree.parents)))
 
 
+@app.command()
+def explain(
+    target: Target,
+    draft: Draft,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    tree: Annotated[
+        str, typer.Option(help="As `tree` in --speculative-config, a list of parents as JSON.")
+    ] = "binary:3",
+    rule: Annotated[str, typer.Option("--rule", "-r", help="The verification rule.")] = (
+        DEFAULT_RULE
+    ),
+    temperature: Annotated[float, typer.Option("--temperature", "-T", min=0.01)] = 1.0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to decode.")] = 3,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="A picture instead of text: FILE.png or FILE.html.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Each step's tree for one prompt: tokens, their probabilities, what was accepted, and where
+    the walk ended. q is the draft's probability below the parent, p the target's."""
+    with _usage_errors():
+        from vllm_spechub import explain
+        from vllm_spechub.shapes import parse_tree
+
+        if out is not None and out.suffix not in (".png", ".html"):
+            raise ValueError(f"--out must end in .png or .html, got {out.name!r}")
+        shape = parse_tree(json.loads(tree) if tree.startswith("[") else tree, rule)
+        pair = _load_pair(target, draft, device, dtype)
+        encoded = pair.encode(prompt, pair.max_positions)
+        trace = explain.trace(pair, encoded, shape, rule, temperature, steps, seed)
+    if out is None:
+        explain.render(trace, output)
+    elif out.suffix == ".png":
+        explain.save_picture(trace, out)
+    else:
+        page = Console(record=True, file=io.StringIO(), width=120)
+        explain.render(trace, page)
+        page.save_html(str(out))
+    if out is not None:
+        notes.print(f"written to {out}")
+
+
 def _rounded(rates: dict) -> dict:
     return {
         str(rule): {
@@ -263,20 +308,26 @@ def _check_nodes(nodes: list[int]) -> None:
             raise ValueError(f"--nodes must be in 2..{MAX_NODES}, got {count}")
 
 
-def _load(target, draft, prompts, limit, texts, tokens, seed, depth, device, dtype):
+def _load_pair(target, draft, device, dtype):
     import torch
     from transformers.utils import logging
 
-    from vllm_spechub.simulation.study import Sampling
-    from vllm_spechub.simulation.texts import ModelPair, read_prompts
+    from vllm_spechub.simulation.texts import ModelPair
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in dtypes:
         raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
     logging.disable_progress_bar()
-    read = read_prompts(prompts, limit)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pair = ModelPair.load(target, draft, device, dtypes[dtype])
+    return ModelPair.load(target, draft, device, dtypes[dtype])
+
+
+def _load(target, draft, prompts, limit, texts, tokens, seed, depth, device, dtype):
+    from vllm_spechub.simulation.study import Sampling
+    from vllm_spechub.simulation.texts import read_prompts
+
+    read = read_prompts(prompts, limit)
+    pair = _load_pair(target, draft, device, dtype)
     room = pair.max_positions - tokens - depth
     if room < 1:
         raise ValueError(f"--tokens {tokens} is too many: the models read {pair.max_positions}")
