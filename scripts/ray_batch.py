@@ -1,0 +1,129 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Answer a file of prompts on many machines: Ray Data runs one spechub engine per replica.
+
+    python scripts/ray_batch.py prompts.jsonl answers --model TARGET --draft DRAFT --replicas 8 \\
+        --id-column question_id --prompt-column turns
+
+Reads JSONL or Parquet, writes the same rows with their answers into the folder. Ray keeps a
+checkpoint of the rows that are written: the same command goes on after a failure, without losing
+or repeating a row, and does nothing once all are answered.
+"""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+SPARE_CPUS = 4
+
+
+def processor_config(
+    model: str, speculative: dict[str, Any], engine: dict[str, Any], replicas: int, batch_size: int
+):
+    """One engine per replica, on whatever vLLM runs on here."""
+    from ray.data.llm import vLLMEngineProcessorConfig
+    from vllm.platforms import current_platform
+
+    options: dict[str, Any] = {}
+    if current_platform.is_cpu():
+        # Ray would reserve a GPU for every engine.
+        options["placement_group_config"] = {"bundles": [{"CPU": 1}]}
+        options["runtime_env"] = {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}}
+    return vLLMEngineProcessorConfig(
+        model_source=model,
+        engine_kwargs={**engine, "speculative_config": speculative},
+        concurrency=(replicas, replicas),
+        batch_size=batch_size,
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+        **options,
+    )
+
+
+def read(source: Path, id_column: str, prompt_column: str):
+    """The rows as a Ray dataset. Raises ValueError naming a column that is missing."""
+    import ray
+
+    read_rows = ray.data.read_parquet if source.suffix == ".parquet" else ray.data.read_json
+    rows = read_rows(str(source))
+    columns = rows.schema().names
+    for option, column in (("--id-column", id_column), ("--prompt-column", prompt_column)):
+        if column not in columns:
+            raise ValueError(f"{option} is {column!r}, {source} has: {', '.join(columns)}")
+    return rows
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="JSONL or Parquet.", exists=True)],
+    out: Annotated[Path, typer.Argument(help="Folder for answers and checkpoint.")],
+    model: Annotated[str, typer.Option(help="The target.")],
+    draft: Annotated[str, typer.Option(help="The draft.")],
+    tree: Annotated[str, typer.Option(help="As in --speculative-config.")] = "binary:3",
+    replicas: Annotated[int, typer.Option(min=1, help="Engines.")] = 2,
+    id_column: Annotated[str, typer.Option(help="Unique in every row.")] = "id",
+    prompt_column: Annotated[
+        str, typer.Option(help="Text, or turns, of which the first counts.")
+    ] = "prompt",
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that a replica takes at once.")] = 64,
+    engine: Annotated[str, typer.Option(help="Further engine options, as JSON.")] = "{}",
+) -> None:
+    import ray
+    from ray.data.checkpoint import CheckpointConfig
+    from ray.data.llm import build_processor
+
+    context = ray.data.DataContext.get_current()
+    context.checkpoint_config = CheckpointConfig(
+        id_column=id_column,
+        checkpoint_path=str((out / "checkpoint").absolute()),
+        delete_checkpoint_on_success=False,
+    )
+    ray.init(ignore_reinit_error=True)
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    if cpus < replicas + SPARE_CPUS:
+        # Ray Data would wait for them without a word.
+        raise typer.BadParameter(
+            f"--replicas {replicas} needs {replicas + SPARE_CPUS} CPUs of the cluster (reading, "
+            f"checkpoint and writing take {SPARE_CPUS}), it has {cpus}"
+        )
+    try:
+        rows = read(source, id_column, prompt_column)
+        speculative = {"method": "spechub", "model": draft, "tree": tree}
+        config = processor_config(model, speculative, json.loads(engine), replicas, batch_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+    def ask(row: dict[str, Any]) -> dict[str, Any]:
+        prompt = row[prompt_column]
+        return {
+            "prompt": prompt if isinstance(prompt, str) else prompt[0],
+            "sampling_params": {
+                "temperature": temperature,
+                "max_tokens": max_tokens,
+                # a row's answer is the same on whichever replica, and after a failure
+                "seed": zlib.crc32(str(row[id_column]).encode()),
+            },
+        }
+
+    def answer(row: dict[str, Any]) -> dict[str, Any]:
+        return {
+            id_column: row[id_column],
+            "text": row["generated_text"],
+            "num_tokens": row["num_generated_tokens"],
+        }
+
+    answers = build_processor(config, preprocess=ask, postprocess=answer)(rows)
+    folder = str((out / "answers").absolute())
+    if source.suffix == ".parquet":
+        answers.write_parquet(folder, mode="append")
+    else:
+        answers.write_json(folder, mode="append")
+
+
+if __name__ == "__main__":
+    typer.run(main)
