@@ -33,7 +33,7 @@ def test_a_tree_is_counted_as_deep_as_it_is(scheduling, request):
     if scheduling == "async":
         request.getfixturevalue("async_scheduling")
     tree = TokenTree.parse(TREE)
-    with engine(TREE, max_num_batched_tokens=64, per_request_spec_decode_metrics="detailed") as llm:
+    with engine(TREE, max_num_batched_tokens=24, per_request_spec_decode_metrics="detailed") as llm:
         paths = record_paths(llm)
         outputs = llm.generate(PROMPTS, greedy_params(MAX_TOKENS, ignore_eos=True), use_tqdm=False)
         chain, ours = spec_metrics(llm), spechub_metrics(llm)
@@ -44,8 +44,8 @@ def test_a_tree_is_counted_as_deep_as_it_is(scheduling, request):
     assert len(by_depth) == tree.depth
     assert by_depth == sorted(by_depth, reverse=True)
     assert sum(by_depth) == chain["num_accepted_tokens"]
-    assert chain["num_draft_tokens"] <= tree.depth * chain["num_drafts"]
-    assert chain["num_draft_tokens"] > (tree.depth - 1) * chain["num_drafts"]
+    # whole trees do not fill the budget: some steps verify less deep a tree
+    assert chain["num_draft_tokens"] < tree.depth * chain["num_drafts"]
 
     histogram = ours["emitted_tokens"]
     assert histogram.count == chain["num_drafts"]
@@ -69,6 +69,8 @@ def test_a_tree_is_counted_as_deep_as_it_is(scheduling, request):
     if scheduling == "sync":
         assert slots == expected
 
+    drafted = [output.outputs[0].spec_decode_metrics.num_draft_tokens for output in outputs]
+    assert sum(drafted) == chain["num_draft_tokens"]
     for output in outputs:
         own = output.outputs[0].spec_decode_metrics
         assert own.num_spec_tokens == tree.depth
