@@ -108,6 +108,7 @@ def server(plain, tmp_path_factory):
             "verification  traversal",
             "binary:3: 14 nodes, depth 3",
             "├─ 1",
+            "2.4 MiB of draft weights",  # 631,424 parameters, as the card says, in fp32
             "draft rows",
         ):
             assert line in started

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine says about its trees when it starts, once."""
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
-from vllm.transformers_utils.config import get_safetensors_params_metadata
+from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_spechub.topology import TokenTree
 
@@ -43,11 +42,15 @@ def tensor_bytes(owner: object) -> int:
     return sum(t.nbytes for t in vars(owner).values() if isinstance(t, torch.Tensor))
 
 
-def num_parameters(model: str, revision: str | None) -> int:
-    """As the checkpoint has them: a loaded module may have packed its weights away."""
-    tensors = get_safetensors_params_metadata(model, revision=revision).values()
-    # safetensors keeps free-form metadata among its tensors
-    return sum(math.prod(tensor["shape"]) for tensor in tensors if "shape" in tensor)
+def weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of this rank's weights, those included that a CPU's matrix kernels have packed away."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    for layer in model.modules():
+        weight = getattr(layer, "weight", None)
+        if isinstance(layer, LinearBase) and weight is not None and weight.numel() == 0:
+            packed = layer.input_size_per_partition * layer.output_size_per_partition
+            total += packed * dtype.itemsize
+    return total
 
 
 def kv_cache_share(kv_cache_config: "KVCacheConfig", layer_names: set[str]) -> float:
@@ -68,14 +71,14 @@ def summarize(
     """One readable block: method, tree, rule, draft, memory added, what is off and why."""
     config = vllm_config.speculative_config
     tree, draft = config.tree, config.draft_model_config
-    # none for a checkpoint that is not in safetensors
-    parameters = num_parameters(draft.model, draft.revision)
-    weights = parameters * draft.dtype.itemsize / config.draft_parallel_config.tensor_parallel_size
+    # a proposer may have no model of its own
+    model = getattr(speculator, "model", None)
+    weights = weight_bytes(model, draft.dtype) if model is not None else 0
     sharpened = f", sharpening {config.sharpening:g}" if config.sharpening != 1 else ""
     share = kv_cache_share(kv_cache_config, getattr(speculator, "draft_attn_layer_names", set()))
     off = switched_off(vllm_config)
     rows = [
-        ("draft", f"{config.model} ({parameters / 1e6:,.1f} M parameters, {config.proposer})"),
+        ("draft", f"{config.model} ({config.proposer})"),
         ("verification", f"{config.verification}{sharpened}"),
         ("tree", f"{tree}: {tree.num_nodes} nodes, depth {tree.depth}"),
         ("memory added", f"{weights / 2**20:,.1f} MiB of draft weights"),
