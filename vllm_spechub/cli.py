@@ -111,17 +111,7 @@ def simulate(
                 yardsticks += yardstick.run_yardstick(pair, encoded, variants, t, sampling)
         output.print(report.yardstick_table(yardsticks))
     if out is not None:
-        settings = {
-            "target": target,
-            "draft": draft,
-            "prompts": len(encoded),
-            "texts": texts,
-            "tokens": tokens,
-            "roots_per_text": sampling.roots,
-            "depth": list(depth),
-            "seed": seed,
-            "dtype": dtype,
-        }
+        settings = _settings(target, draft, encoded, sampling, list(depth)) | {"dtype": dtype}
         report.save(found, yardsticks, settings, out)
         notes.print(f"written to {out}")
 
@@ -191,16 +181,7 @@ def shape(
         f"{tree.num_nodes} nodes, depth {tree.depth}, {tokens_per_step:.2f} tokens per step"
     )
     if rates_file is not None:
-        settings = {
-            "target": target,
-            "draft": draft,
-            "prompts": len(encoded),
-            "texts": texts,
-            "tokens": tokens,
-            "roots_per_text": sampling.roots,
-            "depth": depth,
-            "seed": seed,
-        }
+        settings = _settings(target, draft, encoded, sampling, depth)
         record = {"settings": settings, "rates": _rounded(rates)}
         rates_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(list(tree.parents)))
@@ -248,6 +229,20 @@ def explain(
         page.save_html(str(out))
     if out is not None:
         notes.print(f"written to {out}")
+
+
+def _settings(target: str, draft: str, encoded: list, sampling, depth: int | list[int]) -> dict:
+    """What a file of results was measured with."""
+    return {
+        "target": target,
+        "draft": draft,
+        "prompts": len(encoded),
+        "texts": sampling.texts,
+        "tokens": sampling.tokens,
+        "roots_per_text": sampling.roots,
+        "depth": depth,
+        "seed": sampling.seed,
+    }
 
 
 def _rounded(rates: dict) -> dict:

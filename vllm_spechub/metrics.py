@@ -5,6 +5,7 @@ The scheduler fills `TreeDecodingStats` once per step; it travels to the fronten
 `SchedulerStats`, and there `TreeMetrics` feeds Prometheus and `TreeLogging` the periodic line.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -169,20 +170,18 @@ class TreeLogging:
 
     def log(self, log_fn) -> None:
         steps, self.steps = self.steps, []
-        drafts = sum(stats.num_drafts for stats in steps)
         if not steps:
             return
         accepted = np.sum([stats.accepted_by_slot for stats in steps], axis=0)
         share = accepted / max(accepted.sum(), 1)
-        fallbacks: dict[str, int] = {}
+        fallbacks: Counter[str] = Counter()
         for stats in steps:
-            for reason, count in stats.fallbacks.items():
-                fallbacks[reason] = fallbacks.get(reason, 0) + count
+            fallbacks.update(stats.fallbacks)
         log_fn(
             "SpecHub metrics: Drafted: %d nodes in %d trees, Accepted by slot: %s, "
             "Without a tree: %s",
             sum(stats.num_nodes for stats in steps),
-            drafts,
+            sum(stats.num_drafts for stats in steps),
             ", ".join(f"{value:.3f}" for value in share),
             ", ".join(f"{count} ({reason})" for reason, count in fallbacks.items()) or "none",
         )

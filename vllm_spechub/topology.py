@@ -153,6 +153,14 @@ class TokenTree:
         return first
 
     @cached_property
+    def subtree_sizes(self) -> np.ndarray:
+        """Nodes in each node's subtree, itself included. [num_nodes + 1] int64"""
+        sizes = np.ones(self.num_nodes + 1, dtype=np.int64)
+        for node in range(self.num_nodes, 0, -1):
+            sizes[self.parents[node - 1]] += sizes[node]
+        return sizes
+
+    @cached_property
     def internal_nodes(self) -> np.ndarray:
         """Nodes that have children, in breadth-first order. [num_internal] int32"""
         return np.flatnonzero(self.num_children).astype(np.int32)

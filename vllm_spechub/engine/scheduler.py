@@ -42,14 +42,10 @@ class _TreeStatistics:
     def _count_fallbacks(self, scheduler_output: SchedulerOutput) -> Counter[str]:
         """Decoding requests of this step that had no tree, by reason."""
         fallbacks: Counter[str] = Counter()
-        for req_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
+        scheduled = scheduler_output.num_scheduled_tokens
+        for req_id in scheduled.keys() - scheduler_output.scheduled_spec_decode_tokens.keys():
             request = self.requests.get(req_id)
-            if (
-                num_tokens == 1
-                and request is not None
-                and request.num_output_tokens > 0
-                and req_id not in scheduler_output.scheduled_spec_decode_tokens
-            ):
+            if scheduled[req_id] == 1 and request is not None and request.num_output_tokens > 0:
                 if request.num_computed_tokens + 1 >= self.max_model_len:
                     fallbacks["max_model_len"] += 1
                 else:

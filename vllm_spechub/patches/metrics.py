@@ -95,13 +95,13 @@ def _log_observe(original):
 
 
 def _log(original):
-    @functools.wraps(original)
-    def log(self, *args, **kwargs):
-        from vllm.v1.spec_decode.metrics import logger
+    from vllm.v1.spec_decode.metrics import logger
 
-        original(self, *args, **kwargs)
+    @functools.wraps(original)
+    def log(self, log_fn=logger.info):
+        original(self, log_fn)
         if getattr(self, "spechub", None) is not None:
-            self.spechub.log(kwargs.get("log_fn") or (args[0] if args else logger.info))
+            self.spechub.log(log_fn)
 
     return log
 

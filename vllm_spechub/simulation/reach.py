@@ -5,11 +5,9 @@ Given a tree, verification's coin tosses have closed forms, so none is tossed: w
 noise is the choice of roots and the draft's own draws.
 """
 
-import numpy as np
 import torch
 
 from vllm_spechub.simulation.drafts import CHUNK, Children, Drafts, Law, Plan
-from vllm_spechub.topology import TokenTree
 from vllm_spechub.triton_kernels.verification.node_rules import (
     draft_law,
     node_outcome,
@@ -84,7 +82,7 @@ class Reach:
     def _leaf_to_root(self, plan: Plan) -> torch.Tensor:
         tree, nodes = plan.tree, self._drafts.nodes[plan]
         num_roots, device = len(nodes), nodes.device
-        sizes = torch.from_numpy(subtree_sizes(tree)).to(device)
+        sizes = torch.from_numpy(tree.subtree_sizes).to(device)
         # What a node is visited with, the probability of accepting it once its children have
         # failed, and its place in the order of visits.
         visit = torch.ones(num_roots, tree.num_nodes + 1, device=device)
@@ -118,11 +116,3 @@ class Reach:
         for node in range(tree.num_nodes, 0, -1):
             ends[:, tree.parents[node - 1]] += ends[:, node]
         return ends
-
-
-def subtree_sizes(tree: TokenTree) -> np.ndarray:
-    """Nodes in each node's subtree, itself included. [num_nodes + 1] int64"""
-    sizes = np.ones(tree.num_nodes + 1, dtype=np.int64)
-    for node in range(tree.num_nodes, 0, -1):
-        sizes[tree.parents[node - 1]] += sizes[node]
-    return sizes
