@@ -18,6 +18,8 @@ from test_metrics import spechub_metrics
 from vllm import SamplingParams
 
 from vllm_spechub.engine.sampler import TreeRejectionSampler
+from vllm_spechub.rules.builtin import OrderedSpecHub
+from vllm_spechub.topology import TokenTree
 
 SCHEDULE = [[1, 2, "binary:3"], [3, 4, "chain:2"], [5, None, None]]
 # the other way round: wide trees leave most requests out of a tight budget, chains let them in
@@ -36,11 +38,24 @@ def generate(llm, **options):
 
 @pytest.fixture
 def emitted_by_tree(monkeypatch):
-    """Of each verified batch, what its requests emitted, by their tree's place in the schedule."""
+    """Of each verified batch, what its requests emitted, by their tree's place in the schedule.
+
+    Each request must be verified as the tree that it drafted.
+    """
     batches: list[dict[int, list[int]]] = []
-    original = TreeRejectionSampler.__call__
+    original, verify = TreeRejectionSampler.__call__, OrderedSpecHub.verify
+    trees: dict[int, TokenTree] = {}
+
+    def check(self, *args, num_nodes, idx_mapping, state, **kwargs):
+        for req in idx_mapping[num_nodes > 0].tolist():
+            assert state.tree == trees[req]
+        return verify(
+            self, *args, num_nodes=num_nodes, idx_mapping=idx_mapping, state=state, **kwargs
+        )
 
     def spy(self, logits, batch, *args, **kwargs):
+        reqs = batch.idx_mapping_np
+        trees.update(zip(reqs.tolist(), self.drafted.of(reqs), strict=True))
         output = original(self, logits, batch, *args, **kwargs)
         emitted: dict[int, list[int]] = {}
         for r, index in enumerate(self.drafted.index[batch.idx_mapping_np].tolist()):
@@ -50,6 +65,7 @@ def emitted_by_tree(monkeypatch):
         return output
 
     monkeypatch.setattr(TreeRejectionSampler, "__call__", spy)
+    monkeypatch.setattr(OrderedSpecHub, "verify", check)
     return batches
 
 
