@@ -109,7 +109,8 @@ def server(plain, tmp_path_factory):
             "binary:3: 14 nodes, depth 3",
             "├─ 1",
             "2.4 MiB of draft weights",  # 631,424 parameters, as the card says, in fp32
-            "draft rows",
+            "MiB of draft rows",
+            "MiB for rows to verify",
         ):
             assert line in started
         yield address
