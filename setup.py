@@ -32,6 +32,7 @@ setup(
         "ray": ["ray[data]>=2.60", "typer"],
         "test": [
             "hypothesis",
+            "pandas",  # vLLM reads Spec-Bench files with it
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
