@@ -47,7 +47,7 @@ class DraftState:
         device: torch.device,
     ) -> None:
         def table(array) -> torch.Tensor:
-            return torch.from_numpy(array).to(device)
+            return torch.tensor(array, device=device)
 
         num_internal = len(tree.internal_nodes)
         self.tree = tree
