@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from vllm_spechub import TokenTree
-from vllm_spechub.explain import Step, trace
+from vllm_spechub.explain import Step, node_rows, trace
 from vllm_spechub.simulation.texts import ModelPair
 
 ROOT = Path(__file__).parents[2]
@@ -53,12 +53,9 @@ def box(
 
 
 def places() -> list[tuple[float, float]]:
-    """Where each node stands: leaves in a row, parents above the middle of their children."""
-    x = {3: 0.0, 4: 1.6, 5: 3.2, 6: 4.8}
-    for parent in (2, 1, 0):
-        below = [x[child] for child, above in enumerate(TREE.parents, start=1) if above == parent]
-        x[parent] = sum(below) / len(below)
-    return [(x[node], -1.5 * int(depth)) for node, depth in enumerate(TREE.depths)]
+    """Where each node stands, the root on top."""
+    rows = zip(node_rows(TREE), TREE.depths, strict=True)
+    return [(1.6 * row, -1.5 * int(depth)) for row, depth in rows]
 
 
 def tree(axis: Axes, step: Step, verified: bool) -> None:
@@ -159,7 +156,12 @@ def main() -> None:
     figure, axes = plt.subplots(2, 2, figsize=(12.5, 8.8))
     title(axes[0, 0], 1, "Draft", "depth by depth, the rule draws every node's children from q")
     tree(axes[0, 0], step, verified=False)
-    title(axes[0, 1], 2, "Mask", "one pass of the target; a node sees the cache, its ancestors and itself")
+    title(
+        axes[0, 1],
+        2,
+        "Mask",
+        "one pass of the target; a node sees the cache and its ancestors",
+    )
     mask(axes[0, 1], step, root)
     emitted = len(step.path)
     title(axes[1, 0], 3, "Verify", f"the rule walks the tree with p and emits {emitted} tokens")
