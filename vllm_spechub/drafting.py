@@ -75,7 +75,7 @@ class DraftState:
 
     def __init__(self, tree: TokenTree, buffers: DraftBuffers) -> None:
         def table(array) -> torch.Tensor:
-            return torch.from_numpy(array).to(buffers.tokens.device)
+            return torch.tensor(array, device=buffers.tokens.device)
 
         self.tree = tree
         # A smaller tree leaves the last columns of each unused.
