@@ -49,6 +49,8 @@ class _Trees:
     internal_index: torch.Tensor
     rule: str
     sharpening: float
+    # [num_reqs, num_tree_nodes] bool, written
+    visited: torch.Tensor
 
     def target_probs(
         self,
@@ -149,8 +151,18 @@ def verify_tree(
     max_depth: int,
     rule: str,
     sharpening: float = 1.0,
+    # [num_reqs, num_tree_nodes]
+    visited: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`verification.verify_tree` on any device, without argument checks."""
+    """`verification.verify_tree` on any device, without argument checks.
+
+    Args:
+        visited: bool, set where the outcome depends on a node's rows: a kernel may read no others.
+            The rows are the target's, and above temperature 0 the draft's of a node with children.
+    """
+    if visited is None:
+        shape = (len(row_start), len(first_child))
+        visited = torch.empty(shape, dtype=torch.bool, device=target_logits.device)
     trees = _Trees(
         target_logits,
         row_start,
@@ -168,6 +180,7 @@ def verify_tree(
         internal_index,
         rule,
         sharpening,
+        visited.zero_(),
     )
     num_reqs, device = row_start.shape[0], target_logits.device
     path = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int32, device=device)
@@ -202,6 +215,7 @@ def _walk(
     walking = torch.arange(num_reqs, device=device)
     for depth in range(path.shape[1]):
         at = node[walking]
+        trees.visited[walking, at] = True
         probs, best, greedy = trees.target_probs(walking, at)
         residual[walking] = probs  # what a leaf emits from
         (kept,) = trees.has_children(walking, at).nonzero(as_tuple=True)
@@ -282,6 +296,10 @@ def _traverse(
     draws = trees.draw(everyone.unsqueeze(1), nodes)
     finish = start + torch.tensor(sizes, device=device)
     accepted = finish.masked_fill(draws >= leave, len(parents) + 1).argmin(dim=1)
+    # A leaf is visited with a chance that its parent gave, and read only to emit from it.
+    read = (visit > 0) & trees.has_children(everyone.unsqueeze(1), nodes)
+    read &= start < finish.gather(1, accepted.unsqueeze(1))
+    trees.visited.copy_(read | (nodes == accepted.unsqueeze(1)))
 
     residual, _, greedy = trees.target_probs(everyone, accepted)
     (rows,) = trees.has_children(everyone, accepted).nonzero(as_tuple=True)
