@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
-CPU_SECONDS = 0.2
+CPU_SECONDS = 0.1
 CPU_RUNS = 5
 
 TREES = {
