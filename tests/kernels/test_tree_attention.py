@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from devices import DEVICE
 from triton.runtime import interpreter
 
 from vllm_spechub.triton_kernels.tree_attention import (
@@ -67,7 +68,7 @@ def causal_rows(seq_len: int, query_len: int) -> list[tuple[int, int]]:
 
 @dataclass
 class Batch:
-    """One attention call; `expand(**changes)` are the arguments of `tree_attention`."""
+    """The tensors of one attention call."""
 
     query: torch.Tensor
     key_cache: torch.Tensor
@@ -134,15 +135,16 @@ def make_batch(
     num_tokens = len(rows) + padding
     query = torch.randn(num_tokens, num_q_heads, head_size, generator=generator)
     starts = torch.tensor([0] + [len(request_rows) for _, request_rows in requests])
+    fused = fused.to(DEVICE)
     return Batch(
-        query=query.to(dtype),
+        query=query.to(DEVICE, dtype),
         key_cache=fused[..., :head_size],
         value_cache=fused[..., head_size:],
-        query_start_loc=starts.cumsum(0).int(),
-        seq_lens=torch.tensor([seq_len for seq_len, _ in requests], dtype=torch.int32),
-        block_table=block_table,
-        visible_until=torch.tensor([until for until, _ in rows] + [113] * padding).int(),
-        tree_mask=torch.tensor([mask for _, mask in rows] + [113] * padding),
+        query_start_loc=starts.cumsum(0).int().to(DEVICE),
+        seq_lens=torch.tensor([seq_len for seq_len, _ in requests]).int().to(DEVICE),
+        block_table=block_table.to(DEVICE),
+        visible_until=torch.tensor([until for until, _ in rows] + [113] * padding).int().to(DEVICE),
+        tree_mask=torch.tensor([mask for _, mask in rows] + [113] * padding).to(DEVICE),
     )
 
 
@@ -189,7 +191,7 @@ def naive(batch: Batch, row: int, head: int, window: int = 10**6) -> torch.Tenso
 
 def test_reference_follows_the_definition():
     batch = make_batch(mixed_requests())
-    output = batch.run(tree_attention)
+    output = batch.run(tree_attention_reference)
     for row in range(int(batch.query_start_loc[-1])):
         torch.testing.assert_close(output[row, row % 4], naive(batch, row, row % 4))
     assert (output[batch.query_start_loc[-1] :] == 7.0).all()
@@ -306,15 +308,15 @@ def test_row_that_sees_nothing_is_zero(num_splits):
 def test_fp8_cache(dtype, fp8):
     """Stored with scales, read with them; unused slots are NaN there as well."""
     batch = make_batch(mixed_requests(), dtype=dtype, padding=0)
-    scales = torch.tensor([0.5]), torch.tensor([2.0])
+    scales = torch.tensor([[0.5], [2.0]], device=DEVICE)
     exact = make_batch(mixed_requests(), dtype=dtype, padding=0)
     for name, scale in zip(("key_cache", "value_cache"), scales, strict=True):
         stored = (getattr(batch, name).float() / scale).to(fp8)
         setattr(batch, name, stored)
         setattr(exact, name, (stored.float() * scale).to(dtype))
     options = {"key_scale": scales[0], "value_scale": scales[1], "window": 20}
-    expected = exact.run(tree_attention, window=20)
-    assert_close(expected, batch.run(tree_attention, **options))
+    expected = exact.run(tree_attention_reference, window=20)
+    assert_close(expected, batch.run(tree_attention_reference, **options))
     for num_splits in (1, 2):
         assert_close(expected, batch.run(tree_attention_triton, num_splits=num_splits, **options))
 
@@ -342,7 +344,7 @@ def long_requests() -> list[tuple[int, list[tuple[int, int]]]]:
 @pytest.mark.parametrize("window", [1, 2, 3, 16, 33, 500])
 def test_window_counts_depths(window):
     batch = make_batch(long_requests())
-    reference = batch.run(tree_attention, window=window)
+    reference = batch.run(tree_attention_reference, window=window)
     used = int(batch.query_start_loc[-1])
     for num_splits in (1, 4):
         output = batch.run(tree_attention_triton, num_splits=num_splits, window=window)
