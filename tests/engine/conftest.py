@@ -149,13 +149,14 @@ def recorded_nodes():
     def spy(self, logits, batch):
         raw = logits.clone()
         processed, temperature = process(self, logits, batch)
-        for r, req_id in enumerate(batch.req_ids):
+        trees = self.drafted.of(batch.idx_mapping_np)
+        for r, (req_id, tree) in enumerate(zip(batch.req_ids, trees, strict=True)):
             start, end = batch.cu_num_logits_np[r : r + 2]
             rows = batch.logits_indices[start:end]
             tokens, root = batch.input_ids[rows].tolist(), int(batch.positions[rows[0]])
             remaining = float(temperature[batch.idx_mapping[r]])
             for node in range(end - start if end - start > 1 else 0):
-                path = tuple(tokens[i] for i in self.tree.paths[node][1:])
+                path = tuple(tokens[i] for i in tree.paths[node][1:])
                 row = processed[start + node].clone()
                 nodes.append(Node(req_id, root, path, raw[start + node], row, remaining))
         return processed, temperature
