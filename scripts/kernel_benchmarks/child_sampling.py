@@ -12,7 +12,7 @@ import torch
 
 from kernel_benchmarks.measure import TREES, Case, Plot, grid
 from kernel_benchmarks.sampling import DTYPES, Requests, draft_rows
-from vllm_spechub.drafting import DraftState
+from vllm_spechub.drafting import DraftBuffers
 from vllm_spechub.topology import TokenTree
 from vllm_spechub.triton_kernels.child_sampling import reference
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
@@ -44,7 +44,7 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
     batch, vocab, dtype = setting["batch"], setting["vocab"], DTYPES[setting["dtype"]]
     tree = TokenTree(TREES[setting["nodes"]])
     requests = Requests(batch, vocab, tree, setting["temperature"], 1.0, device)
-    level = DraftState(tree, 1, 1, dtype, device).levels[-1]
+    level = DraftBuffers([tree], 1, 1, dtype, device).states[0].levels[-1]
     width = len(level.nodes_np)
     logits = draft_rows((batch * width, vocab), dtype, device)
     req_idx = requests.batch.idx_mapping.repeat_interleave(width)

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from vllm_spechub.drafting import DraftState
+from vllm_spechub.drafting import DraftBuffers, DraftState
+from vllm_spechub.schedule import TreeSchedule
 from vllm_spechub.topology import TokenTree
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -60,6 +61,7 @@ class Requests:
         from vllm.v1.worker.gpu.sample.sampler import Sampler
         from vllm.v1.worker.gpu.states import RequestState
 
+        from vllm_spechub.engine.drafted import DraftedTrees
         from vllm_spechub.engine.history import HistoryProcessors
         from vllm_spechub.engine.sampler import TreeRejectionSampler
 
@@ -70,14 +72,20 @@ class Requests:
         self.sampler = Sampler(VllmConfig(), batch, vocab, device, states)
         # The parts of the speculative configuration that a rejection sampler reads.
         self.config = SimpleNamespace(
-            tree=tree,
             num_speculative_tokens=tree.num_nodes,
             enable_adaptive_verification=False,
             rejection_sample_method="standard",
         )
+        schedule = TreeSchedule.constant(tree)
         history = HistoryProcessors(self.sampler.logits_processors, batch)
         self.tree_sampler = TreeRejectionSampler(
-            self.sampler, self.config, device, rule=None, history=history, compactor=None
+            self.sampler,
+            self.config,
+            device,
+            rule=None,
+            history=history,
+            drafted=DraftedTrees(schedule, batch),
+            compactor=None,
         )
         for req in range(batch):
             params = SamplingParams(temperature=temperature, top_p=top_p, seed=req)
@@ -115,16 +123,17 @@ class Requests:
 
     def draft(self, dtype: torch.dtype, rule: str) -> DraftState:
         """Every request's tree, drafted level by level as the engine does."""
-        from vllm_spechub.engine.truncation import truncate
+        from vllm_spechub.engine.truncation import truncate, truncates
         from vllm_spechub.rules.kernels import sample_children
 
-        batch = self.batch
-        state = DraftState(self.tree, batch.num_reqs, self.vocab, dtype, self.device)
+        batch, params = self.batch, self.sampler.sampling_states
+        reqs = batch.idx_mapping_np
+        (chosen,) = truncates(params, reqs).nonzero()
+        (state,) = DraftBuffers([self.tree], len(reqs), self.vocab, dtype, self.device).states
         for level in state.levels:
             width = len(level.nodes_np)
             logits = draft_rows((batch.num_reqs * width, self.vocab), dtype, self.device)
-            states = self.sampler.sampling_states
-            truncate(logits, states, batch.idx_mapping, batch.idx_mapping_np)
+            truncate(logits, params, batch.idx_mapping, reqs, chosen)
             tokens, slots = sample_children(
                 logits,
                 self.temperature,
