@@ -51,7 +51,7 @@ def _verify_spechub(
         SHARPENED,
         BLOCK_SIZE,
     )
-    accept_sample, accept_main, hub_gain, emitted_mass, sample_target, token = device.spechub_parts(
+    accept_sample, accept_main, hub_gain, emitted_mass, sample_target = device.spechub_parts(
         target_ptr,
         draft_ptr,
         children,
@@ -60,9 +60,7 @@ def _verify_spechub(
         1.0,
         True,
         vocab_size,
-        residual_key,
         ORDERED,
-        True,
         BLOCK_SIZE,
     )
     failed = 1.0 - accept_sample
@@ -81,8 +79,21 @@ def _verify_spechub(
     total = tl.max(threshold, axis=0) + reject
     # Slots passed over; all of them on rejection.
     slot = tl.sum((threshold <= draw * total).to(tl.int32), axis=0)
-    if stuck and slot == NO_SLOT:
-        token = device.emit(target_ptr, vocab_size, residual_key, target_scale, False, BLOCK_SIZE)
+    token = tl.full([], -1, tl.int32)
+    if slot == NO_SLOT:
+        p, w, _, _ = law
+        token = device.emit_residual(
+            target_ptr,
+            draft_ptr,
+            children,
+            sample_slot,
+            p,
+            w,
+            1.0,
+            vocab_size,
+            residual_key,
+            BLOCK_SIZE,
+        )
     return slot, token
 
 
