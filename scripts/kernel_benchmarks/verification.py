@@ -71,6 +71,7 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
             draft.first_child,
             draft.num_children,
             draft.internal_index,
+            draft.subtree_sizes,
             max_depth=tree.depth,
             rule=rule,
             **options,

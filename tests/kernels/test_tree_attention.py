@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tree attention: kernel against reference, reference against its definition, resources."""
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 
@@ -439,9 +440,10 @@ def attention_job(
     softcap=False,
     window=False,
     fp8=False,
+    capability=90,
 ):
     """Signature, constexprs and options as `tree_attention_triton` launches."""
-    config = launch_config(dtype, head_size, group_size, max_query_len)
+    config = launch_config(dtype, head_size, group_size, max_query_len, capability // 10)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     constexprs = {
         "BLOCK_SIZE": 16,
@@ -493,37 +495,34 @@ def attention_job(
     return signature, constexprs, options
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("dtype", list(TRITON_TYPE))
-def test_compiles_ahead_of_time(compile_for, dtype, capability):
-    signature, constexprs, options = attention_job(dtype, 128, 4, 15)
-    resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)
-    print(f"{dtype} sm_{capability}: {resources}")
+SPILL_CASES = [
+    *itertools.product(
+        [90], (torch.bfloat16, torch.float32), (64, 80, 128, 192, 256), (1, 15), (False, True)
+    ),
+    *itertools.product([90], [torch.float16], (64, 128, 256), [15], [False]),
+    *itertools.product((80, 100), [torch.bfloat16], (80, 128, 256), [15], (False, True)),
+    *itertools.product((80, 100), [torch.float32], (128, 192), [15], [True]),
+]
 
 
-@pytest.mark.parametrize("dtype", list(TRITON_TYPE))
 @pytest.mark.parametrize(
-    ("head_size", "group_size", "max_query_len", "num_splits", "softcap", "window"),
-    [
-        (64, 1, 1, 8, False, False),
-        (64, 4, 31, 1, False, False),
-        (80, 1, 64, 1, False, False),
-        (128, 4, 15, 8, False, False),
-        (128, 4, 15, 8, False, True),
-        (128, 8, 1, 8, False, False),
-        (128, 4, 512, 1, True, False),
-        (256, 2, 15, 8, False, False),
-        (256, 2, 512, 1, False, True),
-    ],
+    ("capability", "dtype", "head_size", "max_query_len", "all_features"), SPILL_CASES
 )
-def test_nothing_spills_on_hopper(
-    compile_for, dtype, head_size, group_size, max_query_len, num_splits, softcap, window
-):
+def test_nothing_spills(compile_for, capability, dtype, head_size, max_query_len, all_features):
+    """At the configurations that a decode (one row block of 16) and a tree (the largest) get."""
+    group_size = 1 if max_query_len == 1 else 4
     signature, constexprs, options = attention_job(
-        dtype, head_size, group_size, max_query_len, num_splits, softcap, window
+        dtype,
+        head_size,
+        group_size,
+        max_query_len,
+        num_splits=1 if all_features else 8,
+        softcap=all_features,
+        window=all_features,
+        capability=capability,
     )
-    resources = compile_for(_tree_attention_kernel, signature, constexprs, 90, **options)
-    print(f"{dtype} head {head_size} group {group_size}: {resources}")
+    resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)
+    print(f"{dtype} head {head_size}, {max_query_len} queries, sm_{capability}: {resources}")
     assert resources.spill_bytes == 0
 
 

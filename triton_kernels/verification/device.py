@@ -158,7 +158,7 @@ def spechub_law(
     greedy = draft_temperature == 0.0
     scale = 1.0 / tl.where(greedy, 1.0, draft_temperature)
     is_hub = (children >= 0) & (slots != sample_slot)
-    hubs, _ = spechub_children(children, sample_slot)
+    hubs = spechub_children(children, sample_slot)[0]
 
     target_peaks = tl.full([BLOCK_SIZE], LOWEST, tl.float32)
     draft_peaks = target_peaks

@@ -249,6 +249,8 @@ def verify_tree(
     num_children: torch.Tensor,
     # [num_tree_nodes]
     internal_index: torch.Tensor,
+    # [num_tree_nodes]
+    subtree_sizes: torch.Tensor,
     *,
     max_depth: int,
     rule: str,
@@ -292,7 +294,9 @@ def verify_tree(
     if rule == "traversal":
         num_tree_nodes = first_child.shape[0]
         max_nodes = triton.next_power_of_2(num_tree_nodes)
-        traverse_kernel[(num_reqs,)](*arguments, num_tree_nodes, MAX_NODES=max_nodes, **options)
+        traverse_kernel[(num_reqs,)](
+            *arguments, subtree_sizes, num_tree_nodes, MAX_NODES=max_nodes, **options
+        )
     else:
         _verify_tree_kernel[(num_reqs,)](*arguments, RULE=rule, **options)
     return tokens, num_emitted, path

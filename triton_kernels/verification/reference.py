@@ -47,6 +47,8 @@ class _Trees:
     num_children: torch.Tensor
     # [num_tree_nodes]
     internal_index: torch.Tensor
+    # [num_tree_nodes]
+    subtree_sizes: torch.Tensor
     rule: str
     sharpening: float
     # [num_reqs, num_tree_nodes] bool, written
@@ -147,6 +149,8 @@ def verify_tree(
     num_children: torch.Tensor,
     # [num_tree_nodes]
     internal_index: torch.Tensor,
+    # [num_tree_nodes]
+    subtree_sizes: torch.Tensor,
     *,
     max_depth: int,
     rule: str,
@@ -178,6 +182,7 @@ def verify_tree(
         first_child,
         num_children,
         internal_index,
+        subtree_sizes,
         rule,
         sharpening,
         visited.zero_(),
@@ -258,12 +263,9 @@ def _traverse(
     """
     num_reqs, device = len(path), path.device
     first_child, num_children = trees.first_child.tolist(), trees.num_children.tolist()
-    parents = [0] * len(first_child)
-    sizes = [1] * len(first_child)
-    for node in reversed(range(len(first_child))):
-        for child in range(first_child[node], first_child[node] + num_children[node]):
-            parents[child] = node
-            sizes[node] += sizes[child]
+    parents, sizes = [0] * len(first_child), trees.subtree_sizes.tolist()
+    for node, (first, count) in enumerate(zip(first_child, num_children, strict=True)):
+        parents[first : first + count] = [node] * count
     everyone = torch.arange(num_reqs, device=device)
 
     # [num_reqs, num_tree_nodes]: the path acceptance that a node is visited with; the probability

@@ -20,32 +20,6 @@ def _parent(node, nodes, first_child, num_children):
 
 
 @triton.jit
-def _subtree_sizes(
-    first,
-    # [MAX_NODES] each
-    nodes,
-    first_child,
-    num_children,
-):
-    """Nodes below each of the slots that start at node `first`. [MAX_CHILDREN]
-
-    Breadth-first numbers make a subtree's nodes of one depth a range.
-    """
-    begin = first + tl.arange(0, MAX_CHILDREN)
-    end = begin + 1
-    size = tl.zeros([MAX_CHILDREN], tl.int32)
-    width = end - begin
-    while tl.sum(width, axis=0) > 0:
-        inside = (begin[:, None] <= nodes[None, :]) & (nodes[None, :] < end[:, None])
-        inner = inside & (num_children > 0)[None, :]
-        width = tl.sum(tl.where(inner, num_children[None, :], 0), axis=1)
-        begin = tl.min(tl.where(inner, first_child[None, :], 2**20), axis=1)
-        end = begin + width
-        size += width
-    return size
-
-
-@triton.jit
 def _visit_children(
     # [vocab_size]
     target_ptr,
@@ -149,6 +123,8 @@ def traverse_kernel(
     max_depth,
     vocab_size,
     sharpening,
+    # [num_tree_nodes]
+    subtree_sizes_ptr,
     num_tree_nodes,
     MAX_NODES: tl.constexpr,
     SHARPENED: tl.constexpr,
@@ -173,10 +149,10 @@ def traverse_kernel(
     nodes = tl.arange(0, MAX_NODES)
     in_tree = nodes < num_tree_nodes
     first_child = tl.load(first_child_ptr + nodes, mask=in_tree, other=0)
-    all_children = tl.load(num_children_ptr + nodes, mask=in_tree, other=0)
+    num_children = tl.load(num_children_ptr + nodes, mask=in_tree, other=0)
     # A node that lost a child to truncation is a leaf.
-    present = first_child + all_children - 1 <= tl.load(num_nodes_ptr + out)
-    num_children = tl.where(present, all_children, 0)
+    present = first_child + num_children - 1 <= tl.load(num_nodes_ptr + out)
+    num_children = tl.where(present, num_children, 0)
     # The path acceptance that a node is visited with; the probability of accepting it once its
     # children have failed.
     visit = tl.where(nodes == 0, 1.0, 0.0)
@@ -210,8 +186,8 @@ def traverse_kernel(
                     best = device.emit(target_ptr, vocab_size, 0, target_scale, True, BLOCK_SIZE)
                     chances = tl.where(children == best, 1.0, 0.0)
                 else:
-                    sizes = _subtree_sizes(first, nodes, first_child, all_children)
-                    sizes = tl.where(slots < count, sizes, at(sizes, slots, 0))
+                    # [MAX_CHILDREN], the first one's also past the last
+                    sizes = tl.load(subtree_sizes_ptr + first + tl.where(slots < count, slots, 0))
                     chances, left, p, w = _visit_children(
                         target_ptr,
                         draft_logits_ptr + internal * draft_logits_node_stride,
