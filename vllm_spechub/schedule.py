@@ -49,10 +49,10 @@ class TreeSchedule:
     def __post_init__(self) -> None:
         start = 1
         for position, (first, last, _tree) in enumerate(self.ranges, start=1):
-            if first != start:
-                raise ValueError(f"range {position} starts at {first}, it must start at {start}")
             if last is None and position < len(self.ranges):
                 raise ValueError(f"range {position} has no end, only the last range may have none")
+            if first != start:
+                raise ValueError(f"range {position} starts at {first}, it must start at {start}")
             if last is not None and last < first:
                 raise ValueError(f"range {position} ends at {last}, before it starts at {first}")
             start = (last or 0) + 1

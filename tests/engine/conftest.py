@@ -31,7 +31,8 @@ PROMPTS = [
 def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec=None, **options):
     """A vLLM engine, gone again at the end of the block; with spechub if a tree is given.
 
-    `spec` are more of spechub's options, the others are vLLM's.
+    `tree` may be a schedule, [[first, last, tree], ...]. `spec` are more of spechub's options, the
+    others are vLLM's.
     """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -54,7 +55,7 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
         settings["speculative_config"] = {
             "method": "spechub",
             "model": draft,
-            "tree": tree,
+            "tree_by_batch_size" if is_schedule(tree) else "tree": tree,
             "verification": verification,
         } | (spec or {})
     llm = LLM(**(settings | options))
@@ -65,6 +66,10 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def is_schedule(tree) -> bool:
+    return isinstance(tree, list) and isinstance(tree[0], list)
 
 
 def model_runner(llm):
