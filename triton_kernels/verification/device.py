@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from ..rng_device import element_hash, exponential
+from ..rng_device import element_hash, exponential, fast_log
 
 # Stands for the peak of logits that are all -inf.
 LOWEST = tl.constexpr(-3.0e38)
@@ -79,7 +79,7 @@ def emit(
         index = start + lane
         score = _load(logits_ptr, index, vocab_size) * scale
         if not greedy:
-            score -= tl.log(exponential(element_hash(key, index)))
+            score -= fast_log(exponential(element_hash(key, index)))
         race, winner = _lead(score, index, race, winner)
     return _best(race, winner)
 
