@@ -105,9 +105,10 @@ def test_every_node_equals_its_path_decoded_plainly(recorded, options):
 
 
 def test_processors_see_each_nodes_own_history(recorded, monkeypatch):
-    """Penalties, min_tokens and bad words on every node, next to plain requests."""
+    """Penalties, min_tokens and bad words on every node, next to plain requests, in chunks."""
     from vllm import SamplingParams
 
+    from vllm_spechub.engine import sampler
     from vllm_spechub.engine.history import HistoryProcessors
 
     nodes, _, _ = recorded
@@ -119,6 +120,7 @@ def test_processors_see_each_nodes_own_history(recorded, monkeypatch):
         return add_request(self, req_idx, sampling_params)
 
     monkeypatch.setattr(HistoryProcessors, "add_request", spy)
+    monkeypatch.setattr(sampler, "get_max_chunk_logits", lambda vocab_size: 40)
     penalties = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3}
     params = [
         SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),
