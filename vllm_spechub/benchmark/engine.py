@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -58,19 +59,15 @@ class EngineProcess:
         return self._receive()
 
     def ask_to_stop(self) -> None:
-        try:
+        with suppress(BrokenPipeError):  # it has stopped
             self._connection.send(None)
-        except BrokenPipeError:
-            pass  # it has stopped
         self._connection.close()
 
     def join(self) -> None:
         """Wait for the end, and end what is left of it by force."""
         self._process.join(GOODBYE_SECONDS)
-        try:
+        with suppress(ProcessLookupError):  # all of them have ended
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # all of them have ended
         self._process.join()
 
     def _receive(self) -> Any:

@@ -35,3 +35,8 @@ def chain(draft: str, length: int) -> Way:
 
 def spechub(name: str, draft: str, **options: Any) -> Way:
     return Way(name, {"method": "spechub", "model": draft} | options)
+
+
+def is_chain(name: str) -> bool:
+    """Is a way of this name vLLM's own chain?"""
+    return name.startswith("chain ")

@@ -6,7 +6,7 @@ class Observed:
     """A worker that says how much memory it takes."""
 
     def used_memory(self) -> int:
-        """Bytes: on CUDA what PyTorch holds, graphs and KV cache included; else what is resident."""
+        """Bytes: on CUDA what PyTorch holds, graphs and KV cache included; else all resident."""
         import torch
 
         if torch.cuda.is_available():
