@@ -14,12 +14,15 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from vllm_spechub.config import SpecHubConfig, Unsupported
 from vllm_spechub.proposers import PROPOSERS
 from vllm_spechub.registry import Registry
 from vllm_spechub.rules import RULES, VerificationRule, build_rule
+from vllm_spechub.schedule import TreeSchedule
 from vllm_spechub.shapes import parse_tree
+from vllm_spechub.topology import TokenTree
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
@@ -73,6 +76,26 @@ def test_the_best_tree_for_a_budget():
     assert spec.tree != parse_tree(tree, "ordered")
 
 
+def test_trees_by_batch_size():
+    ranges = [[1, 8, "binary:3"], [9, 32, "auto:7"], [33, 128, "chain:2"], [129, None, None]]
+    spec = configured({"tree_by_batch_size": ranges}).speculative_config
+    assert spec.schedule == TreeSchedule.parse(ranges, spec.verification)
+    assert spec.tree == TokenTree.parse("binary:3")
+    assert spec.num_speculative_tokens == 14
+    # what vLLM's own scheduler and graphs go by
+    by_size = build_dynamic_sd_schedule_lookup(spec.num_speculative_tokens_per_batch_size, 200, 14)
+    narrow = parse_tree("auto:7", spec.verification).num_nodes
+    assert [by_size[n] for n in (1, 8, 9, 32, 33, 128, 129, 200)] == (
+        [14, 14, narrow, narrow, 2, 2, 0, 0]
+    )
+
+
+def test_one_range_is_a_constant_tree():
+    spec = configured({"tree_by_batch_size": [[1, None, "chain:2"]]}).speculative_config
+    assert spec.schedule == configured({"tree": "chain:2"}).speculative_config.schedule
+    assert not spec.uses_dynamic_speculative_decoding()
+
+
 def test_survives_pickling_into_a_fresh_process():
     config = configured({"tree": [0, 0, 1]})
     program = (
@@ -95,6 +118,22 @@ def test_survives_pickling_into_a_fresh_process():
         ({"model": "/nowhere/draft"}, "there is no folder '/nowhere/draft'"),
         ({"tree": "oak:3"}, "speculative_config['tree']: 'oak:3' is none of: binary:DEPTH"),
         ({"tree": [0, 2]}, "speculative_config['tree']: parents[1] = 2"),
+        (
+            {"tree": "chain:2", "tree_by_batch_size": [[1, None, "chain:2"]]},
+            "speculative_config['tree'] and speculative_config['tree_by_batch_size'] exclude",
+        ),
+        (
+            {"tree_by_batch_size": [[1, 4, "chain:2"], [6, None, None]]},
+            "speculative_config['tree_by_batch_size']: range 2 starts at 6, it must start at 5",
+        ),
+        (
+            {"tree_by_batch_size": [[1, None, "chain:3"]], "verification": "maybe"},
+            "speculative_config['verification'] is 'maybe'",
+        ),
+        (
+            {"tree_by_batch_size": [[1, 2, "chain:3"], [3, None, [0, 0]]], "verification": "chain"},
+            "speculative_config['tree'] is binary:1, but verification 'chain'",
+        ),
         ({"tree": "auto:99"}, "speculative_config['tree']: 'auto:99': NODES and DEPTH must be in"),
         ({"verification": "maybe"}, "speculative_config['verification'] is 'maybe', allowed: orde"),
         (

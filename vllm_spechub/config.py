@@ -17,6 +17,7 @@ from vllm_spechub.patches import apply_all, ledger
 from vllm_spechub.patches.frontend import METHOD
 from vllm_spechub.proposers import PROPOSERS
 from vllm_spechub.rules import RULES
+from vllm_spechub.schedule import TreeSchedule
 from vllm_spechub.shapes import parse_tree
 from vllm_spechub.topology import TokenTree
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
@@ -48,6 +49,7 @@ ALLOWED_KEYS = (
     "method",
     "model",
     "tree",
+    "tree_by_batch_size",
     "verification",
     "sharpening",
     "proposer",
@@ -72,7 +74,10 @@ class SpecHubConfig(SpeculativeConfig):
 
     tree: TokenTree | str | list[int] = DEFAULT_TREE
     """The draft tree: a family ("binary:3", "kary:4:2", "chain:5", "caterpillar:5:3"), the list of
-    its drafted nodes' parents, breadth-first, 0 being the root, or "auto[:NODES[:DEPTH]]"."""
+    its drafted nodes' parents, breadth-first, 0 being the root, or "auto[:NODES[:DEPTH]]". With
+    `tree_by_batch_size` the tree with most nodes."""
+    tree_by_batch_size: TreeSchedule | None = None
+    """Instead of `tree`: which tree is drafted, by the number of running requests."""
     verification: str = DEFAULT_RULE
     """The verification rule, by its registered name."""
     sharpening: float = 1.0
@@ -84,6 +89,11 @@ class SpecHubConfig(SpeculativeConfig):
     @classmethod
     def _parse_tree(cls, value: Any) -> TokenTree:
         return TokenTree.parse(value)
+
+    @property
+    def schedule(self) -> TreeSchedule:
+        """Which tree is drafted for each number of running requests."""
+        return self.tree_by_batch_size or TreeSchedule.constant(self.tree)
 
     def verify_equal_vocab_size_if_draft_model(self) -> None:
         """Left to the proposer, which tells padding from another vocabulary."""
@@ -133,19 +143,18 @@ def create_config(
         raise ValueError(
             f"speculative_config['sharpening'] is {sharpening!r}, allowed: a finite number above 0"
         )
-    try:
-        rule = options.get("verification", SpecHubConfig.verification)
-        tree = parse_tree(options.pop("tree", DEFAULT_TREE), rule)
-    except ValueError as error:
-        raise ValueError(f"speculative_config['tree']: {error}") from None
+    schedule = _schedule(options)
+    varies = schedule.nodes_by_batch_size()
     proposer = PROPOSERS.load(options.get("proposer", SpecHubConfig.proposer))
     proposer.check_options(options, target_model_config)
     try:
         spechub = SpecHubConfig(
             **options,
             method="draft_model",
-            tree=tree,
-            num_speculative_tokens=tree.num_nodes,
+            tree=schedule.trees[0],
+            tree_by_batch_size=schedule if varies else None,
+            num_speculative_tokens=schedule.trees[0].num_nodes,
+            num_speculative_tokens_per_batch_size=varies,
             target_model_config=target_model_config,
             target_parallel_config=target_parallel_config,
         )
@@ -154,6 +163,24 @@ def create_config(
     RULES.load(spechub.verification).check_config(spechub)
     proposer.check_config(spechub)
     return spechub
+
+
+def _schedule(options: dict[str, Any]) -> TreeSchedule:
+    """Take the trees out of the options."""
+    rule = options.get("verification", SpecHubConfig.verification)
+    by_batch_size = options.pop("tree_by_batch_size", None)
+    if by_batch_size is not None and "tree" in options:
+        raise ValueError(
+            "speculative_config['tree'] and speculative_config['tree_by_batch_size'] exclude each "
+            "other: give one of them"
+        )
+    key = "tree" if by_batch_size is None else "tree_by_batch_size"
+    try:
+        if by_batch_size is None:
+            return TreeSchedule.constant(parse_tree(options.pop("tree", DEFAULT_TREE), rule))
+        return TreeSchedule.parse(by_batch_size, rule)
+    except ValueError as error:
+        raise ValueError(f"speculative_config[{key!r}]: {error}") from None
 
 
 def _first_line(error: Exception | str) -> str:
@@ -234,6 +261,12 @@ def _engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
         parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe,
         "data_parallel_size > 1 is not supported for mixtures of experts, whose ranks run in step; "
         "start separate engines",
+    )
+    yield (
+        parallel.data_parallel_size > 1
+        and vllm_config.speculative_config.tree_by_batch_size is not None,
+        "speculative_config['tree_by_batch_size'] with data_parallel_size > 1 is not supported, as "
+        "vLLM varies no widths there; use speculative_config['tree']",
     )
     yield (
         parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,

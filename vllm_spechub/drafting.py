@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DraftState`: what verification must know of how a tree was drawn."""
+"""`DraftBuffers`, `DraftState`: what verification must know of how a tree was drawn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ class DraftLevel:
     # [num_expanded] int32
     num_children: torch.Tensor
     max_children: int
+    # [num_expanded] int64, bit i stands for tree node i
+    ancestor_masks: torch.Tensor
     # breadth-first numbering makes both contiguous
     internal: slice
     children: slice
@@ -26,11 +29,11 @@ class DraftLevel:
     select: torch.Tensor
 
 
-class DraftState:
-    """Per-request drafts of a static tree, and the tree's tables on the device.
+class DraftBuffers:
+    """What requests have drafted, with room for the largest of several trees.
 
     Args:
-        tree: the tree that every request drafts.
+        trees: those that requests may draft.
         max_num_reqs: request-state slots.
         vocab_size: width of a draft row.
         dtype: of the draft logits, kept as the draft model gave them: what is verified must be
@@ -40,19 +43,17 @@ class DraftState:
 
     def __init__(
         self,
-        tree: TokenTree,
+        trees: Sequence[TokenTree],
         max_num_reqs: int,
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        def table(array) -> torch.Tensor:
-            return torch.from_numpy(array).to(device)
-
-        num_internal = len(tree.internal_nodes)
-        self.tree = tree
+        num_nodes = max(tree.num_nodes for tree in trees)
+        # only nodes with children have a distribution to remember
+        num_internal = max(len(tree.internal_nodes) for tree in trees)
         # [max_num_reqs, num_nodes], node i in column i - 1
-        self.tokens = torch.zeros(max_num_reqs, tree.num_nodes, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(max_num_reqs, num_nodes, dtype=torch.int64, device=device)
         # [max_num_reqs, num_internal, vocab_size], truncated, before temperature
         self.logits = torch.zeros(
             max_num_reqs, num_internal, vocab_size, dtype=dtype, device=device
@@ -61,6 +62,25 @@ class DraftState:
         self.sample_slots = torch.zeros(
             max_num_reqs, num_internal, dtype=torch.int32, device=device
         )
+        self.states = [DraftState(tree, self) for tree in trees]
+
+
+class DraftState:
+    """Per-request drafts of a static tree, and the tree's tables on the device.
+
+    Args:
+        tree: the tree that was drafted.
+        buffers: where its drafts are, among those of other trees.
+    """
+
+    def __init__(self, tree: TokenTree, buffers: DraftBuffers) -> None:
+        def table(array) -> torch.Tensor:
+            return torch.from_numpy(array).to(buffers.tokens.device)
+
+        self.tree = tree
+        # A smaller tree leaves the last columns of each unused.
+        self.tokens, self.logits = buffers.tokens, buffers.logits
+        self.sample_slots = buffers.sample_slots
         # [num_nodes + 1] each
         self.first_child = table(tree.first_child)
         self.num_children = table(tree.num_children)
@@ -78,6 +98,7 @@ class DraftState:
             nodes_np=nodes,
             num_children=table(counts),
             max_children=int(counts.max()),
+            ancestor_masks=table(tree.ancestor_masks[nodes]),
             internal=slice(first_internal, first_internal + len(nodes)),
             children=slice(first_child - 1, first_child - 1 + int(counts.sum())),
             select=table(np.flatnonzero(has_child)),

@@ -15,12 +15,14 @@ from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_spechub.topology import MAX_BRANCHING, TokenTree
+from vllm_spechub.schedule import TreeSchedule
+from vllm_spechub.topology import MAX_BRANCHING
 
 FALLBACKS = {
     "grammar": "its drafts were not known when its grammar was asked",
     "max_model_len": "it stood at the end of the context",
     "budget": "no token budget or KV cache was left for drafts",
+    "load": "tree_by_batch_size asks for none in a batch as large as its last",
 }
 """Why a decoding request had no tree in a step, as the label `reason` names it."""
 
@@ -48,41 +50,47 @@ class TreeDecodingStats(SpecDecodingStats):
 class StepObserver:
     """Counts the trees of a scheduler's steps."""
 
-    def __init__(self, tree: TokenTree) -> None:
-        self.depths = tree.depths.tolist()
-        self.depth = tree.depth
-        first_sibling = tree.first_child[np.concatenate([[0], tree.parents])]
-        self._slots = np.arange(tree.num_nodes + 1) - first_sibling
+    def __init__(self, schedule: TreeSchedule) -> None:
+        self.depth = schedule.depth
+        # of each of the schedule's trees, the depth of every node, root first
+        self.depths = [tree.depths.tolist() for tree in schedule.trees]
+        self._slots = [
+            np.arange(tree.num_nodes + 1) - tree.first_child[np.concatenate([[0], tree.parents])]
+            for tree in schedule.trees
+        ]
 
     def add_tree(
         self,
         stats: TreeDecodingStats | None,
+        tree: int,
         num_nodes: int,
         num_accepted: int,
         # [depth + 1] the accepted node of each depth, 0 first, -1 past the end
         path: np.ndarray,
     ) -> TreeDecodingStats:
-        """Add one request's verified tree. A truncated tree drafts as deep as it still reaches."""
+        """Add one request's verified tree, given by its place in the schedule. A truncated tree
+        drafts as deep as it still reaches."""
         stats = stats or TreeDecodingStats.new(self.depth)
-        stats.observe_draft(self.depths[num_nodes], num_accepted)
+        stats.observe_draft(self.depths[tree][num_nodes], num_accepted)
         stats.num_nodes += num_nodes
         stats.width = max(stats.width, num_nodes)
-        for slot in self._slots[path[1 : num_accepted + 1]].tolist():
+        for slot in self._slots[tree][path[1 : num_accepted + 1]].tolist():
             stats.accepted_by_slot[slot] += 1
         return stats
 
 
 @dataclass
 class TreeRequestMetrics(RequestSpecDecodeMetrics):
-    """vLLM's per-request metrics, told a tree's nodes and counting its depth."""
+    """vLLM's per-request metrics, told a tree's nodes and counting its depth.
+
+    `depths` are those of the nodes of the tree that is counted next, which may change by step.
+    """
 
     depths: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, observer: StepObserver) -> "TreeRequestMetrics":
-        metrics = cls.new(observer.depth)
-        metrics.depths = observer.depths
-        return metrics
+        return cls.new(observer.depth)
 
     def observe(self, num_draft_tokens: int, num_accepted: int, detailed: bool = False) -> None:
         super().observe(self.depths[num_draft_tokens], num_accepted, detailed)
@@ -93,7 +101,7 @@ class TreeMetrics:
 
     def __init__(
         self,
-        tree: TokenTree,
+        schedule: TreeSchedule,
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
         counter_cls: type = prometheus_client.Counter,
@@ -119,7 +127,7 @@ class TreeMetrics:
             histogram_cls(
                 name="vllm:spechub_emitted_tokens",
                 documentation="Tokens that a verified tree emitted, the bonus token included.",
-                buckets=list(range(1, tree.depth + 2)),
+                buckets=list(range(1, schedule.depth + 2)),
                 labelnames=labelnames,
             ),
             per_engine_labelvalues,
@@ -132,7 +140,7 @@ class TreeMetrics:
             "Steps of decoding requests without a tree: " + "; ".join(FALLBACKS.values()) + ".",
             "reason",
         )
-        self.max_children = int(tree.num_children.max())
+        self.max_children = schedule.max_children
         for values in per_engine_labelvalues.values():
             # What never happens reads 0, not nothing.
             for slot in range(self.max_children):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine says about its trees when it starts, once."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase
 
+from vllm_spechub.schedule import TreeSchedule
 from vllm_spechub.topology import TokenTree
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def summarize(
 ) -> str:
     """One readable block: method, tree, rule, draft, memory added, what is off and why."""
     config = vllm_config.speculative_config
-    tree, draft = config.tree, config.draft_model_config
+    draft = config.draft_model_config
     # a proposer may have no model of its own
     model = getattr(speculator, "model", None)
     weights = weight_bytes(model, draft.dtype) if model is not None else 0
@@ -80,16 +82,28 @@ def summarize(
     rows = [
         ("draft", f"{config.model} ({config.proposer})"),
         ("verification", f"{config.verification}{sharpened}"),
-        ("tree", f"{tree}: {tree.num_nodes} nodes, depth {tree.depth}"),
+        *_trees(config.schedule),
         ("memory added", f"{weights / 2**20:,.1f} MiB of draft weights"),
         ("", f"{tensor_bytes(speculator.draft_logits) / 2**20:,.1f} MiB of draft rows"),
         ("", f"{share:.0%} of every KV cache block"),
         ("off", "; ".join(off) or "nothing"),
     ]
     lines = [f"  {name:<14}{text}" for name, text in rows]
-    drawing = [f"  {'':<14}{line}" for line in draw(tree).splitlines()]
-    lines[3:3] = drawing
     return "\n".join(["spechub: lossless speculative decoding with draft trees", *lines])
+
+
+def _trees(schedule: TreeSchedule) -> Iterator[tuple[str, str]]:
+    """A row for each range of running requests, with its tree drawn below."""
+    for batch in schedule.ranges:
+        tree, when = batch.tree, ""
+        if len(schedule.ranges) > 1:
+            when = f"for {batch} requests: "
+        if tree is None:
+            yield "tree", f"{when}none"
+            continue
+        yield "tree", f"{when}{tree}: {tree.num_nodes} nodes, depth {tree.depth}"
+        for line in draw(tree).splitlines():
+            yield "", line
 
 
 def switched_off(vllm_config: "VllmConfig") -> list[str]:

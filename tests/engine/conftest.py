@@ -31,7 +31,8 @@ PROMPTS = [
 def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec=None, **options):
     """A vLLM engine, gone again at the end of the block; with spechub if a tree is given.
 
-    `spec` are more of spechub's options, the others are vLLM's.
+    `tree` may be a schedule, [[first, last, tree], ...]. `spec` are more of spechub's options, the
+    others are vLLM's.
     """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -54,7 +55,7 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
         settings["speculative_config"] = {
             "method": "spechub",
             "model": draft,
-            "tree": tree,
+            "tree_by_batch_size" if is_schedule(tree) else "tree": tree,
             "verification": verification,
         } | (spec or {})
     llm = LLM(**(settings | options))
@@ -65,6 +66,10 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def is_schedule(tree) -> bool:
+    return isinstance(tree, list) and isinstance(tree[0], list)
 
 
 def model_runner(llm):
@@ -149,13 +154,14 @@ def recorded_nodes():
     def spy(self, logits, batch):
         raw = logits.clone()
         processed, temperature = process(self, logits, batch)
-        for r, req_id in enumerate(batch.req_ids):
+        trees = self.drafted.of(batch.idx_mapping_np)
+        for r, (req_id, tree) in enumerate(zip(batch.req_ids, trees, strict=True)):
             start, end = batch.cu_num_logits_np[r : r + 2]
             rows = batch.logits_indices[start:end]
             tokens, root = batch.input_ids[rows].tolist(), int(batch.positions[rows[0]])
             remaining = float(temperature[batch.idx_mapping[r]])
             for node in range(end - start if end - start > 1 else 0):
-                path = tuple(tokens[i] for i in self.tree.paths[node][1:])
+                path = tuple(tokens[i] for i in tree.paths[node][1:])
                 row = processed[start + node].clone()
                 nodes.append(Node(req_id, root, path, raw[start + node], row, remaining))
         return processed, temperature

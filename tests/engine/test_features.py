@@ -61,12 +61,13 @@ def nodes(monkeypatch):
     original = TreeRejectionSampler.__call__
 
     def spy(self, logits, batch, *args, **kwargs):
-        for r, req_id in enumerate(batch.req_ids):
+        trees = self.drafted.of(batch.idx_mapping_np)
+        for r, (req_id, tree) in enumerate(zip(batch.req_ids, trees, strict=True)):
             start, end = batch.cu_num_logits_np[r : r + 2]
             tokens = batch.input_ids[batch.logits_indices[start:end]].tolist()
             root = int(batch.positions[batch.logits_indices[start]])
             for node in range(end - start if end - start > 1 else 0):
-                path = tuple(tokens[i] for i in self.tree.paths[node][1:])
+                path = tuple(tokens[i] for i in tree.paths[node][1:])
                 recorded.append(
                     Node(req_id.rsplit("-", 1)[0], root, path, logits[start + node].clone())
                 )

@@ -86,8 +86,8 @@ def record_paths(llm) -> list[list[int]]:
     sampler = model_runner(llm).rejection_sampler
     verify, paths = sampler.rule.verify, []
 
-    def recording(*args):
-        verified = verify(*args)
+    def recording(*args, **options):
+        verified = verify(*args, **options)
         paths.extend(verified.path.tolist())
         return verified
 

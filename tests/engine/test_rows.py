@@ -57,7 +57,8 @@ def recorded(monkeypatch):
         layout, compactor = layouts[-1], self.compactor
         tables = compactor.block_tables.input_block_tables[0]
         views = compactor.compactors[0][1].kv_views
-        for r, req_id in enumerate(batch.req_ids):
+        trees = self.drafted.of(batch.idx_mapping_np)
+        for r, (req_id, tree) in enumerate(zip(batch.req_ids, trees, strict=True)):
             start, end = batch.cu_num_logits_np[r : r + 2]
             tokens = batch.input_ids[batch.logits_indices[start:end]].tolist()
             root = int(batch.positions[batch.logits_indices[start]])
@@ -69,7 +70,7 @@ def recorded(monkeypatch):
                     Node(
                         req_id,
                         root,
-                        tuple(tokens[i] for i in self.tree.paths[node][1:]),
+                        tuple(tokens[i] for i in tree.paths[node][1:]),
                         raw[start + node],
                         processed[start + node].clone(),
                         int(layout.positions[token_index]),

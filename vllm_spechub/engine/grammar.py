@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
     from vllm.v1.structured_output.request import StructuredOutputRequest
 
+ANY_TREE = TokenTree.chain(1)
+"""For a request without drafts, of whose tree only the root is looked at."""
 UNCONSTRAINED = -1
 """A word of a mask that allows all its 32 tokens."""
 
@@ -145,15 +147,17 @@ def grammar_bitmask(
     requests: "dict[str, Request]",
     request_ids: list[str],
     drafts: dict[str, list[int]],
+    trees: dict[str, TokenTree],
 ) -> "npt.NDArray[np.int32]":
     """A batch's masks, those of a request side by side in node order, as the worker reads them.
 
     Args:
         request_ids: the requests with a grammar, in the masks' order.
         drafts: each request's scheduled drafts, -1 for those that are not known here.
+        trees: the tree that each request's drafts belong to.
     """
-    config = manager.vllm_config
     if manager._grammar_bitmask is None:
+        config = manager.vllm_config
         rows = config.scheduler_config.max_num_seqs * (1 + config.num_speculative_tokens)
         manager._grammar_bitmask = manager.backend.allocate_token_bitmask(rows)
     end = 0
@@ -162,7 +166,7 @@ def grammar_bitmask(
         start, end = end, end + 1 + len(tokens)
         fill_tree_bitmask(
             GrammarWalk(manager, requests[request_id]),
-            config.speculative_config.tree,
+            trees.get(request_id, ANY_TREE),
             strip_speculative_padding(tokens),
             manager._grammar_bitmask[start:end],
         )

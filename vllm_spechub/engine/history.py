@@ -5,6 +5,7 @@ vLLM's penalties, bad words, thinking budgets and custom processors take the row
 one chain. A tree is unrolled for them: every root-to-leaf path becomes a chain of rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -73,7 +74,8 @@ def _unrolled_tree(tree: TokenTree, num_nodes: int) -> tuple[np.ndarray, np.ndar
 
 
 def unroll(
-    tree: TokenTree,
+    # [num_reqs]
+    trees: Sequence[TokenTree],
     # [num_reqs]
     num_nodes: np.ndarray,
     # [num_reqs]
@@ -84,7 +86,7 @@ def unroll(
     """Lay rows out for vLLM's processors: chains for requests that need their history, else the
     tree's rows as they are."""
     sources, local_positions, depths = [], [], []
-    for count, row, history in zip(num_nodes, first_row, needs_history, strict=True):
+    for tree, count, row, history in zip(trees, num_nodes, first_row, needs_history, strict=True):
         if history:
             nodes, depth = _unrolled_tree(tree, int(count))
             local = depth

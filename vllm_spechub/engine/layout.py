@@ -11,21 +11,27 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_spechub.attention.visibility import TreeVisibility
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.engine.drafted import DraftedTrees
 
 
 class TreeLayout:
     """Per-token positions and visibility of a batch, in buffers that CUDA graphs can replay."""
 
-    def __init__(self, tree: TokenTree, max_num_tokens: int, device: torch.device) -> None:
+    def __init__(self, drafted: DraftedTrees, max_num_tokens: int, device: torch.device) -> None:
         self.device = device
-        # Index 0 stands for an ordinary token, index 1 + i for tree node i.
-        slot_of_node = np.arange(tree.num_nodes + 1)
+        self.drafted = drafted
+        trees = drafted.trees
+        # Entry 0 stands for an ordinary token, the others for the trees' nodes, tree after tree.
+        sizes = [tree.num_nodes + 1 for tree in trees]
+        # [num_trees] where the tree's root stands
+        self._root_entry = 1 + np.cumsum([0, *sizes[:-1]])
+        slot_of_node = np.concatenate([np.arange(size) for size in sizes])
         ordinary = np.zeros(1, dtype=np.int64)
-        depth_minus_slot = np.concatenate([ordinary, tree.depths - slot_of_node])
+        depths = np.concatenate([tree.depths for tree in trees])
+        depth_minus_slot = np.concatenate([ordinary, depths - slot_of_node])
         until_minus_slot = np.concatenate([ordinary + 1, -slot_of_node])
-        masks = np.concatenate([ordinary, tree.ancestor_masks])
-        # [num_nodes + 2] each
+        masks = np.concatenate([ordinary, *(tree.ancestor_masks for tree in trees)])
+        # [num_entries] each
         self._tables = [
             torch.from_numpy(table) for table in (depth_minus_slot, until_minus_slot, masks)
         ]
@@ -49,11 +55,12 @@ class TreeLayout:
         if drafts is not None:
             num_tree_tokens = np.where(drafts > 0, drafts + 1, 0)
             ends = batch.query_start_loc_np[1 : batch.num_reqs + 1]
-            # one run of 1, 2, .., 1 + n at the end of every request that has a tree
+            # one run of the root and n nodes at the end of every request that has a tree
             start = np.repeat(ends - num_tree_tokens, num_tree_tokens)
             first = np.repeat(np.cumsum(num_tree_tokens) - num_tree_tokens, num_tree_tokens)
             node = np.arange(num_tree_tokens.sum()) - first
-            row[start + node] = node + 1
+            root = self._root_entry[self.drafted.index[batch.idx_mapping_np]]
+            row[start + node] = np.repeat(root, num_tree_tokens) + node
         rows = async_tensor_h2d(row, device=self.device)
         positions = batch.positions[:num_tokens]
         torch.add(positions, self._rope_offset[rows], out=self.positions[:num_tokens])

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_spechub.attention.visibility import TreeAttnMetadata
 from vllm_spechub.engine.compaction import PathCompactor
+from vllm_spechub.engine.drafted import DraftedTrees
 from vllm_spechub.engine.history import HistoryProcessors
 from vllm_spechub.engine.layout import TreeLayout
 from vllm_spechub.engine.sampler import TreeRejectionSampler
@@ -25,8 +27,13 @@ class TreeModelState(DefaultModelState):
     def __init__(self, vllm_config, model, encoder_cache, device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.config = vllm_config.speculative_config
-        self.layout = TreeLayout(self.config.tree, self.max_num_tokens, device)
+        self.drafted = DraftedTrees(self.config.schedule, self.max_num_reqs)
+        self.layout = TreeLayout(self.drafted, self.max_num_tokens, device)
         self.compactor = PathCompactor(vllm_config)
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        super().add_request(req_index, new_req_data)
+        self.drafted.add_request(req_index)
 
     def initialize_kv_cache(self, kv_cache_config, block_tables) -> None:
         self.bind_compactor = partial(self.compactor.bind, kv_cache_config, block_tables)
@@ -63,9 +70,9 @@ class TreeModelState(DefaultModelState):
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeRejectionSampler]:
         history = HistoryProcessors(sampler.logits_processors, self.max_num_reqs)
         sampler.logits_processors = [history]
-        self.sampling_states = sampler.sampling_states
+        self.sampling_states, self.req_states = sampler.sampling_states, sampler.req_states
         rule = build_rule(self.config)
         rejection_sampler = TreeRejectionSampler(
-            sampler, self.config, self.device, rule, history, self.compactor
+            sampler, self.config, self.device, rule, history, self.drafted, self.compactor
         )
         return sampler, rejection_sampler

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verifies every request's tree and puts the accepted path where a plain decode would have it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,11 +20,12 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-from vllm_spechub.drafting import DraftState
+from vllm_spechub.drafting import DraftBuffers
 from vllm_spechub.engine.compaction import PathCompactor
+from vllm_spechub.engine.drafted import DraftedTrees
 from vllm_spechub.engine.history import HistoryProcessors, unroll
 from vllm_spechub.engine.truncation import truncates
-from vllm_spechub.rules import VerificationRule
+from vllm_spechub.rules import VerificationRule, VerifiedPaths
 
 
 @dataclass
@@ -43,12 +46,13 @@ class TreeRejectionSampler(RejectionSampler):
         device: torch.device,
         rule: VerificationRule,
         history: HistoryProcessors,
+        drafted: DraftedTrees,
         compactor: PathCompactor,
     ) -> None:
         super().__init__(sampler, config, device)
-        self.tree = config.tree
         self.rule = rule
         self.history = history
+        self.drafted = drafted
         self.compactor = compactor
         self.reports_processed = sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
 
@@ -57,15 +61,14 @@ class TreeRejectionSampler(RejectionSampler):
         # [num_rows, vocab_size]
         logits: torch.Tensor,
         input_batch: InputBatch,
-        draft: DraftState,
+        draft: DraftBuffers,
         # [num_rows], rows whose draft the grammar has not seen
         invalid_drafts: torch.Tensor | None = None,
     ) -> SamplerOutput:
         sampler, batch = self.sampler, input_batch
         num_nans = get_num_nans(logits) if sampler.compute_nans else None
         row_start = batch.cu_num_logits[:-1]
-        root_tokens = batch.logits_indices[row_start]
-        root_positions = batch.positions[root_tokens]
+        root_positions = batch.positions[batch.logits_indices[row_start]]
         prefill_len = sampler.req_states.prefill_len.gpu
 
         num_nodes = batch.cu_num_logits[1:] - row_start - 1
@@ -77,21 +80,20 @@ class TreeRejectionSampler(RejectionSampler):
 
         processed, target_temperature = self.process(logits, batch)
         temperature = sampler.sampling_states.temperature.gpu
-        tokens, num_emitted, path = self.rule.verify(
+        verify = partial(
+            self.rule.verify,
             processed,
             row_start,
-            num_nodes.to(torch.int32),
-            batch.input_ids[batch.logits_indices],
-            batch.idx_mapping,
-            root_positions,
-            target_temperature,
-            temperature,
-            sampler.sampling_states.seeds.gpu,
-            draft,
+            node_tokens=batch.input_ids[batch.logits_indices],
+            idx_mapping=batch.idx_mapping,
+            root_positions=root_positions,
+            target_temperature=target_temperature,
+            draft_temperature=temperature,
+            seeds=sampler.sampling_states.seeds.gpu,
         )
+        tokens, num_emitted, path = self._verify_each_tree(verify, num_nodes, batch, draft)
         self._sample_without_tree(processed, target_temperature, batch, root_positions, tokens)
         self.compactor(root_positions, path)
-        self._compact_input_ids(batch.input_ids, root_tokens, tokens, path)
 
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             num_emitted, batch.seq_lens, batch.cu_num_logits, batch.idx_mapping, prefill_len
@@ -104,6 +106,28 @@ class TreeRejectionSampler(RejectionSampler):
             num_rejected=num_rejected,
             accepted_paths=path,
         )
+
+    def _verify_each_tree(
+        self,
+        verify: Callable[..., VerifiedPaths],
+        # [num_reqs]
+        num_nodes: torch.Tensor,
+        batch: InputBatch,
+        draft: DraftBuffers,
+    ) -> VerifiedPaths:
+        """Verify the requests of every tree in the batch: nearly always there is but one."""
+        tree_index = self.drafted.index[batch.idx_mapping_np]
+        first, *others = np.unique(tree_index[batch.num_draft_tokens_per_req > 0])
+        if not others:
+            return verify(num_nodes=num_nodes.to(torch.int32), state=draft.states[first])
+        width = 1 + max(draft.states[index].tree.depth for index in (first, *others))
+        merged: VerifiedPaths | None = None
+        for index in (first, *others):
+            mine = async_tensor_h2d(tree_index == index, device=num_nodes.device)
+            paths = verify(num_nodes=(num_nodes * mine).to(torch.int32), state=draft.states[index])
+            paths = paths.padded(width)
+            merged = paths if merged is None else paths.where(mine, merged)
+        return merged
 
     def process(
         self,
@@ -130,7 +154,8 @@ class TreeRejectionSampler(RejectionSampler):
         first_row = batch.cu_num_logits_np[:-1]
         num_nodes = batch.cu_num_logits_np[1:] - first_row - 1
         needs_history = self.history.needs_history[reqs[chosen]]
-        rows = unroll(self.tree, num_nodes[chosen], first_row[chosen], needs_history)
+        trees = self.drafted.of(reqs[chosen])
+        rows = unroll(trees, num_nodes[chosen], first_row[chosen], needs_history)
         source, depth = on_device(rows.source), on_device(rows.depth)
         idx_mapping = batch.idx_mapping[on_device(chosen)]
         tree_rows = batch.logits_indices[source]
@@ -199,25 +224,6 @@ class TreeRejectionSampler(RejectionSampler):
             is_drafting=False,
             use_fp64=self.sampler.use_fp64_gumbel,
         )
-
-    @staticmethod
-    def _compact_input_ids(
-        # [num_tokens]
-        input_ids: torch.Tensor,
-        # [num_reqs], index of the root's token
-        root_tokens: torch.Tensor,
-        # [num_reqs, depth + 1]
-        tokens: torch.Tensor,
-        # [num_reqs, depth + 1]
-        path: torch.Tensor,
-    ) -> None:
-        """Put the accepted tokens behind their root: the draft model reads them from there."""
-        accepted = path[:, 1:] >= 0
-        offsets = torch.arange(1, path.shape[1], device=path.device)
-        # What was not accepted rewrites the root's own token: no mask, so no synchronisation.
-        destination = root_tokens.unsqueeze(1) + offsets * accepted
-        kept = input_ids[root_tokens].unsqueeze(1)
-        input_ids[destination] = torch.where(accepted, tokens[:, :-1].to(input_ids.dtype), kept)
 
     def _logprobs(
         self,

@@ -32,12 +32,10 @@ def truncate(
     idx_mapping: torch.Tensor,
     # [num_reqs]
     reqs: np.ndarray,
+    # [num_chosen] places in the batch of the requests that use one of the parameters
+    chosen: np.ndarray,
 ) -> None:
-    """Set to -inf, in place, what each request's parameters rule out of its rows.
-
-    Only rows of requests that use one of them are read or written.
-    """
-    (chosen,) = truncates(states, reqs).nonzero()
+    """Set to -inf, in place, what the chosen requests' parameters rule out of their rows."""
     if len(chosen) == 0:
         return
     each = logits.shape[0] // len(reqs)

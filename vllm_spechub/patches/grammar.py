@@ -26,11 +26,11 @@ def _grammar_bitmask(original):
         from vllm_spechub.config import is_spechub
         from vllm_spechub.engine import grammar
 
+        arguments = (self, requests, structured_output_request_ids, scheduled_spec_decode_tokens)
         if is_spechub(self.vllm_config):
-            fill = grammar.grammar_bitmask
-        else:
-            fill = original
-        return fill(self, requests, structured_output_request_ids, scheduled_spec_decode_tokens)
+            # left there by the scheduler, which knows who drafted what
+            return grammar.grammar_bitmask(*arguments, self.draft_trees)
+        return original(*arguments)
 
     return grammar_bitmask
 

@@ -52,14 +52,14 @@ def _prom_init(original):
     def __init__(self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion=False):
         config = _tree_config(speculative_config)
         if config is not None:
-            speculative_config = SimpleNamespace(num_speculative_tokens=config.tree.depth)
+            speculative_config = SimpleNamespace(num_speculative_tokens=config.schedule.depth)
         original(self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion)
         self.spechub = None
         if config is not None:
             from vllm_spechub.metrics import TreeMetrics
 
             self.spechub = TreeMetrics(
-                config.tree, labelnames, per_engine_labelvalues, self._counter_cls
+                config.schedule, labelnames, per_engine_labelvalues, self._counter_cls
             )
 
     return __init__

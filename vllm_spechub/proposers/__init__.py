@@ -15,18 +15,20 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
     from vllm_spechub.config import SpecHubConfig
-    from vllm_spechub.drafting import DraftState
+    from vllm_spechub.drafting import DraftBuffers
     from vllm_spechub.rules import VerificationRule
 
 
 class TreeProposer(Protocol):
     """What a proposer adds to vLLM's `BaseSpeculator`.
 
-    `propose` returns the drafted tokens, [num_reqs, num_nodes] in node order, and leaves the
-    draft's distributions in `draft_logits`. It asks `rule.sample_children` for every child.
+    `propose` returns the drafted tokens, [num_reqs, num_nodes of the largest tree] in node order,
+    and leaves the draft's distributions in `draft_logits`. It asks `rule.sample_children` for every
+    child. Its argument `num_speculative_tokens` says which of the schedule's trees to draft, 0 for
+    none; it notes the choice in `model_state.drafted`.
     """
 
-    draft_logits: "DraftState"
+    draft_logits: "DraftBuffers"
     """vLLM passes this attribute to the rejection sampler, whatever it is."""
 
     def __init__(

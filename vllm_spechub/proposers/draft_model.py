@@ -5,6 +5,9 @@ Every step first feeds the draft the tokens that were accepted, which also gives
 children, then one pass per further depth. Nodes live in consecutive slots after the root in
 breadth-first order and see their ancestors only. The next step writes the accepted tokens again,
 in their final slots, so the draft's KV cache needs no compaction.
+
+While a schedule asks for no trees the draft sits out the steps in which every request decodes, and
+reads what it missed when trees are asked for again.
 """
 
 from copy import copy
@@ -23,8 +26,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from vllm_spechub.attention.visibility import TreeAttnMetadata, TreeVisibility
-from vllm_spechub.drafting import DraftLevel, DraftState
-from vllm_spechub.engine.truncation import truncate
+from vllm_spechub.drafting import DraftBuffers, DraftLevel, DraftState
+from vllm_spechub.engine.truncation import truncate, truncates
 from vllm_spechub.rules import VerificationRule
 
 
@@ -36,18 +39,18 @@ class DraftModelProposer(StandaloneARSpeculator):
     ) -> None:
         super().__init__(vllm_config, device)
         self.rule = rule
-        self.tree = vllm_config.speculative_config.tree
+        self.schedule = vllm_config.speculative_config.schedule
         # the target's, which may be padded to another size than the draft's own
         self.draft_vocab_size, self.vocab_size = (
             self.vocab_size,
             vllm_config.model_config.get_vocab_size(),
         )
         dtype, _ = self.draft_logits_spec(vllm_config)
-        self.draft_logits = DraftState(self.tree, self.max_num_reqs, self.vocab_size, dtype, device)
-        self.level_masks = [
-            torch.from_numpy(self.tree.ancestor_masks[level.nodes_np]).to(device)
-            for level in self.draft_logits.levels
-        ]
+        self.draft_logits = DraftBuffers(
+            self.schedule.trees, self.max_num_reqs, self.vocab_size, dtype, device
+        )
+        # [max_num_reqs] the first position that the draft has not read, or the last root's
+        self.unread = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
 
     @classmethod
     def check_options(cls, options: dict[str, Any], target_model_config: ModelConfig) -> None:
@@ -109,7 +112,14 @@ class DraftModelProposer(StandaloneARSpeculator):
         self, model_state, kv_cache_config, block_tables: BlockTables, *args, **kwargs
     ) -> None:
         super().set_attn(model_state, kv_cache_config, block_tables, *args, **kwargs)
-        widest = max(len(level.nodes_np) for level in self.draft_logits.levels)
+        self.has_windows = any(
+            getattr(group.kv_cache_spec, "sliding_window", None) is not None
+            for group in kv_cache_config.kv_cache_groups
+            if self.draft_attn_layer_names.intersection(group.layer_names)
+        )
+        widest = max(
+            len(level.nodes_np) for state in self.draft_logits.states for level in state.levels
+        )
         self.level_slots = torch.empty(
             block_tables.num_kv_cache_groups,
             self.max_num_reqs * widest,
@@ -158,30 +168,53 @@ class DraftModelProposer(StandaloneARSpeculator):
         is_profile: bool = False,
         num_speculative_tokens: int | None = None,
     ) -> torch.Tensor:
-        """Draft one tree per request. Returns tokens [num_reqs, num_nodes] in node order."""
-        step = _DraftStep(self, input_batch, dummy_run, skip_attn_for_dummy_run)
-        hidden = step.prefill(num_rejected, last_sampled)
-        for depth, level in enumerate(self.draft_logits.levels):
+        """Draft one tree per request.
+
+        Args:
+            num_speculative_tokens: nodes of the tree to draft, one of the schedule's; 0 for none;
+                None for the largest.
+
+        Returns:
+            Tokens [num_reqs, num_nodes of the largest tree], the drafted tree's first, in node
+            order.
+        """
+        batch, buffers = input_batch, self.draft_logits
+        idx_mapping, reqs = batch.idx_mapping, batch.idx_mapping_np
+        index = 0
+        if num_speculative_tokens is not None:
+            index = self.schedule.index(num_speculative_tokens)
+        if index is None and self._may_read_later(batch):
+            self.model_state.drafted.behind[reqs] += 1
+            return buffers.tokens[idx_mapping]
+        step = _DraftStep(self, batch, dummy_run, skip_attn_for_dummy_run)
+        hidden = step.prefill(num_rejected)
+        if index is None:
+            return buffers.tokens[idx_mapping]
+        truncated = np.empty(0, dtype=np.int64)
+        if not dummy_run:
+            self.model_state.drafted.index[reqs] = index
+            (truncated,) = truncates(self.model_state.sampling_states, reqs).nonzero()
+        state = buffers.states[index]
+        for depth, level in enumerate(state.levels):
             if depth > 0:
-                hidden = step.forward_level(depth, level)
+                hidden = step.forward_level(depth, level, state)
             logits = self.compute_draft_logits(hidden, depth)
-            if not dummy_run:
-                truncate(
-                    logits,
-                    self.model_state.sampling_states,
-                    input_batch.idx_mapping,
-                    input_batch.idx_mapping_np,
-                )
+            if len(truncated):
+                states = self.model_state.sampling_states
+                truncate(logits, states, idx_mapping, reqs, truncated)
             self.rule.sample_children(
-                logits,
-                level,
-                input_batch.idx_mapping,
-                step.root_positions,
-                temperature,
-                seeds,
-                self.draft_logits,
+                logits, level, idx_mapping, step.root_positions, temperature, seeds, state
             )
-        return self.draft_logits.tokens[input_batch.idx_mapping]
+        return buffers.tokens[idx_mapping]
+
+    def _may_read_later(self, batch: InputBatch) -> bool:
+        """Whether the draft may sit this step out: every request decodes its next token.
+
+        Prompts are read at once, since the prefix cache hands their blocks to others; and so is
+        everything by a draft with sliding windows, whose blocks may be another's by then.
+        """
+        decodes = batch.num_draft_tokens == 0 and not batch.is_prefilling_np.any()
+        return decodes and not self.has_windows
 
 
 class _DraftStep:
@@ -208,20 +241,14 @@ class _DraftStep:
         self,
         # [num_reqs]
         num_rejected: torch.Tensor,
-        # [max_num_reqs, 1]
-        last_sampled: torch.Tensor,
     ) -> torch.Tensor:
-        """Feed the tokens that were accepted, then the new root.
+        """Feed the tokens since the last one that the draft has read, then the new root.
 
         Of a verified tree only as many rows are fed as can have been accepted, a bound known
         without waiting for the device. Returns the roots' hidden states, [num_reqs, hidden_size].
         """
-        batch, tree = self.batch, self.proposer.tree
-        lengths = batch.num_scheduled_tokens[: self.num_reqs].astype(np.int64)
-        if batch.num_draft_tokens_per_req is not None:
-            drafts = batch.num_draft_tokens_per_req[: self.num_reqs]
-            lengths = lengths - np.maximum(drafts - tree.depth, 0)
-        counts = lengths + 1
+        batch, proposer = self.batch, self.proposer
+        lags, counts = self._rows_to_feed()
         starts_np = np.zeros(self.num_reqs + 1, dtype=np.int32)
         np.cumsum(counts, out=starts_np[1:])
         req_np = np.repeat(np.arange(self.num_reqs), counts)
@@ -234,37 +261,55 @@ class _DraftStep:
         query_end = batch.query_start_loc[1 : self.num_reqs + 1]
         accepted = query_end - query_start - num_rejected  # [num_reqs], the old root included
         first_position = batch.positions[query_start]  # [num_reqs]
-        self.root_positions = first_position + accepted
+        self.root_positions = root = first_position + accepted
 
-        is_root = local == accepted[req]
-        unused = local > accepted[req]
-        source = (query_start[req] + local).clamp(max=batch.input_ids.shape[0] - 1)
-        new_root = last_sampled[batch.idx_mapping, 0].to(torch.int32)
-        tokens = torch.where(is_root, new_root[req], batch.input_ids[source])
-        tokens = tokens.masked_fill(unused, 0)
-        positions = first_position[req] + local
-        hidden = self._forward(
-            tokens,
-            positions,
-            positions,
-            starts,
-            starts_np,
-            first_position + torch.diff(starts),
-            unused,
-            None,
-        )
-        return hidden[starts[:-1] + accepted]
+        begin, end = first_position, first_position + torch.diff(starts)
+        if lags.any():
+            lags = async_tensor_h2d(lags, device=self.device)
+            begin = torch.where(lags, proposer.unread[batch.idx_mapping], first_position)
+            end = begin + torch.diff(starts)
+        positions = begin[req] + local
+        unused = positions > root[req]
+        if self.dummy_run:
+            tokens = torch.zeros_like(positions, dtype=torch.int32)
+        else:
+            proposer.unread[batch.idx_mapping] = torch.minimum(end, root)
+            read = positions.clamp(max=self.max_model_len - 1)
+            all_token_ids = proposer.model_state.req_states.all_token_ids.gpu
+            tokens = all_token_ids[batch.idx_mapping[req], read]
+        hidden = self._forward(tokens, positions, positions, starts, starts_np, end, unused, None)
+        # A request that still lags has no root among its rows, and drafts from what it has read.
+        return hidden[starts[:-1] + torch.minimum(root, end - 1) - begin]
 
-    def forward_level(self, depth: int, level: DraftLevel) -> torch.Tensor:
+    def _rows_to_feed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which requests lag behind, [num_reqs] bool, and how many rows each gets, [num_reqs]."""
+        batch, proposer = self.batch, self.proposer
+        lengths = batch.num_scheduled_tokens[: self.num_reqs].astype(np.int64)
+        behind = np.zeros_like(lengths)
+        if self.dummy_run:
+            return behind > 0, lengths + 1
+        drafted, reqs = proposer.model_state.drafted, batch.idx_mapping_np
+        if batch.num_draft_tokens_per_req is not None:
+            drafts = batch.num_draft_tokens_per_req[: self.num_reqs]
+            lengths -= np.maximum(drafts - drafted.depths[drafted.index[reqs]], 0)
+        counts = lengths + 1
+        behind = drafted.behind[reqs]
+        # what this step's tokens leave of the buffers, given to those who lag one after the other
+        room = proposer.expanded_slot_mappings.shape[1] - counts.sum()
+        caught_up = np.clip(room - (np.cumsum(behind) - behind), 0, behind)
+        drafted.behind[reqs] = behind - caught_up
+        return behind > 0, counts + caught_up
+
+    def forward_level(self, depth: int, level: DraftLevel, state: DraftState) -> torch.Tensor:
         """Feed one depth's nodes. Returns hidden states [num_reqs * num_expanded, hidden_size]."""
-        proposer, num_expanded = self.proposer, len(level.nodes_np)
+        num_expanded = len(level.nodes_np)
         starts_np = np.arange(self.num_reqs + 1, dtype=np.int32) * num_expanded
-        tokens = proposer.draft_logits.tokens[self.batch.idx_mapping][:, level.nodes.long() - 1]
+        tokens = state.tokens[self.batch.idx_mapping][:, level.nodes.long() - 1]
         slots = (self.root_positions.unsqueeze(1) + level.nodes).flatten()
         root = self.root_positions.repeat_interleave(num_expanded)
         tree = TreeVisibility(
             visible_until=root.to(torch.int32),
-            tree_mask=proposer.level_masks[depth].repeat(self.num_reqs),
+            tree_mask=level.ancestor_masks.repeat(self.num_reqs),
             num_tree_tokens=np.full(self.num_reqs, num_expanded),
         )
         return self._forward(
@@ -324,7 +369,8 @@ class _DraftStep:
         proposer, num_reqs = self.proposer, self.num_reqs
         longest = self.max_model_len
         # The bound covers this step's tokens; a new tree adds its root and its nodes.
-        bound = self.batch.seq_lens_cpu_upper_bound[:num_reqs] + proposer.tree.num_nodes + 1
+        nodes = proposer.schedule.trees[0].num_nodes
+        bound = self.batch.seq_lens_cpu_upper_bound[:num_reqs] + nodes + 1
         return build_attn_metadata(
             attn_groups=proposer.attn_groups,
             num_reqs=num_reqs,

@@ -129,8 +129,9 @@ class ChainRejection(_KernelRule):
     @classmethod
     def check_config(cls, config: "SpecHubConfig") -> None:
         super().check_config(config)
-        if config.tree.num_children.max() > 1:
-            raise ValueError(
-                f"speculative_config['tree'] is {config.tree}, but verification 'chain' takes one "
-                "child per node: use chain:DEPTH, or another verification"
-            )
+        for tree in config.schedule.trees:
+            if tree.num_children.max() > 1:
+                raise ValueError(
+                    f"speculative_config['tree'] is {tree}, but verification 'chain' takes one "
+                    "child per node: use chain:DEPTH, or another verification"
+                )

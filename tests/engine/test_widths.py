@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trees that follow the number of running requests: tokens, rows and the draft's own reading."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROMPTS, TARGET, engine, recorded_nodes, reference_model, token_ids
+from test_distribution import assert_prefixes_follow
+from test_metrics import spechub_metrics
+from vllm import SamplingParams
+
+from vllm_spechub.engine.sampler import TreeRejectionSampler
+
+SCHEDULE = [[1, 2, "binary:3"], [3, 4, "chain:2"], [5, None, None]]
+# the other way round: wide trees leave most requests out of a tight budget, chains let them in
+MIXING = [[1, 12, "chain:2"], [13, 20, None], [21, 30, "kary:3:1"], [31, None, "binary:3"]]
+LENGTHS = (8, 14, 20, 26, 34, 42)  # requests end one after the other, so every width has its turn
+
+
+def params(**options):
+    options = {"temperature": 0, "ignore_eos": True} | options
+    return [SamplingParams(max_tokens=length, **options) for length in LENGTHS]
+
+
+def generate(llm, **options):
+    return token_ids(llm.generate(PROMPTS, params(**options), use_tqdm=False))
+
+
+@pytest.fixture
+def trees_per_batch(monkeypatch):
+    """How many different trees each verified batch had."""
+    counts: list[int] = []
+    original = TreeRejectionSampler.__call__
+
+    def spy(self, logits, batch, *args, **kwargs):
+        index = self.drafted.index[batch.idx_mapping_np]
+        counts.append(len(np.unique(index[batch.num_draft_tokens_per_req > 0])))
+        return original(self, logits, batch, *args, **kwargs)
+
+    monkeypatch.setattr(TreeRejectionSampler, "__call__", spy)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Plain vLLM's tokens, without and with processors that read each token's history."""
+    with engine() as llm:
+        return {name: generate(llm, **options) for name, options in SETTINGS.items()}
+
+
+SETTINGS = {
+    "greedy": {},
+    "history": {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logprobs": 2},
+}
+
+
+@pytest.mark.parametrize("scheduling", ["sync", "async"])
+def test_tokens_while_the_width_changes(scheduling, plain, request):
+    if scheduling == "async":
+        request.getfixturevalue("async_scheduling")
+    with engine(SCHEDULE, per_request_spec_decode_metrics="detailed") as llm:
+        for name, options in SETTINGS.items():
+            assert generate(llm, **options) == plain[name], name
+        outputs = llm.generate(PROMPTS, params(), use_tqdm=False)
+        ours = spechub_metrics(llm)
+    assert {"2", "14"} <= set(ours["steps"])
+    assert all(ours["steps"][width] > 5 for width in ("2", "14"))
+    assert ours["fallback_steps"]["load"] > 5
+    # the last request drafts chains first, then trees
+    last = outputs[-1].outputs[0].spec_decode_metrics
+    assert {2, 3} <= set(last.per_step_drafted) <= {1, 2, 3}
+
+
+@pytest.mark.parametrize("budget", [18, 24])
+def test_one_batch_may_mix_trees(budget, plain, trees_per_batch):
+    """Requests that a tight budget leaves out of a step keep the tree of their last one."""
+    schedule = [[1, 2, "chain:2"], [3, None, "binary:3"]]
+    with engine(schedule, max_num_batched_tokens=budget) as llm, recorded_nodes() as nodes:
+        assert generate(llm) == plain["greedy"]
+        outputs = llm.generate(PROMPTS, params(temperature=1.0, seed=1), use_tqdm=False)
+    assert max(trees_per_batch) == 2
+
+    texts = {o.request_id: [*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs}
+    checked = 0
+    for node in nodes[:: len(nodes) // 80]:
+        name = node.req_id.rpartition("-")[0]
+        if name in texts:
+            path = [*texts[name][: node.root_position + 1], *node.path_tokens]
+            row = reference_model()(input_ids=torch.tensor([path])).logits[0, -1]
+            torch.testing.assert_close(node.logits, row, atol=5e-4, rtol=1e-4)
+            checked += 1
+    assert checked > 20
+
+
+@pytest.mark.parametrize("budget", [512, 16])
+def test_the_draft_reads_what_it_missed(budget):
+    """A draft equal to the target is accepted whole, unless its KV cache has a gap."""
+    emitted: list[int] = []
+    original = TreeRejectionSampler.__call__
+
+    def spy(self, logits, batch, *args, **kwargs):
+        output = original(self, logits, batch, *args, **kwargs)
+        if batch.num_reqs == 1:
+            emitted.append(int(output.num_sampled[0]))
+        return output
+
+    schedule = [[1, 1, "chain:3"], [2, None, None]]
+    lengths = [80, 50, 50, 50]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TreeRejectionSampler, "__call__", spy)
+        options = {"draft": TARGET, "max_num_batched_tokens": budget, "max_num_seqs": 4}
+        with engine(schedule, **options) as llm:
+            wanted = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
+            llm.generate(PROMPTS[:4], wanted, use_tqdm=False)
+    # Alone, the first request has some 30 tokens to go. Its draft has missed some 50, which do not
+    # fit into one step of 16 + 4 rows.
+    assert len(emitted) >= 7
+    late = 1 if budget == 512 else 4
+    assert emitted[late:-1] == [4] * len(emitted[late:-1])
+    assert len(emitted[late:-1]) >= 3
+
+
+def test_prefixes_follow_the_target_while_the_width_changes(trees_per_batch):
+    prompt = [5, 6, 7]
+    samples = 2000
+    wanted = SamplingParams(n=samples, max_tokens=4, ignore_eos=True, temperature=0.6)
+    options = {"max_num_seqs": 96, "max_num_batched_tokens": 160}
+    with engine(MIXING, verification="traversal", **options) as llm:
+        output = llm.generate({"prompt_token_ids": prompt}, wanted, use_tqdm=False)[0]
+        steps = spechub_metrics(llm)["steps"]
+    assert {"2", "3", "14"} <= set(steps)
+    assert sum(count > 1 for count in trees_per_batch) > 30
+    assert_prefixes_follow(output, prompt, wanted)
