@@ -26,6 +26,8 @@ from vllm_spechub.benchmark.interleaved import Failure, Interleaved, Point, Row,
 from vllm_spechub.benchmark.machine import provenance
 
 DEMO = Path(__file__).parent / "demo_pair"
+CHAINS = (*range(1, 9), 14)
+"""The last one drafts as many tokens as SpecHub does by default, so their steps compare."""
 DEMO_ENGINE = {"dtype": "float32"}
 console = Console(width=None if os.environ.get("COLUMNS") else 120, highlight=False)
 
@@ -45,20 +47,16 @@ def made_pair(spec: str) -> Path:
 
 
 def compared(target: str, draft: str, chains: list[int], trees: list[str]) -> list[ways.Way]:
-    """Everything that is measured; `auto` if its schedule has been."""
-    from vllm_spechub.config import DEFAULT_TREE
-    from vllm_spechub.topology import TokenTree
+    """Everything that is measured; `auto` if its schedule is known."""
     from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
     from vllm_spechub.tuning.store import measured_schedule
 
-    # For the time of a step, a chain that drafts as many tokens as SpecHub does.
-    lengths = sorted({*chains, TokenTree.parse(DEFAULT_TREE).num_nodes} if not trees else chains)
-    found = [ways.plain(), *(ways.chain(draft, length) for length in lengths)]
+    found = [ways.plain(), *(ways.chain(draft, length) for length in chains)]
     found += [ways.spechub("SpecHub", draft)]
     found += [ways.spechub(f"SpecHub {tree}", draft, tree=tree) for tree in trees]
     try:
-        measured_schedule(target, draft, DEFAULT_RULE)
-        found.append(ways.spechub("SpecHub auto", draft, tree_by_batch_size="auto"))
+        schedule = measured_schedule(target, draft, DEFAULT_RULE)
+        found.append(ways.spechub("SpecHub auto", draft, tree_by_batch_size=schedule))
     except ValueError as error:
         console.print(f"without SpecHub auto: {error}", markup=False)
     return found
@@ -79,9 +77,9 @@ def main(
         0.6,
         1.0,
     ),
-    chain: Annotated[list[int], typer.Option("--chain", "-K", min=1, help="Chain lengths.")] = (
-        *range(1, 9),
-    ),
+    chain: Annotated[
+        list[int], typer.Option("--chain", "-K", min=1, help="Chain lengths.")
+    ] = CHAINS,
     tree: Annotated[list[str], typer.Option(help="More trees to compare, as `tree` has it.")] = (),
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to time for each request.")] = 128,
     repetitions: Annotated[int, typer.Option(min=1)] = 3,

@@ -300,11 +300,14 @@ def tune(
             notes.print(str(failure), markup=False)
             raise ValueError("plain vLLM's engine stopped; its last lines are above") from None
     output.print(report.table(tuned))
-    report.write(tuned, draft, out)
+    report.plot(tuned, out.with_suffix(".png"))
     kept = store.keep(target, draft, tuned.rule, tuned.schedule)
-    notes.print(f'written to {out}; "tree_by_batch_size": "auto" reads {kept}')
-    if not any(tree for *_, tree in tuned.schedule):
+    if not tuned.speculates:
         notes.print("no tree was faster than plain vLLM here: leave speculation off")
+        return
+    config = json.dumps(report.speculative_config(tuned, draft), indent=1)
+    out.write_text(config + "\n", encoding="utf-8")
+    notes.print(f'written to {out}; "tree_by_batch_size": "auto" reads {kept}')
 
 
 def _settings(target: str, draft: str, encoded: list, sampling, depth: int | list[int]) -> dict:

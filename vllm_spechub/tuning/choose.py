@@ -99,18 +99,26 @@ def candidate_trees(
 ) -> list[TokenTree]:
     """For each number of nodes and cost of a level, the tree that emits the most for its time.
 
+    No two have as many nodes, which a schedule needs: the later one gets fewer.
+
     Args:
         rates: acceptance by number of children and slot.
         node_counts: drafted nodes at most.
         costs: of one level of drafting, in plain steps.
     """
-    trees = []
+    trees: dict[int, TokenTree] = {}
     for nodes in node_counts:
-        shapes = [best_shape(rates, nodes, depth) for depth in range(1, min(nodes, DEEPEST) + 1)]
         for cost in costs:
-            best = max(shapes, key=lambda s: (1 + s.accepted) / (1 + cost * s.tree.depth))
-            trees.append(best.tree)
-    return list(dict.fromkeys(trees))
+            for limit in range(nodes, 0, -1):
+                tree = _fastest(rates, limit, cost)
+                if trees.setdefault(tree.num_nodes, tree) == tree:
+                    break
+    return list(trees.values())
+
+
+def _fastest(rates: Rates, nodes: int, cost: float) -> TokenTree:
+    shapes = [best_shape(rates, nodes, depth) for depth in range(1, min(nodes, DEEPEST) + 1)]
+    return max(shapes, key=lambda s: (1 + s.accepted) / (1 + cost * s.tree.depth)).tree
 
 
 def choose(curves: Mapping[str, Curve], max_batch: int) -> list[tuple[int, int | None, str | None]]:

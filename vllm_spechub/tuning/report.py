@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tuning found: a table, a plot, and the JSON for `--speculative-config`."""
+"""What a tuning found: a table, a plot, and the options for `--speculative-config`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ def speculative_config(tuned: Tuned, draft: str) -> dict[str, Any]:
 
 
 def table(tuned: Tuned) -> Table:
-    """By batch: what was chosen, what it was predicted to gain, and what it gained."""
-    table = Table(title=f"Schedule, verification {tuned.rule!r}", title_justify="left")
-    for column in ("batch", "tree", "predicted x plain", "x plain", "lowest-highest"):
+    """By batch: what was chosen, what it was predicted to gain, what it gained, and the length and
+    the gain of the best chain."""
+    title = f"Tokens/s over plain vLLM's, verification {tuned.rule!r}"
+    table = Table(title=title, title_justify="left")
+    for column in ("batch", "tree", "predicted", "measured", "from - to", "tokens/step"):
         table.add_column(column, justify="left" if column == "tree" else "right", no_wrap=True)
-    for column in ("tokens/step", "best chain", "its x plain"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("best chain", justify="right", no_wrap=True)
     measured = {point.batch: found for point, found in summarize(tuned.checked).items()}
     for batch in tuned.plain:
         found = measured.get(batch, {})
@@ -40,8 +40,7 @@ def table(tuned: Tuned) -> Table:
             f"{own.against_plain:.2f}" if own else "-",
             f"{own.lowest:.2f}-{own.highest:.2f}" if own else "-",
             f"{own.tokens_per_step:.2f}" if own else "-",
-            f"K = {chain}",
-            f"{best.against_plain:.2f}" if best else f"{tuned.chains[chain].gain(batch):.2f}",
+            f"{chain}: {best.against_plain if best else tuned.chains[chain].gain(batch):.2f}",
         )
     return table
 
@@ -82,9 +81,3 @@ def plot(tuned: Tuned, path: Path) -> None:
     figure.tight_layout(rect=(0, 0, 0.75, 1))
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
-
-
-def write(tuned: Tuned, draft: str, out: Path) -> None:
-    """The JSON, and the plot beside it."""
-    out.write_text(json.dumps(speculative_config(tuned, draft), indent=1) + "\n", encoding="utf-8")
-    plot(tuned, out.with_suffix(".png"))

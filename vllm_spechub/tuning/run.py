@@ -78,6 +78,10 @@ class Tuned:
     # of the last phase: plain vLLM, its best chains and the schedule
     checked: list[Row] = field(default_factory=list)
 
+    @property
+    def speculates(self) -> bool:
+        return any(name for *_, name in self.ranges)
+
     def choice(self, batch: int) -> str | None:
         return next(n for first, last, n in self.ranges if first <= batch <= (last or batch))
 
@@ -150,7 +154,7 @@ class Tuning:
             if (found := [r for r in self._tried([ways.PLAIN]) if r.batch == batch])
         }
         tuned = Tuned(rule, schedule, trees, curves, chain, ranges, plain)
-        if any(name for *_, name in ranges):
+        if tuned.speculates:
             best = sorted({tuned.best_chain(batch) for batch in asked.batches})
             compared = [ways.plain(), *(ways.chain(draft, length) for length in best)]
             compared.append(

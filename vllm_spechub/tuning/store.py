@@ -58,7 +58,8 @@ def measured_schedule(target: str, draft: str, rule: str) -> Schedule:
         rule: the verification rule.
 
     Raises:
-        ValueError: there is none; one line that says which command makes it.
+        ValueError: there is none, with the command that makes it; or no tree was worth it. One
+            line.
     """
     identity = _identity(target, draft, rule)
     file = _file(identity)
@@ -70,4 +71,10 @@ def measured_schedule(target: str, draft: str, rule: str) -> Schedule:
             f"{installed}; `vllm-spechub tune {target} --draft {draft}{option} --prompts FILE` "
             "measures one"
         )
-    return json.loads(file.read_text(encoding="utf-8"))["tree_by_batch_size"]
+    schedule = json.loads(file.read_text(encoding="utf-8"))["tree_by_batch_size"]
+    if not any(tree for *_, tree in schedule):
+        raise ValueError(
+            "no tree was faster than plain vLLM here when `vllm-spechub tune` measured it; leave "
+            "speculation off"
+        )
+    return schedule
