@@ -12,6 +12,8 @@ compare within one run, as ratios. Writes measurements.csv and speed.png into a 
 
 import json
 import os
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +27,8 @@ from vllm_spechub.benchmark.engine import EngineFailed
 from vllm_spechub.benchmark.interleaved import Failure, Interleaved, Point, Row, Setup, encode
 from vllm_spechub.benchmark.machine import provenance
 
-DEMO = Path(__file__).parent / "demo_pair"
+SCRIPTS = Path(__file__).parent
+DEMO, MAKE_PAIR = SCRIPTS / "demo_pair", SCRIPTS / "make_pair.py"
 CHAINS = (*range(1, 9), 14)
 """The last one drafts as many tokens as SpecHub does by default, so their steps compare."""
 DEMO_ENGINE = {"dtype": "float32"}
@@ -34,16 +37,23 @@ console = Console(width=None if os.environ.get("COLUMNS") else 120, highlight=Fa
 
 def made_pair(spec: str) -> Path:
     """The folder of a pair of random models, made unless it is there."""
-    from make_pair import make_pair
-
-    try:
-        target, draft, overlap = spec.split(":")
-        folder = Path.home() / ".cache" / "vllm-spechub" / f"pair-{target}-{draft}-{overlap}"
-        if not (folder / "card.json").exists():
-            make_pair(folder, target, draft, float(overlap), entropy=2.5, seed=0)
-    except ValueError as error:
-        raise typer.BadParameter(f"--make-pair {spec!r}, TARGET:DRAFT:OVERLAP: {error}") from error
+    parts = spec.split(":")
+    if len(parts) != 3:
+        raise typer.BadParameter(f"--make-pair is {spec!r}, not TARGET:DRAFT:OVERLAP")
+    folder = Path.home() / ".cache" / "vllm-spechub" / "-".join(["pair", *parts])
+    if not (folder / "card.json").exists():
+        target, draft, overlap = parts
+        options = ["--target", target, "--draft", draft, "--overlap", overlap]
+        # in a process of its own, which leaves nothing on a GPU that engines are forked for
+        made = subprocess.run([sys.executable, MAKE_PAIR, folder, *options])
+        if made.returncode:
+            raise SystemExit(made.returncode)
     return folder
+
+
+def files_of(pair: Path) -> tuple[str, str, Path]:
+    """Target, draft and prompts of a folder that has all three."""
+    return str(pair / "target"), str(pair / "draft"), pair / "prompts.jsonl"
 
 
 def compared(target: str, draft: str, chains: list[int], trees: list[str]) -> list[ways.Way]:
@@ -95,8 +105,11 @@ def main(
     options = json.loads(engine)
     if make_pair is not None:
         folder = made_pair(make_pair)
-        target, draft, prompts = str(folder / "target"), str(folder / "draft"), None
-        prompts = folder / "prompts.jsonl"
+        target, draft, prompts = (
+            str(folder / "target"),
+            str(folder / "draft"),
+            folder / "prompts.jsonl",
+        )
     elif target is None:
         target, draft, prompts = str(DEMO / "target"), str(DEMO / "draft"), DEMO / "prompts.jsonl"
         options = DEMO_ENGINE | options

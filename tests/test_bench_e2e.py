@@ -63,8 +63,9 @@ def test_a_made_pair_overlaps_as_asked(maker, tmp_path, overlap):
     tokens = torch.randint(1, 2048, (32, 48), generator=torch.Generator().manual_seed(2))
     p, q = (torch.softmax(model(tokens).logits, dim=-1) for model in (target, draft))
     assert float(torch.minimum(p, q).sum(dim=-1).mean()) == pytest.approx(overlap, abs=0.03)
-    entropy = float(torch.distributions.Categorical(q).entropy().mean())
-    assert entropy == pytest.approx(2.5, abs=0.1)
+    for probs, tolerance in ((q, 0.1), (p, 0.2)):
+        entropy = float(torch.distributions.Categorical(probs).entropy().mean())
+        assert entropy == pytest.approx(2.5, abs=tolerance)
     # The target holds the draft: without the rest of its output matrix it is the draft.
     small = draft.config.hidden_size
     target.lm_head.weight[:, small:] = 0

@@ -27,7 +27,7 @@ from vllm_spechub.tuning.choose import (
     curve,
     draft_costs,
 )
-from vllm_spechub.tuning.run import Tuned
+from vllm_spechub.tuning.run import Tuned, tree_spec
 from vllm_spechub.tuning.state import State
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
@@ -197,6 +197,9 @@ def test_what_was_measured_before_an_interrupt_is_not_measured_again(fake, tmp_p
     assert rest.total == len(list(rest.run()))
     others = [entry for entry in first + fake.asked if entry[0] != "plain"]
     assert len(others) == len(set(others)) == 3 * 2 * 2
+    # .. plain vLLM apart, which is measured anew beside what is
+    yardsticks = {entry[1:] for entry in fake.asked if entry[0] == "plain"}
+    assert {entry[1:] for entry in fake.asked} == yardsticks
     for found in rest.run():
         again.add(found)
     assert runs(list(again.rows.values())).total == 0
@@ -209,7 +212,8 @@ def tuned(monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     trees = {"wide": TokenTree((0, 0, 1, 1, 3)), "narrow": TokenTree.chain(2)}
     curves = {"wide": at(2.5, b1=1.5, b4=2.4), "narrow": at(2.0, b1=1.5, b4=1.6)}
-    schedule = [[1, 2, [0, 0, 1, 1, 3]], [3, 4, "chain:2"], [5, None, None]]
+    schedule = [[1, 2, tree_spec(trees["wide"])], [3, 4, tree_spec(trees["narrow"])]]
+    schedule.append([5, None, None])
     ranges = [(1, 2, "wide"), (3, 4, "narrow"), (5, None, None)]
     chains = {1: at(1.6, b1=1.4, b4=1.5), 2: at(2.0, b1=1.6, b4=1.8)}
     checked = [row("tuned", b, 1, gain=1.5, accepted=(9,)) for b in (1, 4)]
@@ -221,6 +225,8 @@ def tuned(monkeypatch, tmp_path):
 def test_the_engine_accepts_what_is_written(tuned):
     load_general_plugins()
     config = json.loads(json.dumps(report.speculative_config(tuned, DRAFT)))
+    trees = [[1, 2, [0, 0, 1, 1, 3]], [3, 4, "chain:2"], [5, None, None]]
+    assert config["tree_by_batch_size"] == trees
     engine = EngineArgs(model=TARGET, dtype="float32", speculative_config=config)
     spec = engine.create_engine_config().speculative_config
     assert [tree.num_nodes for tree in spec.schedule.trees] == [5, 2]
@@ -247,8 +253,9 @@ def test_schedules_are_kept_for_pair_rule_and_machine(tuned, monkeypatch):
     store.keep(TARGET, DRAFT, "traversal", tuned.schedule)
     monkeypatch.chdir(PAIR)
     assert store.measured_schedule("target", "draft", "traversal") == tuned.schedule
-    with pytest.raises(ValueError, match="no schedule was measured"):
-        store.measured_schedule("target", "target", "traversal")
+    for other in (("target", "target", "traversal"), ("target", "draft", "rrsw")):
+        with pytest.raises(ValueError, match="no schedule was measured"):
+            store.measured_schedule(*other)
     store.keep(TARGET, DRAFT, "rrs", [[1, None, None]])
     with pytest.raises(ValueError, match="leave speculation off"):
         store.measured_schedule(TARGET, DRAFT, "rrs")
