@@ -6,12 +6,10 @@ The first two run as vLLM runs them on this machine, with its default runner and
 """
 
 import json
-import multiprocessing
 import os
 import tempfile
 import time
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import typer
@@ -19,6 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from vllm_spechub.benchmark.decoding import counters
+from vllm_spechub.benchmark.engine import EngineFailed, EngineProcess, close_all
+from vllm_spechub.benchmark.ways import chain_config
 
 PAIR = Path(__file__).parent / "demo_pair"
 TEMPERATURES = (0.0, 1.0)
@@ -42,19 +44,6 @@ class Result:
         return 1 + sum(self.accepted_by_depth) / self.drafts if self.drafts else 1.0
 
 
-def counters(llm) -> tuple[int, int, list[int]]:
-    """(engine steps, verified drafts, accepted drafts by depth) so far."""
-    steps, drafts, accepted = 0, 0, []
-    for metric in llm.get_metrics():
-        if metric.name == "vllm:iteration_tokens_total":
-            steps = metric.count
-        elif metric.name == "vllm:spec_decode_num_drafts":
-            drafts = metric.value
-        elif metric.name == "vllm:spec_decode_num_accepted_tokens_per_pos":
-            accepted = metric.values
-    return steps, drafts, accepted
-
-
 def measure(llm, prompts: list[str], temperature: float, max_tokens: int) -> Result:
     from vllm import SamplingParams
 
@@ -76,79 +65,31 @@ def measure(llm, prompts: list[str], temperature: float, max_tokens: int) -> Res
     )
 
 
-def ways(tree: str, num_nodes: int) -> dict[str, dict]:
-    """The three engines' names and options."""
+def ways(tree: str, num_nodes: int) -> dict[str, dict | None]:
+    """The three engines' names and speculative configurations."""
     draft = str(PAIR / "draft")
-    chain = {
-        "method": "draft_model",
-        "model": draft,
-        "num_speculative_tokens": num_nodes,
-        "draft_sample_method": "probabilistic",
-    }
     return {
-        "no speculation": {},
-        f"vLLM chain of {num_nodes}": {"speculative_config": chain},
-        f"SpecHub {tree}": {
-            "speculative_config": {"method": "spechub", "model": draft, "tree": tree}
-        },
+        "no speculation": None,
+        f"vLLM chain of {num_nodes}": chain_config(draft, num_nodes),
+        f"SpecHub {tree}": {"method": "spechub", "model": draft, "tree": tree},
     }
 
 
-def run_engine(
-    connection: Connection, log: Path, options: dict, prompts: list[str], max_tokens: int
-) -> None:
-    """One way in a process of its own: start, say so, then measure whenever asked."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    from vllm import LLM
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and options.get("speculative_config", {}).get(
-        "draft_sample_method"
-    ):
-        options = options | {"worker_extension_cls": "fixed_chain.FixedChain"}
-    llm = LLM(
-        model=str(PAIR / "target"),
-        dtype="float32",
-        max_model_len=512,
-        max_num_seqs=max(8, len(prompts)),
-        kv_cache_memory_bytes=256 << 20,
-        disable_log_stats=False,
-        enable_prefix_caching=False,
-        **options,
-    )
-    connection.send(current_platform.is_cpu())
-    for temperature in iter(connection.recv, None):
-        connection.send(measure(llm, prompts, temperature, max_tokens))
-    llm.llm_engine.engine_core.shutdown()
-
-
-def receive(connection: Connection, log: Path):
-    """A message of an engine's process, or its last words."""
-    try:
-        return connection.recv()
-    except EOFError:
-        console.print("".join(log.read_text().splitlines(keepends=True)[-30:]), markup=False)
-        raise SystemExit("an engine stopped; its last lines are above") from None
-
-
-def measure_all(running: dict) -> tuple[dict[tuple[str, float], Result], bool]:
-    """Wait until all engines are up, then measure them one at a time. -> (results, on the CPU?)"""
+def measure_all(running: dict[str, EngineProcess], prompts: list[str], max_tokens: int) -> dict:
+    """Wait until all engines are up, then measure them one at a time. -> by way, temperature"""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     results: dict[tuple[str, float], Result] = {}
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting the engines", total=3 * len(running))
-        for _process, connection, log in running.values():
-            on_cpu = receive(connection, log)
+        for engine in running.values():
+            engine.wait()
             progress.advance(task)
-        for way, (_process, connection, log) in running.items():
+        for way, engine in running.items():
             for temperature in TEMPERATURES:
                 progress.update(task, description=f"{way}: generating at T = {temperature:g}")
-                connection.send(temperature)
-                results[way, temperature] = receive(connection, log)
+                results[way, temperature] = engine.call(measure, prompts, temperature, max_tokens)
                 progress.advance(task)
-    return results, on_cpu
+    return results
 
 
 def show(results: dict[tuple[str, float], Result], depth: int, on_cpu: bool) -> None:
@@ -178,7 +119,7 @@ def show(results: dict[tuple[str, float], Result], depth: int, on_cpu: bool) -> 
         console.print(
             "¹ vLLM 0.32's chain is broken on the CPU above temperature 0 (it divides by "
             "uninitialised memory); its one faulty kernel is corrected for this comparison "
-            "(scripts/fixed_chain.py)."
+            "(vllm_spechub/benchmark/fixed_chain.py)."
         )
     console.print(
         "On models this small a draft costs nearly as much as the target, so plain decoding wins "
@@ -199,28 +140,31 @@ def main(
     lines = (PAIR / "prompts.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["turns"][0] for line in lines]
     prompts = [prompts[i % len(prompts)] for i in range(requests)]
-    engines = ways(tree, shape.num_nodes)
-    # vLLM is imported once; its own processes are started as vLLM starts them.
-    import vllm.entrypoints.llm  # noqa: F401
-
-    fork = multiprocessing.get_context("fork")
+    options = {
+        "model": str(PAIR / "target"),
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": max(8, requests),
+        "kv_cache_memory_bytes": 256 << 20,
+        "disable_log_stats": False,
+        "enable_prefix_caching": False,
+    }
+    running: dict[str, EngineProcess] = {}
     with tempfile.TemporaryDirectory() as folder:
-        # They start side by side, which two cores share well, and are measured one at a time.
-        running = {}
-        for i, (way, options) in enumerate(engines.items()):
-            ours, theirs = fork.Pipe()
-            log = Path(folder) / f"{i}.log"
-            arguments = (theirs, log, options, prompts, max_tokens)
-            process = fork.Process(target=run_engine, args=arguments)
-            process.start()
-            theirs.close()
-            running[way] = (process, ours, log)
-        results, on_cpu = measure_all(running)
-        for _process, connection, _log in running.values():
-            connection.send(None)
-        show(results, shape.depth, on_cpu)
-        for process, _connection, _log in running.values():
-            process.join()
+        try:
+            # They start side by side, which two cores share well, and are measured one at a time.
+            for way, speculative in ways(tree, shape.num_nodes).items():
+                log = Path(folder) / f"{len(running)}.log"
+                running[way] = EngineProcess(options | {"speculative_config": speculative}, log)
+            results = measure_all(running, prompts, max_tokens)
+        except EngineFailed as failure:
+            console.print(str(failure), markup=False)
+            raise SystemExit("an engine stopped; its last lines are above") from None
+        finally:
+            close_all(running.values())
+    from vllm.platforms import current_platform
+
+    show(results, shape.depth, current_platform.is_cpu())
 
     text = results[f"SpecHub {tree}", 1.0].texts[0]
     console.print(Text("SpecHub at T = 1, after this prompt:", style="bold"))

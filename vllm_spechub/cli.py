@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-spechub`: choose rules and tree shapes for a pair of models, without an engine."""
+"""`vllm-spechub`: choose rules and tree shapes for a pair of models."""
 
 import io
 import json
@@ -212,11 +212,12 @@ def explain(
     with _usage_errors():
         from vllm_spechub import explain
         from vllm_spechub.shapes import parse_tree
+        from vllm_spechub.simulation.load import load_pair
 
         if out is not None and out.suffix not in (".png", ".html"):
             raise ValueError(f"--out must end in .png or .html, got {out.name!r}")
         shape = parse_tree(json.loads(tree) if tree.startswith("[") else tree, rule)
-        pair = _load_pair(target, draft, device, dtype)
+        pair = load_pair(target, draft, device, dtype)
         encoded = pair.encode(prompt, pair.max_positions)
         trace = explain.trace(pair, encoded, shape, rule, temperature, steps, seed)
     if out is None:
@@ -229,6 +230,84 @@ def explain(
         page.save_html(str(out))
     if out is not None:
         notes.print(f"written to {out}")
+
+
+@app.command()
+def tune(
+    target: Target,
+    draft: Annotated[str, typer.Option(help="The draft, over the same vocabulary.")],
+    prompts: Prompts,
+    limit: Limit = None,
+    rule: Annotated[
+        list[str],
+        typer.Option("--rule", "-r", help="A rule to choose from.", show_default="all for trees"),
+    ] = (),
+    temperature: Annotated[float, typer.Option("--temperature", "-T", min=0.0)] = 1.0,
+    nodes: Annotated[
+        list[int], typer.Option("--nodes", "-n", min=1, max=63, help="Drafted nodes to try.")
+    ] = (2, 4, 8, 16, 32),
+    chain: Annotated[
+        list[int], typer.Option("--chain", "-K", min=1, help="Lengths of vLLM's chain to try.")
+    ] = (1, 2, 4, 8),
+    batch: Annotated[
+        list[int], typer.Option("--batch", "-b", min=1, help="Running requests to try.")
+    ] = (1, 2, 4, 8, 16, 32, 64),
+    texts: Texts = 10,
+    tokens: Annotated[int, typer.Option(min=4, help="Of each text and each request.")] = 64,
+    repetitions: Annotated[int, typer.Option(min=1, help="Of every measurement.")] = 3,
+    resident: Annotated[
+        int | None,
+        typer.Option(min=1, help="Engines at once.", show_default="all on the CPU, else 3"),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Your engine's options, as JSON.")] = "{}",
+    out: Annotated[Path, typer.Option(help="The JSON file to write.", dir_okay=False)] = Path(
+        "spechub-tuned.json"
+    ),
+) -> None:
+    """Trees for every number of requests, measured on this machine with your prompts.
+
+    Writes a JSON file for --speculative-config, a plot and a state file. Interrupt it whenever you
+    like: the same command goes on where it was.
+    """
+    from vllm_spechub.benchmark.engine import EngineFailed
+
+    with _usage_errors():
+        from vllm_spechub.tuning import report, store
+        from vllm_spechub.tuning.run import Asked, Tuning
+        from vllm_spechub.tuning.state import State
+
+        rules = tuple(v.rule for v in _variants(rule) if v.rule != "chain")
+        asked = Asked(
+            target,
+            draft,
+            prompts,
+            limit,
+            rules,
+            temperature,
+            *(tuple(sorted({*numbers})) for numbers in (nodes, chain, batch)),
+            texts,
+            tokens,
+            repetitions,
+            json.loads(engine),
+        )
+        state = State.load(out.with_suffix(".state.json"), asked.settings)
+        try:
+            tuned = Tuning(asked, state, resident, notes).run()
+        except KeyboardInterrupt:
+            notes.print(f"stopped; the same command goes on from {state.path}")
+            raise typer.Exit(130) from None
+        except EngineFailed as failure:
+            notes.print(str(failure), markup=False)
+            raise ValueError("plain vLLM's engine stopped; its last lines are above") from None
+    output.print(report.table(tuned))
+    report.plot(tuned, out.with_suffix(".png"))
+    kept = store.keep(target, draft, tuned.rule, tuned.schedule)
+    if not tuned.speculates:
+        notes.print("no tree was faster than plain vLLM here: leave speculation off")
+        return
+    config = json.dumps(report.speculative_config(tuned, draft), indent=1)
+    out.write_text(config + "\n", encoding="utf-8")
+    notes.print(f'written to {out}; "tree_by_batch_size": "auto" reads {kept}')
 
 
 def _settings(target: str, draft: str, encoded: list, sampling, depth: int | list[int]) -> dict:
@@ -303,29 +382,9 @@ def _check_nodes(nodes: list[int]) -> None:
             raise ValueError(f"--nodes must be in 2..{MAX_NODES}, got {count}")
 
 
-def _load_pair(target, draft, device, dtype):
-    import torch
-    from transformers.utils import logging
-
-    from vllm_spechub.simulation.texts import ModelPair
-
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
-    logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return ModelPair.load(target, draft, device, dtypes[dtype])
-
-
 def _load(target, draft, prompts, limit, texts, tokens, seed, depth, device, dtype):
+    from vllm_spechub.simulation.load import load
     from vllm_spechub.simulation.study import Sampling
-    from vllm_spechub.simulation.texts import read_prompts
 
-    read = read_prompts(prompts, limit)
-    pair = _load_pair(target, draft, device, dtype)
-    room = pair.max_positions - tokens - depth
-    if room < 1:
-        raise ValueError(f"--tokens {tokens} is too many: the models read {pair.max_positions}")
     sampling = Sampling(texts=texts, tokens=tokens, roots=4, seed=seed)
-    encoded = [pair.encode(prompt, min(room, sampling.max_prompt_tokens)) for prompt in read]
-    return pair, encoded, sampling
+    return *load(target, draft, prompts, limit, sampling, depth, device, dtype), sampling

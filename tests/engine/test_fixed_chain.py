@@ -3,7 +3,6 @@
 
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from test_distribution import LENGTHS, SAMPLES, assert_prefixes_follow
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+FIXED_CHAIN = "vllm_spechub.benchmark.fixed_chain"
 CHAIN = {
     "method": "draft_model",
     "model": DRAFT,
@@ -24,14 +23,13 @@ CHAIN = {
 @pytest.fixture(autouse=True)
 def _not_yet_imported(monkeypatch):
     """It registers its kernel when a worker imports it, which must be after vLLM's own."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.delitem(sys.modules, "fixed_chain", raising=False)
+    monkeypatch.delitem(sys.modules, FIXED_CHAIN, raising=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])
 @pytest.mark.parametrize("counts", [[3, 0, 1, 5, 0, 0, 2], [0, 0], [4], [0, 7, 0]])
 def test_expand_kernel(counts, dtype):
-    expand_kernel = import_module("fixed_chain").expand_kernel
+    expand_kernel = import_module(FIXED_CHAIN).expand_kernel
     values = torch.arange(len(counts)).to(dtype)  # the first one, 0, is replaced
     output = torch.full((sum(counts) + 2,), -7, dtype=dtype)
     cumulative = torch.tensor(counts, dtype=torch.int32).cumsum(0).to(torch.int32)
@@ -46,7 +44,7 @@ def test_expand_kernel(counts, dtype):
 
 
 def test_expand_kernel_keeps_fractions():
-    expand_kernel = import_module("fixed_chain").expand_kernel
+    expand_kernel = import_module(FIXED_CHAIN).expand_kernel
     values = torch.tensor([0.7, 0.0, 1.3])
     output = torch.zeros(4)
     expand_kernel(output, values, torch.tensor([2, 3, 4], dtype=torch.int32), 0, 1)
@@ -58,7 +56,7 @@ def test_the_chain_follows_the_target():
     params = SamplingParams(n=SAMPLES, max_tokens=LENGTHS[-1], temperature=0.7, ignore_eos=True)
     with engine(
         speculative_config=CHAIN,
-        worker_extension_cls="fixed_chain.FixedChain",
+        worker_extension_cls=f"{FIXED_CHAIN}.FixedChain",
         max_num_seqs=128,
         max_num_batched_tokens=4096,
     ) as llm:

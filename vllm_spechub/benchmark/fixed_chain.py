@@ -3,11 +3,13 @@
 
 vLLM's host version of `expand_kernel` fills an int64 copy of a float output and drops it, so
 verification divides by uninitialised temperatures. Loaded into the chain engine's workers with
-`worker_extension_cls="fixed_chain.FixedChain"`; nothing of spechub is in it.
+`worker_extension_cls`; nothing of spechub is in it.
 """
 
 import torch
 from vllm.triton_utils.dispatcher import register_kernels
+
+from vllm_spechub.benchmark.worker import Observed
 
 
 def expand_kernel(
@@ -27,7 +29,7 @@ def expand_kernel(
     output[: int(cu_num_tokens[-1])] = torch.repeat_interleave(values, counts).to(output.dtype)
 
 
-class FixedChain:
+class FixedChain(Observed):
     """vLLM imports this module into each worker after it registered its own host kernels."""
 
 

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end-to-end benchmark through real engines, and the pair of models that it can make."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def test_a_small_run(tmp_path):
+    command = [sys.executable, SCRIPTS / "bench_e2e.py", "-b", "2", "-T", "1", "-K", "1", "-K", "2"]
+    command += ["--tokens", "8", "--repetitions", "1", "--out", tmp_path]
+    command += ["--engine", '{"enforce_eager": true}']
+    env = os.environ | {"COLUMNS": "120"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (tmp_path / "measurements.csv").read_text().splitlines()
+    about = [line for line in lines if line.startswith("#")]
+    assert any("bench_e2e.py" in line for line in about)
+    assert any("commit" in line for line in about)
+    rows = {r["way"]: r for r in csv.DictReader(line for line in lines if line not in about)}
+    assert list(rows) == ["plain", "chain 1", "chain 2", "SpecHub"]
+    speed = {way: float(r["tokens_per_s"]) for way, r in rows.items()}
+    for way, found in rows.items():
+        assert float(found["against_plain"]) == pytest.approx(speed[way] / speed["plain"], 1e-3)
+        # two requests, each of which gets this many tokens from a step
+        tokens_per_s = 2000 * float(found["tokens_per_step"]) / float(found["ms_per_step"])
+        assert speed[way] == pytest.approx(tokens_per_s, 0.02)
+    assert float(rows["plain"]["tokens_per_step"]) == 1
+    assert len(json.loads(rows["SpecHub"]["accepted_by_depth"])) <= 3
+    assert 1 < float(rows["SpecHub"]["tokens_per_step"]) <= 4
+    assert 1 < float(rows["chain 1"]["tokens_per_step"]) <= 2
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+    assert "best chain" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def maker():
+    sys.path.insert(0, str(SCRIPTS))
+    import make_pair
+
+    yield make_pair
+    sys.path.remove(str(SCRIPTS))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("overlap", [0.5, 0.85])
+def test_a_made_pair_overlaps_as_asked(maker, tmp_path, overlap):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    maker.make_pair(tmp_path, "8b-tiny", "1b-tiny", overlap, entropy=2.5, seed=1)
+    target, draft = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+        for name in ("target", "draft")
+    )
+    tokens = torch.randint(1, 2048, (32, 48), generator=torch.Generator().manual_seed(2))
+    p, q = (torch.softmax(model(tokens).logits, dim=-1) for model in (target, draft))
+    assert float(torch.minimum(p, q).sum(dim=-1).mean()) == pytest.approx(overlap, abs=0.03)
+    for probs, tolerance in ((q, 0.1), (p, 0.2)):
+        entropy = float(torch.distributions.Categorical(probs).entropy().mean())
+        assert entropy == pytest.approx(2.5, abs=tolerance)
+    # The target holds the draft: without the rest of its output matrix it is the draft.
+    small = draft.config.hidden_size
+    target.lm_head.weight[:, small:] = 0
+    r = target(tokens).logits
+    r = torch.softmax(r * (draft(tokens).logits.norm() / r.norm()), dim=-1)
+    assert float(torch.minimum(r, q).sum(dim=-1).mean()) > 0.99
+    # Texts are read and written by words.
+    prompt = json.loads((tmp_path / "prompts.jsonl").read_text().splitlines()[0])["prompt"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "target")
+    assert tokenizer.decode(tokenizer(prompt)["input_ids"]) == prompt
+
+
+def test_what_no_pair_can_have_is_refused(maker, tmp_path):
+    with pytest.raises(ValueError, match="a hidden size"):
+        maker.make_pair(tmp_path, "1b", "8b", 0.7, 2.5, 0)
+    with pytest.raises(ValueError, match="'7b' is no shape, allowed: 8b"):
+        maker.make_pair(tmp_path, "7b", "1b", 0.7, 2.5, 0)
+    with pytest.raises(ValueError, match="out of reach"):
+        maker.make_pair(tmp_path, "8b-tiny", "1b-tiny", 0.01, 2.5, 0)

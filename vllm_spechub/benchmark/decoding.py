@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode at a constant batch and count what happens meanwhile; runs in an engine's process."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+WARM_STEPS = 4
+"""Steps at the full batch before the clock starts."""
+ROOM = 4
+"""A request may generate this many times the mean before a measurement ends."""
+
+
+def counters(llm) -> tuple[int, int, list[int]]:
+    """(engine steps, verified drafts, accepted drafts by depth) so far."""
+    steps, drafts, accepted = 0, 0, []
+    for metric in llm.get_metrics():
+        if metric.name == "vllm:iteration_tokens_total":
+            steps = metric.count
+        elif metric.name == "vllm:spec_decode_num_drafts":
+            drafts = metric.value
+        elif metric.name == "vllm:spec_decode_num_accepted_tokens_per_pos":
+            accepted = metric.values
+    return steps, drafts, accepted
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What an engine did while a constant number of requests was decoding."""
+
+    batch: int
+    tokens: int
+    seconds: float
+    steps: int
+    # verified drafts, and how many of them were accepted up to each depth, from 1
+    drafts: int
+    accepted_by_depth: tuple[int, ...]
+    # bytes of all workers
+    memory: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def ms_per_step(self) -> float:
+        return 1000 * self.seconds / self.steps
+
+    @property
+    def ms_per_output_token(self) -> float:
+        """Milliseconds between two tokens of one request."""
+        return 1000 * self.seconds * self.batch / self.tokens
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Acceptance length: tokens that one verification emits, the bonus token included."""
+        return 1 + sum(self.accepted_by_depth) / self.drafts if self.drafts else 1.0
+
+
+def longest_request(prompts: Sequence[Sequence[int]], tokens: int) -> int:
+    """Most tokens of a request that `decode` makes, a tree's nodes included."""
+    from vllm_spechub.topology import MAX_NODES
+
+    return max(map(len, prompts)) + ROOM * tokens + MAX_NODES + 1
+
+
+def decode(
+    llm,
+    # [num_prompts][num_tokens]
+    prompts: Sequence[Sequence[int]],
+    batch: int,
+    temperature: float,
+    tokens: int,
+    seed: int,
+) -> Decoded:
+    """Decode `batch` requests until they have emitted `tokens` each on average, then drop them.
+
+    The clock starts once all are past their prompts and runs while all are decoding, so neither
+    prefill nor a batch that runs empty is in the figures. Ends early if a request has used its
+    room (`longest_request`).
+
+    Args:
+        llm: the engine.
+        prompts: tokenised; they are repeated where the batch is larger.
+        batch: requests.
+        temperature: of every request.
+        tokens: mean number of tokens to time for each request.
+        seed: requests draw from `seed`, `seed + 1`, ..
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = llm.llm_engine
+    memory = sum(llm.collective_rpc("used_memory"))
+    emitted = {}
+    for i, prompt in enumerate(islice(cycle(prompts), batch)):
+        params = SamplingParams(
+            temperature=temperature,
+            seed=seed + i,
+            max_tokens=ROOM * tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        name = f"{seed}-{i}"
+        engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+        emitted[name] = 0
+
+    def step() -> bool:
+        """-> are all requests still decoding?"""
+        going = True
+        for output in engine.step():
+            emitted[output.request_id] += len(output.outputs[0].token_ids)
+            going = going and not output.finished
+        return going
+
+    while not all(emitted.values()):
+        step()
+    for _ in range(WARM_STEPS):
+        step()
+    before, first, start = counters(llm), sum(emitted.values()), time.perf_counter()
+    while step() and sum(emitted.values()) - first < batch * tokens:
+        pass
+    seconds, after = time.perf_counter() - start, counters(llm)
+    counted = sum(emitted.values()) - first
+    engine.abort_request(list(emitted))
+    accepted = [a - b for a, b in zip(after[2], before[2] or [0] * len(after[2]), strict=True)]
+    while accepted and accepted[-1] == 0:
+        accepted.pop()  # vLLM counts a tree's nodes for its depths, or nothing got so far
+    return Decoded(
+        batch, counted, seconds, after[0] - before[0], after[1] - before[1], tuple(accepted), memory
+    )
