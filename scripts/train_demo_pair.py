@@ -26,6 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
+# The models have seen no roles: a chat is its texts, one after the other.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 EXCLUDED_PARTS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
 EXCLUDED_PARTS |= {"turtledemo", "__phello__", "ensurepip", "config-3.11-x86_64-linux-gnu"}
 HELD_OUT_ONE_IN = 20
@@ -81,7 +83,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, bos_token=EOS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, bos_token=EOS, chat_template=CHAT_TEMPLATE
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:

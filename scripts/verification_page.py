@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_spechub.generated import fill
 from vllm_spechub.simulation.report import (
     DIFFERENCES_CSV,
     ROWS_CSV,
@@ -141,14 +142,7 @@ def render_into(page: str) -> str:
         "optimum": optimum(read_csv(Yardstick, FIGURES / YARDSTICK_CSV)),
         "paper": paper(rows),
     }
-    for name, text in tables.items():
-        first, last = f"<!-- {name}: scripts/verification_page.py -->\n", f"<!-- end of {name} -->"
-        before, found, rest = page.partition(first)
-        _, closed, after = rest.partition(last)
-        if not (found and closed):
-            raise ValueError(f"no place for the table {name!r} between {first!r} and {last!r}")
-        page = f"{before}{first}\n{text}\n\n{last}{after}"
-    return page
+    return fill(page, "scripts/verification_page.py", tables)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The signature check that needs no installation: agrees with the installed vLLM, sees changes."""
 
+import csv
 import subprocess
 import sys
 import zipfile
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import vllm
 
-from vllm_spechub.patches import Patch
+from vllm_spechub import support
+from vllm_spechub.patches import SUPPORTED_VLLM, Patch, ledger
 from vllm_spechub.patches.wheel import check_source, reader
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "check_vllm.py"
@@ -18,6 +20,15 @@ def test_the_installed_vllm_passes():
     folder = Path(vllm.__file__).parents[1]
     done = subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_recorded_check_is_of_this_ledger():
+    with support.CHECKS.open(newline="") as file:
+        checks = {row["vllm"]: row for row in csv.DictReader(file)}
+    assert checks.keys() == support.VERSIONS.keys()
+    for row in checks.values():
+        assert int(row["symbols"]) == len(ledger.ALL), f"run: {row['command']}"
+    assert checks[SUPPORTED_VLLM]["as_expected"] == checks[SUPPORTED_VLLM]["symbols"]
 
 
 def patch(symbol, *parameters):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from vllm_spechub import TokenTree
 from vllm_spechub.cli import app
-from vllm_spechub.explain import trace
+from vllm_spechub.explain import shown, trace
 from vllm_spechub.simulation.texts import ModelPair
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
@@ -30,7 +30,7 @@ def test_a_trace_follows_its_own_tree(pair, rule):
     steps = trace(pair, prompt, tree, rule, 1.0, 8, seed=3)
     text, emitted = prompt, []
     for step in steps:
-        assert step.root == repr(pair.tokenizer.decode([int(text[-1])]))[1:-1]
+        assert step.root == shown(pair, int(text[-1]))
         for parent, node in zip(step.path, step.path[1:], strict=False):
             assert tree.parents[node - 1] == parent
         assert {n for n, seen in enumerate(step.nodes, start=1) if seen.accepted} == set(
@@ -44,10 +44,7 @@ def test_a_trace_follows_its_own_tree(pair, rule):
         spoken = [step.nodes[node - 1].token for node in step.path[1:]] + [step.bonus]
         emitted.append(len(spoken))
         ids = [
-            next(
-                t for t in range(pair.vocab_size) if repr(pair.tokenizer.decode([t]))[1:-1] == token
-            )
-            for token in spoken
+            next(t for t in range(pair.vocab_size) if shown(pair, t) == token) for token in spoken
         ]
         text = torch.cat([text, torch.tensor(ids)])
     assert max(emitted) > 1

@@ -16,7 +16,7 @@ PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 
 
 def test_signatures_match_this_vllm():
-    patches.check_all((*ledger.EVERYWHERE, *ledger.WORKER, *ledger.CPU_WORKER))
+    patches.check_all(ledger.ALL)
 
 
 def test_register_twice_wraps_once():

@@ -84,6 +84,16 @@ def test_data_parallel_experts(accepted, monkeypatch):
     assert_one_line(error, "start separate engines")
 
 
+def test_rays_older_executor(accepted, monkeypatch):
+    config = copy.copy(accepted)
+    config.parallel_config = copy.copy(config.parallel_config)
+    config.parallel_config.distributed_executor_backend = "ray"
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    with pytest.raises(Unsupported) as error:
+        prepare_engine(config)
+    assert_one_line(error, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 is set")
+
+
 def test_platforms(accepted, monkeypatch):
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     with pytest.raises(Unsupported) as error:

@@ -21,6 +21,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
+VLLM = Path(sys.executable).with_name("vllm")
 START_SECONDS = 180
 GRAMMARS = {"backend": "xgrammar", "disable_any_whitespace": True}
 PROMPTS = [
@@ -80,7 +81,7 @@ def server(plain, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("serve") / "log"
-    command = [Path(sys.executable).with_name("vllm"), "serve", TARGET]
+    command = [VLLM, "serve", TARGET]
     command += ["--speculative-config", "spechub", "--spec-model", DRAFT]
     command += ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"]
     command += ["--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20)]
@@ -109,7 +110,8 @@ def server(plain, tmp_path_factory):
             "binary:3: 14 nodes, depth 3",
             "├─ 1",
             "2.4 MiB of draft weights",  # 631,424 parameters, as the card says, in fp32
-            "draft rows",
+            "MiB of draft rows",
+            "MiB for rows to verify",
         ):
             assert line in started
         yield address
@@ -175,6 +177,33 @@ def test_logprobs(client, plain):
     for chosen, top in pairs:
         assert len(top) >= 2
         assert chosen == max(top.values()) <= 0  # greedy
+
+
+def test_chat(client, plain):
+    """The demo pair's template joins a chat's texts, so the answer is a completion's."""
+    messages = [{"role": "user", "content": PROMPTS[0]}]
+    options = {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
+    choice = client.chat.completions.create(**options, logprobs=True, top_logprobs=1).choices[0]
+    assert choice.message.content == plain[0]
+    assert "".join(entry.token for entry in choice.logprobs.content) == plain[0]
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == plain[0]
+
+
+def test_bench_serve(server, tmp_path):
+    """vLLM's own load test, on a file in Spec-Bench's format."""
+    report = tmp_path / "bench.json"
+    command = [VLLM, "bench", "serve", "--base-url", server, "--model", TARGET]
+    command += ["--served-model-name", "demo", "--dataset-name", "spec_bench"]
+    command += ["--dataset-path", PAIR / "prompts.jsonl", "--spec-bench-output-len", "16"]
+    command += ["--num-prompts", "6", "--temperature", "0", "--ignore-eos"]
+    command += ["--save-result", "--result-filename", report]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    result = json.loads(report.read_text())
+    assert (result["completed"], result["total_output_tokens"]) == (6, 6 * 16)
+    assert result["spec_decode_draft_tokens"] > 0
+    assert result["spec_decode_acceptance_length"] > 1.5
 
 
 def test_seeded_samples(client):

@@ -3,7 +3,10 @@
 
 from types import SimpleNamespace
 
-from vllm_spechub.summary import draw, kv_cache_share
+import torch
+
+from vllm_spechub.memory import kv_cache_share, verification_bytes
+from vllm_spechub.summary import draw
 from vllm_spechub.topology import TokenTree
 
 
@@ -26,3 +29,19 @@ def test_the_drafts_share_of_a_block():
 
     config = SimpleNamespace(kv_cache_groups=[group(30, "t0", "t1", "d0"), group(10, "d1")])
     assert kv_cache_share(config, {"d0", "d1"}) == 0.4
+
+
+def test_rows_to_verify():
+    """15 rows instead of one for each of 256 requests, bf16 and fp32, unless the budget is less."""
+
+    def size(budget):
+        scheduler = SimpleNamespace(max_num_seqs=256, max_num_batched_tokens=budget)
+        model = SimpleNamespace(dtype=torch.bfloat16, get_vocab_size=lambda: 128256)
+        spec = SimpleNamespace(num_speculative_tokens=14)
+        return verification_bytes(
+            SimpleNamespace(scheduler_config=scheduler, model_config=model, speculative_config=spec)
+        )
+
+    assert size(8192) == 256 * 14 * 128256 * 6
+    assert size(1000) == (1000 - 256) * 128256 * 6
+    assert size(200) == 0

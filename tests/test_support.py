@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's tables of what works: complete, rendered, and every row with a test behind it."""
+"""The tables of what works: complete, rendered, and every row with a test behind it."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ import pytest
 from vllm import SamplingParams
 
 from vllm_spechub import support
+from vllm_spechub.patches import SUPPORTED_VLLM
 
 TESTS = Path(__file__).parent
 # set by vLLM itself, not by a request
@@ -32,6 +33,11 @@ def test_every_row_names_tests_that_exist(title):
             assert re.search(rf"^def {name}\(", (TESTS / file).read_text(), re.M), test
 
 
-def test_the_readme_shows_the_tables():
-    page = support.README.read_text()
-    assert page == support.render_into(page), "run: python -m vllm_spechub.support"
+def test_the_pages_show_the_tables():
+    for path, text in support.pages().items():
+        assert path.read_text() == text, "run: python -m vllm_spechub.support"
+
+
+def test_one_version_is_supported():
+    states = {version: state for version, (state, *_) in support.VERSIONS.items()}
+    assert [v for v, state in states.items() if state == "supported"] == [SUPPORTED_VLLM]

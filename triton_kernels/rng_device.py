@@ -3,6 +3,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from . import rng
 
@@ -17,7 +18,8 @@ _MIX_ADD = tl.constexpr(rng.MIX_ADD)
 _FINAL_FIRST = tl.constexpr(rng.FINAL_FIRST)
 _FINAL_SECOND = tl.constexpr(rng.FINAL_SECOND)
 _BELOW_ONE = tl.constexpr(rng.BELOW_ONE)
-_SERIES_LIMIT = tl.constexpr(rng.SERIES_LIMIT)
+# Below this the fast logarithm of 1 - u, whose absolute error is 2e-7, is off by more than 3e-6.
+_SERIES_LIMIT = tl.constexpr(2.0**-4)
 
 
 @triton.jit
@@ -67,9 +69,28 @@ def uniform(bits):
     return tl.minimum(high * 2.0**-16 + (low + 0.5) * 2.0**-32, _BELOW_ONE)
 
 
+if triton.knobs.runtime.interpret:
+
+    @triton.jit
+    def fast_log(value):
+        """The interpreter has no external functions."""
+        return tl.log(value)
+
+else:
+
+    @triton.jit
+    def fast_log(value):
+        """The processor's own base-2 logarithm, scaled: 2 instructions where `tl.log` takes 20.
+
+        Near 1 its absolute error is 2e-7, elsewhere it has a relative one of 2e-7.
+        """
+        return libdevice.fast_logf(value)
+
+
 @triton.jit
 def exponential(bits):
-    """Standard exponential variate, float32."""
+    """Standard exponential variate, float32, to 3e-6 of `rng.exponential`."""
     u = uniform(bits)
-    series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25)))
-    return tl.where(u < _SERIES_LIMIT, series, -tl.log(1.0 - u))
+    tail = 0.25 + u * (1.0 / 5.0 + u * (1.0 / 6.0 + u * (1.0 / 7.0)))
+    series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * tail)))
+    return tl.where(u < _SERIES_LIMIT, series, -fast_log(1.0 - u))

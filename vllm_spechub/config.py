@@ -220,6 +220,11 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
         parallel.worker_cls = WORKERS["cuda"]
         register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
         vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
+    if parallel.distributed_executor_backend == "ray":
+        # needs Ray, which is there if it is asked for
+        from vllm_spechub.engine.ray_executor import SpecHubRayExecutor
+
+        parallel.distributed_executor_backend = SpecHubRayExecutor
 
 
 def _raise_first(refusals: Iterator[tuple[bool, str]]) -> None:
@@ -239,6 +244,12 @@ def _engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
     yield (
         envs.VLLM_USE_V2_MODEL_RUNNER is False,
         "VLLM_USE_V2_MODEL_RUNNER=0 is set, but trees need the V2 model runner; unset it",
+    )
+    yield (
+        parallel.distributed_executor_backend == "ray"
+        and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND,
+        "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 is set, but trees bring an executor of the newer kind; "
+        "unset it",
     )
     yield (
         not (current_platform.is_cpu() or current_platform.is_cuda()),

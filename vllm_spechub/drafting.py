@@ -75,7 +75,7 @@ class DraftState:
 
     def __init__(self, tree: TokenTree, buffers: DraftBuffers) -> None:
         def table(array) -> torch.Tensor:
-            return torch.from_numpy(array).to(buffers.tokens.device)
+            return torch.tensor(array, device=buffers.tokens.device)
 
         self.tree = tree
         # A smaller tree leaves the last columns of each unused.
@@ -85,6 +85,7 @@ class DraftState:
         self.first_child = table(tree.first_child)
         self.num_children = table(tree.num_children)
         self.internal_index = table(tree.internal_index)
+        self.subtree_sizes = table(tree.subtree_sizes)
         self.levels = [self._level(nodes, table) for nodes in tree.internal_levels()]
 
     def _level(self, nodes: np.ndarray, table) -> DraftLevel:

@@ -83,6 +83,11 @@ def trace(
     return steps
 
 
+def shown(pair: ModelPair, token: int) -> str:
+    """A token's text, with line breaks and the like spelled out."""
+    return repr(pair.tokenizer.decode([token]))[1:-1]
+
+
 @torch.inference_mode()
 def _step(pair, text, tree, rule, temperature, generator) -> tuple[Step, torch.Tensor]:
     def probs(model, rows: torch.Tensor) -> torch.Tensor:
@@ -106,7 +111,7 @@ def _step(pair, text, tree, rule, temperature, generator) -> tuple[Step, torch.T
     for token in emitted[:-1].tolist():
         first = int(tree.first_child[path[-1]])
         path.append(tokens.index(token, first))  # of equal siblings only the first is accepted
-    spoken = [repr(pair.tokenizer.decode([token]))[1:-1] for token in tokens]
+    spoken = [shown(pair, token) for token in tokens]
     draft_rows = draft.logits[0].exp()
     nodes = tuple(
         Node(
@@ -123,7 +128,7 @@ def _step(pair, text, tree, rule, temperature, generator) -> tuple[Step, torch.T
         spoken[0],
         nodes,
         tuple(path),
-        repr(pair.tokenizer.decode([bonus]))[1:-1],
+        shown(pair, bonus),
         float(target[path[-1], bonus]),
     )
     return step, emitted.to(text.device)
@@ -153,34 +158,24 @@ def save_picture(steps: list[Step], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    height = sum(0.3 * max(_rows(step.tree)) + 1.0 for step in steps)
+    rows = [node_rows(step.tree) for step in steps]
     figure, axes = plt.subplots(
-        len(steps), 1, figsize=(3.0 * (steps[0].tree.depth + 1.4), height), squeeze=False
+        len(steps),
+        1,
+        figsize=(3.0 * (steps[0].tree.depth + 1.4), sum(0.3 * max(each) + 1.0 for each in rows)),
+        squeeze=False,
     )
-    for number, (axis, step) in enumerate(zip(axes[:, 0], steps, strict=True), start=1):
-        rows = _rows(step.tree)
-        depths = step.tree.depths
-
-        def put(node, text, color, axis=axis, rows=rows, depths=depths, weight="normal"):
-            axis.text(
-                depths[node],
-                -rows[node],
-                text,
-                color=color,
-                fontsize=8,
-                weight=weight,
-                verticalalignment="center",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-            )
-
-        for node, parent in enumerate(step.tree.parents, start=1):
-            seen = step.nodes[node - 1]
+    for number, (axis, step, heights) in enumerate(zip(axes[:, 0], steps, rows, strict=True), 1):
+        places = [(depth, -row) for depth, row in zip(step.tree.depths, heights, strict=True)]
+        _put(axis, places[0], step.root, "black", "bold")
+        for node, (parent, seen) in enumerate(
+            zip(step.tree.parents, step.nodes, strict=True), start=1
+        ):
             color = "tab:green" if seen.accepted else "0.6"
-            ends = ([depths[parent], depths[node]], [-rows[parent], -rows[node]])
+            ends = zip(places[parent], places[node], strict=True)
             axis.plot(*ends, color=color, linewidth=1, zorder=0)
             label = f"{seen.token}  q {seen.draft_prob:.2f} p {seen.target_prob:.2f}"
-            put(node, label, color, weight="bold" if seen.accepted else "normal")
-        put(0, step.root, "black", weight="bold")
+            _put(axis, places[node], label, color, "bold" if seen.accepted else "normal")
         axis.set_title(
             f"step {number} emits {len(step.path)}: {step.ending}; then "
             f"{step.bonus!r} (p {step.bonus_prob:.2f})",
@@ -188,15 +183,27 @@ def save_picture(steps: list[Step], path: Path) -> None:
             loc="left",
         )
         axis.set_xlim(-0.1, step.tree.depth + 1.2)
-        axis.set_ylim(-max(rows) - 0.8, 0.8)
+        axis.set_ylim(-max(heights) - 0.8, 0.8)
         axis.axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _rows(tree: TokenTree) -> list[float]:
-    """A height for every node: leaves in order, parents between their children."""
+def _put(axis, place: tuple[float, float], text: str, color: str, weight: str) -> None:
+    axis.text(
+        *place,
+        text,
+        color=color,
+        fontsize=8,
+        weight=weight,
+        verticalalignment="center",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+    )
+
+
+def node_rows(tree: TokenTree) -> list[float]:
+    """A row for every node: leaves in order, parents between their children."""
     rows = [0.0] * (tree.num_nodes + 1)
     leaves = 0
 

@@ -214,6 +214,7 @@ def verify_tree(
         table(tree.first_child),
         table(tree.num_children),
         table(tree.internal_index),
+        table(tree.subtree_sizes),
         max_depth=tree.depth,
         rule=rule,
         sharpening=draft.sharpening,

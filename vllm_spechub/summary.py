@@ -4,9 +4,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
-from vllm.model_executor.layers.linear import LinearBase
-
+from vllm_spechub.memory import kv_cache_share, tensor_bytes, verification_bytes, weight_bytes
 from vllm_spechub.schedule import TreeSchedule
 from vllm_spechub.topology import TokenTree
 
@@ -39,34 +37,6 @@ def draw(tree: TokenTree) -> str:
     return "\n".join(lines)
 
 
-def tensor_bytes(owner: object) -> int:
-    """Bytes of the tensors that an object holds as attributes."""
-    return sum(t.nbytes for t in vars(owner).values() if isinstance(t, torch.Tensor))
-
-
-def weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of this rank's weights, those included that a CPU's matrix kernels have packed away."""
-    total = sum(parameter.nbytes for parameter in model.parameters())
-    for layer in model.modules():
-        weight = getattr(layer, "weight", None)
-        if isinstance(layer, LinearBase) and weight is not None and weight.numel() == 0:
-            packed = layer.input_size_per_partition * layer.output_size_per_partition
-            total += packed * dtype.itemsize
-    return total
-
-
-def kv_cache_share(kv_cache_config: "KVCacheConfig", layer_names: set[str]) -> float:
-    """The part of every KV cache block that the named layers take."""
-    ours = total = 0
-    for group in kv_cache_config.kv_cache_groups:
-        per_layer = getattr(group.kv_cache_spec, "kv_cache_specs", {})
-        for name in group.layer_names:
-            size = per_layer.get(name, group.kv_cache_spec).page_size_bytes
-            total += size
-            ours += size * (name in layer_names)
-    return ours / total if total else 0.0
-
-
 def summarize(
     vllm_config: "VllmConfig", speculator: object, kv_cache_config: "KVCacheConfig"
 ) -> str:
@@ -85,6 +55,7 @@ def summarize(
         *_trees(config.schedule),
         ("memory added", f"{weights / 2**20:,.1f} MiB of draft weights"),
         ("", f"{tensor_bytes(speculator.draft_logits) / 2**20:,.1f} MiB of draft rows"),
+        ("", f"{verification_bytes(vllm_config) / 2**20:,.1f} MiB for rows to verify"),
         ("", f"{share:.0%} of every KV cache block"),
         ("off", "; ".join(off) or "nothing"),
     ]

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What works with trees, what is refused, and the test that shows it.
 
-`python -m vllm_spechub.support` renders the tables into the README; tests compare, look every
-named test up, and want a row for every field of vLLM's `SamplingParams`.
+`python -m vllm_spechub.support` renders the tables into the README and `docs/support.md`; tests
+compare, look every named test up, and want a row for every field of vLLM's `SamplingParams`.
 """
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+from vllm_spechub.generated import fill
+
+ROOT = Path(__file__).parents[1]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "support.md"
+CHECKS = ROOT / "docs" / "support.csv"
+"""What `scripts/check_vllm.py VERSION --record` found."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +235,16 @@ FEATURES = (
         ("engine/test_parallel.py::test_tensor_parallelism",),
     ),
     Row(
+        ("tensor parallelism over Ray's workers",),
+        "works",
+        "refuses to start if a node lacks this package or has another version; tested with workers "
+        "on the CPU, where vLLM by itself refuses Ray",
+        (
+            "ray/test_workers.py::test_two_workers_answer_as_one",
+            "ray/test_workers.py::test_a_node_without_this_version",
+        ),
+    ),
+    Row(
         ("data parallelism",),
         "works",
         "for dense models; refused for mixtures of experts",
@@ -328,6 +344,12 @@ FEATURES = (
     ),
 )
 
+VERSIONS = {
+    "0.32.0": ("supported", "the whole test suite", "kernels only, see below"),
+    "0.33.0": ("refused at start-up", "not tried", "not tried"),
+}
+"""By vLLM version: its state, and what ran on the CPU and on CUDA."""
+
 TABLES = {"sampling parameters": SAMPLING_PARAMETERS, "features": FEATURES}
 
 
@@ -340,18 +362,30 @@ def render(rows: tuple[Row, ...], code: bool) -> str:
     return "\n".join(lines)
 
 
-def render_into(page: str) -> str:
-    """The page with each table between its two comments replaced."""
-    for title, rows in TABLES.items():
-        first, last = f"<!-- {title}: vllm_spechub/support.py -->\n", f"<!-- end of {title} -->"
-        before, found, rest = page.partition(first)
-        _, closed, after = rest.partition(last)
-        if not (found and closed):
-            raise ValueError(f"no place for the table {title!r} between {first!r} and {last!r}")
-        table = render(rows, code=rows is SAMPLING_PARAMETERS)
-        page = f"{before}{first}{table}\n{last}{after}"
-    return page
+def render_versions() -> str:
+    """The matrix by vLLM version, with what `scripts/check_vllm.py` found of each."""
+    lines = ["| vLLM | state | patched symbols as expected | CPU | CUDA |", "|---|---|---|---|---|"]
+    with CHECKS.open(newline="", encoding="utf-8") as file:
+        for check in csv.DictReader(file):
+            found = f"{check['as_expected']} of {check['symbols']}"
+            if check["changed"]:
+                found += f": {check['changed']}"
+            state, *platforms = VERSIONS[check["vllm"]]
+            lines.append(f"| {' | '.join((check['vllm'], state, found, *platforms))} |")
+    return "\n".join(lines)
+
+
+def pages() -> dict[Path, str]:
+    """Every page with tables from here, as it has to be."""
+    tables = {
+        title: render(rows, code=rows is SAMPLING_PARAMETERS) for title, rows in TABLES.items()
+    }
+    return {
+        path: fill(path.read_text(encoding="utf-8"), "vllm_spechub/support.py", texts)
+        for path, texts in ((README, tables), (PAGE, {"versions": render_versions()}))
+    }
 
 
 if __name__ == "__main__":
-    README.write_text(render_into(README.read_text()))
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")

@@ -29,6 +29,7 @@ class Drafts:
         self.law = {"rule": rule, "sharpening": sharpening}
         tables = (self.tree.first_child, self.tree.num_children, self.tree.internal_index)
         self.first_child, self.num_children, self.internal = map(torch.from_numpy, tables)
+        self.subtree_sizes = torch.from_numpy(self.tree.subtree_sizes)
         self.temperature = torch.tensor(temperatures).repeat(num_reqs)[:num_reqs]
         self.seeds = torch.randint(-(2**62), 2**62, (num_reqs,), generator=g)
         self.positions = torch.randint(0, 10000, (num_reqs,), generator=g)
@@ -85,6 +86,7 @@ class Drafts:
             self.first_child,
             self.num_children,
             self.internal,
+            self.subtree_sizes,
             max_depth=self.tree.depth,
             **self.law,
         )

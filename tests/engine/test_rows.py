@@ -9,21 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, engine, reference_model
+from conftest import PROMPTS, engine, recorded_nodes, reference_model, request_of
 
+from vllm_spechub.engine.model_state import TreeModelState
 from vllm_spechub.engine.sampler import TreeRejectionSampler
-
-
-@dataclass
-class Node:
-    """One verified row of one step."""
-
-    req_id: str
-    root_position: int
-    path_tokens: tuple[int, ...]  # drafted tokens from the root's child down to this node
-    logits: torch.Tensor
-    processed: torch.Tensor
-    rope_position: int
 
 
 @dataclass
@@ -37,55 +26,41 @@ class CacheView:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Record the rows and the cache of every verification."""
-    nodes: list[Node] = []
+    """Every verified row, its rotary position, and the cache before every verification."""
+    positions: list[int] = []
     caches: list[CacheView] = []
-    process = TreeRejectionSampler.process
     layouts = []
-
-    from vllm_spechub.engine.model_state import TreeModelState
-
     custom_sampler = TreeModelState.custom_sampler
 
     def keep_layout(self, sampler):
         layouts.append(self.layout)
         return custom_sampler(self, sampler)
 
-    def spy(self, logits, batch):
-        raw = logits.clone()
-        processed, temperature = process(self, logits, batch)
-        layout, compactor = layouts[-1], self.compactor
-        tables = compactor.block_tables.input_block_tables[0]
-        views = compactor.compactors[0][1].kv_views
-        trees = self.drafted.of(batch.idx_mapping_np)
-        for r, (req_id, tree) in enumerate(zip(batch.req_ids, trees, strict=True)):
-            start, end = batch.cu_num_logits_np[r : r + 2]
-            tokens = batch.input_ids[batch.logits_indices[start:end]].tolist()
-            root = int(batch.positions[batch.logits_indices[start]])
-            if end - start == 1:
-                continue
-            for node in range(end - start):
-                token_index = int(batch.logits_indices[start + node])
-                nodes.append(
-                    Node(
-                        req_id,
-                        root,
-                        tuple(tokens[i] for i in tree.paths[node][1:]),
-                        raw[start + node],
-                        processed[start + node].clone(),
-                        int(layout.positions[token_index]),
-                    )
-                )
-            block_size = views[0].shape[1]
-            slots = np.arange(root)
-            blocks = tables[r][slots // block_size].long()
-            held = [view[blocks, slots % block_size].view(torch.float32) for view in views]
-            caches.append(CacheView(req_id, root, list(zip(held[::2], held[1::2], strict=True))))
-        return processed, temperature
-
-    monkeypatch.setattr(TreeRejectionSampler, "process", spy)
     monkeypatch.setattr(TreeModelState, "custom_sampler", keep_layout)
-    return nodes, caches
+    with recorded_nodes() as nodes:
+        process = TreeRejectionSampler.process
+
+        def spy(self, logits, batch):
+            tables = self.compactor.block_tables.input_block_tables[0]
+            views = self.compactor.compactors[0][1].kv_views
+            block_size = views[0].shape[1]
+            for r, req_id in enumerate(batch.req_ids):
+                start, end = batch.cu_num_logits_np[r : r + 2]
+                if end - start == 1:
+                    continue
+                rows = batch.logits_indices[start:end]
+                positions.extend(layouts[-1].positions[rows].tolist())
+                root = int(batch.positions[rows[0]])
+                slots = np.arange(root)
+                blocks = tables[r][slots // block_size].long()
+                held = [view[blocks, slots % block_size].view(torch.float32) for view in views]
+                caches.append(
+                    CacheView(req_id, root, list(zip(held[::2], held[1::2], strict=True)))
+                )
+            return process(self, logits, batch)
+
+        monkeypatch.setattr(TreeRejectionSampler, "process", spy)
+        yield nodes, positions, caches
 
 
 def run(params, **options):
@@ -97,11 +72,6 @@ def run(params, **options):
     }
 
 
-def request(req_id: str) -> str:
-    """vLLM appends a random suffix to a request's id inside the engine."""
-    return req_id.split("-")[0]
-
-
 def plain_row(tokens: list[int]) -> torch.Tensor:
     return reference_model()(input_ids=torch.tensor([tokens])).logits[0, -1]
 
@@ -110,18 +80,19 @@ def plain_row(tokens: list[int]) -> torch.Tensor:
 def test_every_node_equals_its_path_decoded_plainly(recorded, options):
     from vllm import SamplingParams
 
-    nodes, caches = recorded
+    nodes, positions, caches = recorded
     texts = run(SamplingParams(temperature=1.0, seed=3, max_tokens=24, ignore_eos=True), **options)
     assert len(nodes) > 400
     depths = {len(node.path_tokens) for node in nodes}
     assert depths == {0, 1, 2, 3}
-    for node in nodes[::17]:
-        text = texts[request(node.req_id)][: node.root_position + 1]
+    recorded_rows = list(zip(nodes, positions, strict=True))
+    for node, position in recorded_rows[::17]:
+        text = texts[request_of(node.req_id)][: node.root_position + 1]
         expected = plain_row([*text, *node.path_tokens])
         torch.testing.assert_close(node.logits, expected, atol=2e-4, rtol=1e-4)
-        assert node.rope_position == node.root_position + len(node.path_tokens)
+        assert position == node.root_position + len(node.path_tokens)
     for cache in caches[::13]:
-        text = texts[request(cache.req_id)][: cache.length]
+        text = texts[request_of(cache.req_id)][: cache.length]
         if not text:
             continue
         plain = reference_model()(input_ids=torch.tensor([text]), use_cache=True).past_key_values
@@ -134,12 +105,13 @@ def test_every_node_equals_its_path_decoded_plainly(recorded, options):
 
 
 def test_processors_see_each_nodes_own_history(recorded, monkeypatch):
-    """Penalties, min_tokens and bad words on every node, next to plain requests."""
+    """Penalties, min_tokens and bad words on every node, next to plain requests, in chunks."""
     from vllm import SamplingParams
 
+    from vllm_spechub.engine import sampler
     from vllm_spechub.engine.history import HistoryProcessors
 
-    nodes, _ = recorded
+    nodes, _, _ = recorded
     resolved = []  # the engine's copies: they know the stop tokens and the bad words' tokens
     add_request = HistoryProcessors.add_request
 
@@ -148,6 +120,7 @@ def test_processors_see_each_nodes_own_history(recorded, monkeypatch):
         return add_request(self, req_idx, sampling_params)
 
     monkeypatch.setattr(HistoryProcessors, "add_request", spy)
+    monkeypatch.setattr(sampler, "get_max_chunk_logits", lambda vocab_size: 40)
     penalties = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3}
     params = [
         SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),
@@ -162,8 +135,8 @@ def test_processors_see_each_nodes_own_history(recorded, monkeypatch):
     prompt_lengths = [len(t) for t in map(tokenizer_ids, PROMPTS)]
     used = 0
     for node in nodes:
-        i = int(request(node.req_id))
-        text = texts[request(node.req_id)][: node.root_position + 1]
+        i = int(request_of(node.req_id))
+        text = texts[request_of(node.req_id)][: node.root_position + 1]
         history = [*text, *node.path_tokens]
         prompt, output = history[: prompt_lengths[i]], history[prompt_lengths[i] :]
         expected = reference_process(node.logits, prompt, output, params[i])

@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees that follow the number of running requests: tokens, rows and the draft's own reading."""
 
-import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, TARGET, engine, recorded_nodes, reference_model, token_ids
+from conftest import (
+    PROMPTS,
+    TARGET,
+    engine,
+    recorded_nodes,
+    reference_model,
+    request_of,
+    token_ids,
+)
+from oracle import assert_same_row, processed_row, resolved
 from test_distribution import assert_prefixes_follow
 from test_metrics import spechub_metrics
 from vllm import SamplingParams
 
 from vllm_spechub.engine.sampler import TreeRejectionSampler
+from vllm_spechub.rules.builtin import OrderedSpecHub
+from vllm_spechub.topology import TokenTree
 
 SCHEDULE = [[1, 2, "binary:3"], [3, 4, "chain:2"], [5, None, None]]
 # the other way round: wide trees leave most requests out of a tight budget, chains let them in
@@ -27,18 +37,36 @@ def generate(llm, **options):
 
 
 @pytest.fixture
-def trees_per_batch(monkeypatch):
-    """How many different trees each verified batch had."""
-    counts: list[int] = []
-    original = TreeRejectionSampler.__call__
+def emitted_by_tree(monkeypatch):
+    """Of each verified batch, what its requests emitted, by their tree's place in the schedule.
+
+    Each request must be verified as the tree that it drafted.
+    """
+    batches: list[dict[int, list[int]]] = []
+    original, verify = TreeRejectionSampler.__call__, OrderedSpecHub.verify
+    trees: dict[int, TokenTree] = {}
+
+    def check(self, *args, num_nodes, idx_mapping, state, **kwargs):
+        for req in idx_mapping[num_nodes > 0].tolist():
+            assert state.tree == trees[req]
+        return verify(
+            self, *args, num_nodes=num_nodes, idx_mapping=idx_mapping, state=state, **kwargs
+        )
 
     def spy(self, logits, batch, *args, **kwargs):
-        index = self.drafted.index[batch.idx_mapping_np]
-        counts.append(len(np.unique(index[batch.num_draft_tokens_per_req > 0])))
-        return original(self, logits, batch, *args, **kwargs)
+        reqs = batch.idx_mapping_np
+        trees.update(zip(reqs.tolist(), self.drafted.of(reqs), strict=True))
+        output = original(self, logits, batch, *args, **kwargs)
+        emitted: dict[int, list[int]] = {}
+        for r, index in enumerate(self.drafted.index[batch.idx_mapping_np].tolist()):
+            if batch.num_draft_tokens_per_req[r] > 0:
+                emitted.setdefault(index, []).append(int(output.num_sampled[r]))
+        batches.append(emitted)
+        return output
 
     monkeypatch.setattr(TreeRejectionSampler, "__call__", spy)
-    return counts
+    monkeypatch.setattr(OrderedSpecHub, "verify", check)
+    return batches
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +100,31 @@ def test_tokens_while_the_width_changes(scheduling, plain, request):
 
 
 @pytest.mark.parametrize("budget", [18, 24])
-def test_one_batch_may_mix_trees(budget, plain, trees_per_batch):
+def test_one_batch_may_mix_trees(budget, plain, emitted_by_tree):
     """Requests that a tight budget leaves out of a step keep the tree of their last one."""
     schedule = [[1, 2, "chain:2"], [3, None, "binary:3"]]
     with engine(schedule, max_num_batched_tokens=budget) as llm, recorded_nodes() as nodes:
         assert generate(llm) == plain["greedy"]
-        outputs = llm.generate(PROMPTS, params(temperature=1.0, seed=1), use_tqdm=False)
-    assert max(trees_per_batch) == 2
+        penalized = params(temperature=1.0, seed=1, repetition_penalty=1.5)
+        outputs = llm.generate(PROMPTS, penalized, use_tqdm=False)
+    mixed = [emitted for emitted in emitted_by_tree if len(emitted) == 2]
+    for tree in (0, 1):  # both trees of a mixed batch are accepted from
+        assert max(max(emitted[tree]) for emitted in mixed) > 1
 
-    texts = {o.request_id: [*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs}
-    checked = 0
+    by_request = {output.request_id: output for output in outputs}
+    checked, settings = 0, resolved(penalized[0])
     for node in nodes[:: len(nodes) // 80]:
-        name = node.req_id.rpartition("-")[0]
-        if name in texts:
-            path = [*texts[name][: node.root_position + 1], *node.path_tokens]
-            row = reference_model()(input_ids=torch.tensor([path])).logits[0, -1]
-            torch.testing.assert_close(node.logits, row, atol=5e-4, rtol=1e-4)
-            checked += 1
+        output = by_request.get(request_of(node.req_id))
+        if output is None:  # of the greedy answers
+            continue
+        prompt = list(output.prompt_token_ids)
+        text = [*prompt, *output.outputs[0].token_ids][: node.root_position + 1]
+        path = [*text, *node.path_tokens]
+        row = reference_model()(input_ids=torch.tensor([path])).logits[0, -1]
+        torch.testing.assert_close(node.logits, row, atol=5e-4, rtol=1e-4)
+        expected = processed_row(node.logits, prompt, path[len(prompt) :], settings)
+        assert_same_row(node.processed / node.temperature, expected)
+        checked += 1
     assert checked > 20
 
 
@@ -111,16 +147,17 @@ def test_the_draft_reads_what_it_missed(budget):
         options = {"draft": TARGET, "max_num_batched_tokens": budget, "max_num_seqs": 4}
         with engine(schedule, **options) as llm:
             wanted = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
-            llm.generate(PROMPTS[:4], wanted, use_tqdm=False)
-    # Alone, the first request has some 30 tokens to go. Its draft has missed some 50, which do not
-    # fit into one step of 16 + 4 rows.
-    assert len(emitted) >= 7
-    late = 1 if budget == 512 else 4
-    assert emitted[late:-1] == [4] * len(emitted[late:-1])
-    assert len(emitted[late:-1]) >= 3
+            for prompts in (PROMPTS[:4], PROMPTS[2:]):  # the second time in the places of the first
+                emitted.clear()
+                llm.generate(prompts, wanted, use_tqdm=False)
+                # Alone, the first request has some 30 tokens to go. Its draft has missed some 50,
+                # which do not fit into one step of 16 + 4 rows.
+                late = 1 if budget == 512 else 4
+                assert len(emitted[late:-1]) >= 3
+                assert emitted[late:-1] == [4] * len(emitted[late:-1])
 
 
-def test_prefixes_follow_the_target_while_the_width_changes(trees_per_batch):
+def test_prefixes_follow_the_target_while_the_width_changes(emitted_by_tree):
     prompt = [5, 6, 7]
     samples = 2000
     wanted = SamplingParams(n=samples, max_tokens=4, ignore_eos=True, temperature=0.6)
@@ -129,5 +166,5 @@ def test_prefixes_follow_the_target_while_the_width_changes(trees_per_batch):
         output = llm.generate({"prompt_token_ids": prompt}, wanted, use_tqdm=False)[0]
         steps = spechub_metrics(llm)["steps"]
     assert {"2", "3", "14"} <= set(steps)
-    assert sum(count > 1 for count in trees_per_batch) > 30
+    assert sum(len(emitted) > 1 for emitted in emitted_by_tree) > 30
     assert_prefixes_follow(output, prompt, wanted)

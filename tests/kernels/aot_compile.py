@@ -44,7 +44,8 @@ class Compiler:
 
         Args:
             kernel: the function as imported, interpreted or not.
-            signature: type of each run-time argument, such as "*fp32", "i32" or "fp32".
+            signature: type of each run-time argument, such as "*fp32", "i32" or "fp32";
+                "i32:16" for one that the launcher will see to be a multiple of 16.
                 A list stands for a Triton tuple.
             constexprs: value of each constexpr argument.
             capability: compute capability without the dot: 80, 90 or 100.
@@ -93,7 +94,10 @@ def _compile(job: dict[str, Any]) -> dict[str, int]:
     aligned = {
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
         for name, kind in job["signature"].items()
-        if isinstance(kind, str) and kind.startswith("*")
+        if isinstance(kind, str) and (kind.startswith("*") or kind.endswith(":16"))
+    }
+    signature = {
+        k: v.removesuffix(":16") if isinstance(v, str) else v for k, v in signature.items()
     }
     signature = {k: tuple(v) if isinstance(v, list) else v for k, v in signature.items()}
     source = triton.compiler.ASTSource(kernel, signature, job["constexprs"], aligned)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of the kernel tests: poisoned allocations and ahead-of-time compilation."""
 
-import os
-
 import pytest
 import torch
 from aot_compile import Compiler
+from devices import DEVICE
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,4 +47,4 @@ def compile_for():
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where kernels run: on the CPU under the interpreter, else on the GPU."""
-    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    return DEVICE

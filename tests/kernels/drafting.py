@@ -27,6 +27,10 @@ class Tree:
                 depth += [depth[node] + 1] * count
         assert len(depth) == len(self.counts)
         self.max_depth = max(depth)
+        self.subtree_sizes = torch.ones_like(self.num_children)
+        for node, count in reversed([*enumerate(self.counts)]):
+            first = int(self.first_child[node])
+            self.subtree_sizes[node] += self.subtree_sizes[first : first + count].sum()
 
     @property
     def num_drafted(self) -> int:

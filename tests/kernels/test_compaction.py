@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from devices import DEVICE
 
 from vllm_spechub.triton_kernels.compaction import KVCompactor
 from vllm_spechub.triton_kernels.compaction.kernel import (
@@ -36,7 +37,7 @@ def make_view(layout: str, heads: int, content: int, block_size: int, dtype) -> 
     itemsize = dtype.itemsize
     *outer, last = shapes[layout]
     raw = torch.randint(0, 256, (*outer, last * itemsize), dtype=torch.uint8)
-    return raw.view(dtype).permute(orders[layout])
+    return raw.to(DEVICE).view(dtype).permute(orders[layout])
 
 
 def make_call(paths: list[list[int]], block_size: int, first_root: int = 13):
@@ -45,7 +46,8 @@ def make_call(paths: list[list[int]], block_size: int, first_root: int = 13):
     per_req = -(-(first_root + num_reqs + 64) // block_size)
     table = torch.stack([torch.randperm(NUM_BLOCKS)[:per_req] for _ in range(num_reqs)])
     roots = torch.arange(first_root, first_root + num_reqs)
-    return table.int(), roots, torch.tensor(paths, dtype=torch.int32)
+    path = torch.tensor(paths, dtype=torch.int32)
+    return table.int().to(DEVICE), roots.to(DEVICE), path.to(DEVICE)
 
 
 def oracle(views, block_table, roots, path) -> list[torch.Tensor]:
@@ -109,7 +111,7 @@ def test_requests_and_layouts_together(compact):
     path = torch.tensor([[0, 2, 6, 14, 29], [0, 1, 3, -1, -1], [0, 2, 3, 4, 9]]).int()
     expected = oracle([as_raw_bits(view) for view in views], table, roots, path)
     assert len(plan_launches([as_raw_bits(view) for view in views])) == 3
-    compact(views, table, roots, path)
+    compact(views, table.to(DEVICE), roots.to(DEVICE), path.to(DEVICE))
     for view, want in zip(views, expected, strict=True):
         assert torch.equal(as_raw_bits(view), want)
 
@@ -131,18 +133,19 @@ def test_nothing_to_move_touches_nothing(compact, path):
     """Neither the cache nor the block table is read: both lead nowhere here."""
     view = make_view("NHD", 2, 16, 16, torch.float32)
     before = view.clone()
-    table = torch.full((1, 4), 1 << 30, dtype=torch.int32)
+    table = torch.full((1, 4), 1 << 30, dtype=torch.int32, device=DEVICE)
     version = view._version
-    compact([view], table, torch.tensor([7]), torch.tensor([path], dtype=torch.int32))
+    path = torch.tensor([path], dtype=torch.int32, device=DEVICE)
+    compact([view], table, torch.tensor([7], device=DEVICE), path)
     assert view._version == version
     assert torch.equal(as_raw_bits(view), as_raw_bits(before))
 
 
 def test_empty_batch():
     view = make_view("NHD", 2, 16, 16, torch.float32)
-    empty = torch.zeros(0, 4, dtype=torch.int32)
+    empty = torch.zeros(0, 4, dtype=torch.int32, device=DEVICE)
     for compact in (run_kernel, run_public):
-        compact([view], empty, torch.zeros(0, dtype=torch.int64), empty)
+        compact([view], empty, torch.zeros(0, dtype=torch.int64, device=DEVICE), empty)
 
 
 def test_bad_arguments_are_named():

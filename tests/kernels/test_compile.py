@@ -9,20 +9,20 @@ import pytest
 from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
 from vllm_spechub.triton_kernels.verification import kernel as verification
 
-TARGETS = [(80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "bf16")]
+TARGETS = [(80, "bf16"), (90, "bf16"), (90, "fp16"), (90, "fp32"), (100, "bf16")]
 
 CHILD_SAMPLING_ARGUMENTS = {
     "tokens_ptr": "*i64",
     "sample_slot_ptr": "*i32",
     "logits_ptr": "*fp32",
-    "logits_stride": "i32",
+    "logits_stride": "i32:16",
     "temperature_ptr": "*fp32",
     "seeds_ptr": "*i64",
     "req_idx_ptr": "*i32",
     "root_positions_ptr": "*i64",
     "node_ids_ptr": "*i32",
     "num_children_ptr": "*i32",
-    "vocab_size": "i32",
+    "vocab_size": "i32:16",
     "sharpening": "fp32",
 }
 VERIFICATION_ARGUMENTS = {
@@ -30,13 +30,13 @@ VERIFICATION_ARGUMENTS = {
     "num_emitted_ptr": "*i32",
     "path_ptr": "*i32",
     "target_logits_ptr": "*fp32",
-    "target_logits_stride": "i32",
+    "target_logits_stride": "i32:16",
     "row_start_ptr": "*i32",
     "num_nodes_ptr": "*i32",
     "node_tokens_ptr": "*i64",
     "draft_logits_ptr": "*fp32",
-    "draft_logits_req_stride": "i32",
-    "draft_logits_node_stride": "i32",
+    "draft_logits_req_stride": "i32:16",
+    "draft_logits_node_stride": "i32:16",
     "sample_slots_ptr": "*i32",
     "sample_slots_stride": "i32",
     "req_idx_ptr": "*i32",
@@ -48,7 +48,7 @@ VERIFICATION_ARGUMENTS = {
     "num_children_ptr": "*i32",
     "internal_index_ptr": "*i32",
     "max_depth": "i32",
-    "vocab_size": "i32",
+    "vocab_size": "i32:16",
     "sharpening": "fp32",
 }
 
@@ -58,6 +58,7 @@ VERIFICATION_ARGUMENTS = {
     [
         ("unordered", 1, *TARGETS[1]),
         ("ordered", 2, *TARGETS[1]),
+        ("ordered", 3, *TARGETS[1]),
         *((rule, 4, *target) for rule in ("ordered", "rrs", "rrsw") for target in TARGETS),
     ],
 )
@@ -88,6 +89,7 @@ def test_child_sampling(compile_for, capability, dtype, rule, max_children):
             for target in TARGETS
         ),
         ("unordered", False, *TARGETS[1]),
+        ("chain", False, *TARGETS[1]),
         ("ordered", True, *TARGETS[1]),
         ("traversal", True, *TARGETS[1]),
     ],
@@ -98,7 +100,7 @@ def test_verification(compile_for, capability, dtype, rule, sharpened):
     constants = {"SHARPENED": sharpened, "BLOCK_SIZE": verification.BLOCK_SIZE}
     if rule == "traversal":
         function = verification.traverse_kernel
-        arguments["num_tree_nodes"] = "i32"
+        arguments |= {"subtree_sizes_ptr": "*i64", "num_tree_nodes": "i32"}
         constants["MAX_NODES"] = 64
     else:
         function = verification._verify_tree_kernel

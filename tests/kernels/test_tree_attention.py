@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tree attention: kernel against reference, reference against its definition, resources."""
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from devices import DEVICE
 from triton.runtime import interpreter
 
 from vllm_spechub.triton_kernels.tree_attention import (
@@ -67,7 +69,7 @@ def causal_rows(seq_len: int, query_len: int) -> list[tuple[int, int]]:
 
 @dataclass
 class Batch:
-    """One attention call; `expand(**changes)` are the arguments of `tree_attention`."""
+    """The tensors of one attention call."""
 
     query: torch.Tensor
     key_cache: torch.Tensor
@@ -134,15 +136,16 @@ def make_batch(
     num_tokens = len(rows) + padding
     query = torch.randn(num_tokens, num_q_heads, head_size, generator=generator)
     starts = torch.tensor([0] + [len(request_rows) for _, request_rows in requests])
+    fused = fused.to(DEVICE)
     return Batch(
-        query=query.to(dtype),
+        query=query.to(DEVICE, dtype),
         key_cache=fused[..., :head_size],
         value_cache=fused[..., head_size:],
-        query_start_loc=starts.cumsum(0).int(),
-        seq_lens=torch.tensor([seq_len for seq_len, _ in requests], dtype=torch.int32),
-        block_table=block_table,
-        visible_until=torch.tensor([until for until, _ in rows] + [113] * padding).int(),
-        tree_mask=torch.tensor([mask for _, mask in rows] + [113] * padding),
+        query_start_loc=starts.cumsum(0).int().to(DEVICE),
+        seq_lens=torch.tensor([seq_len for seq_len, _ in requests]).int().to(DEVICE),
+        block_table=block_table.to(DEVICE),
+        visible_until=torch.tensor([until for until, _ in rows] + [113] * padding).int().to(DEVICE),
+        tree_mask=torch.tensor([mask for _, mask in rows] + [113] * padding).to(DEVICE),
     )
 
 
@@ -189,7 +192,7 @@ def naive(batch: Batch, row: int, head: int, window: int = 10**6) -> torch.Tenso
 
 def test_reference_follows_the_definition():
     batch = make_batch(mixed_requests())
-    output = batch.run(tree_attention)
+    output = batch.run(tree_attention_reference)
     for row in range(int(batch.query_start_loc[-1])):
         torch.testing.assert_close(output[row, row % 4], naive(batch, row, row % 4))
     assert (output[batch.query_start_loc[-1] :] == 7.0).all()
@@ -306,15 +309,15 @@ def test_row_that_sees_nothing_is_zero(num_splits):
 def test_fp8_cache(dtype, fp8):
     """Stored with scales, read with them; unused slots are NaN there as well."""
     batch = make_batch(mixed_requests(), dtype=dtype, padding=0)
-    scales = torch.tensor([0.5]), torch.tensor([2.0])
+    scales = torch.tensor([[0.5], [2.0]], device=DEVICE)
     exact = make_batch(mixed_requests(), dtype=dtype, padding=0)
     for name, scale in zip(("key_cache", "value_cache"), scales, strict=True):
         stored = (getattr(batch, name).float() / scale).to(fp8)
         setattr(batch, name, stored)
         setattr(exact, name, (stored.float() * scale).to(dtype))
     options = {"key_scale": scales[0], "value_scale": scales[1], "window": 20}
-    expected = exact.run(tree_attention, window=20)
-    assert_close(expected, batch.run(tree_attention, **options))
+    expected = exact.run(tree_attention_reference, window=20)
+    assert_close(expected, batch.run(tree_attention_reference, **options))
     for num_splits in (1, 2):
         assert_close(expected, batch.run(tree_attention_triton, num_splits=num_splits, **options))
 
@@ -342,7 +345,7 @@ def long_requests() -> list[tuple[int, list[tuple[int, int]]]]:
 @pytest.mark.parametrize("window", [1, 2, 3, 16, 33, 500])
 def test_window_counts_depths(window):
     batch = make_batch(long_requests())
-    reference = batch.run(tree_attention, window=window)
+    reference = batch.run(tree_attention_reference, window=window)
     used = int(batch.query_start_loc[-1])
     for num_splits in (1, 4):
         output = batch.run(tree_attention_triton, num_splits=num_splits, window=window)
@@ -437,9 +440,10 @@ def attention_job(
     softcap=False,
     window=False,
     fp8=False,
+    capability=90,
 ):
     """Signature, constexprs and options as `tree_attention_triton` launches."""
-    config = launch_config(dtype, head_size, group_size, max_query_len)
+    config = launch_config(dtype, head_size, group_size, max_query_len, capability // 10)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     constexprs = {
         "BLOCK_SIZE": 16,
@@ -491,37 +495,34 @@ def attention_job(
     return signature, constexprs, options
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("dtype", list(TRITON_TYPE))
-def test_compiles_ahead_of_time(compile_for, dtype, capability):
-    signature, constexprs, options = attention_job(dtype, 128, 4, 15)
-    resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)
-    print(f"{dtype} sm_{capability}: {resources}")
+SPILL_CASES = [
+    *itertools.product(
+        [90], (torch.bfloat16, torch.float32), (64, 80, 128, 192, 256), (1, 15), (False, True)
+    ),
+    *itertools.product([90], [torch.float16], (64, 128, 256), [15], [False]),
+    *itertools.product((80, 100), [torch.bfloat16], (80, 128, 256), [15], (False, True)),
+    *itertools.product((80, 100), [torch.float32], (128, 192), [15], [True]),
+]
 
 
-@pytest.mark.parametrize("dtype", list(TRITON_TYPE))
 @pytest.mark.parametrize(
-    ("head_size", "group_size", "max_query_len", "num_splits", "softcap", "window"),
-    [
-        (64, 1, 1, 8, False, False),
-        (64, 4, 31, 1, False, False),
-        (80, 1, 64, 1, False, False),
-        (128, 4, 15, 8, False, False),
-        (128, 4, 15, 8, False, True),
-        (128, 8, 1, 8, False, False),
-        (128, 4, 512, 1, True, False),
-        (256, 2, 15, 8, False, False),
-        (256, 2, 512, 1, False, True),
-    ],
+    ("capability", "dtype", "head_size", "max_query_len", "all_features"), SPILL_CASES
 )
-def test_nothing_spills_on_hopper(
-    compile_for, dtype, head_size, group_size, max_query_len, num_splits, softcap, window
-):
+def test_nothing_spills(compile_for, capability, dtype, head_size, max_query_len, all_features):
+    """At the configurations that a decode (one row block of 16) and a tree (the largest) get."""
+    group_size = 1 if max_query_len == 1 else 4
     signature, constexprs, options = attention_job(
-        dtype, head_size, group_size, max_query_len, num_splits, softcap, window
+        dtype,
+        head_size,
+        group_size,
+        max_query_len,
+        num_splits=1 if all_features else 8,
+        softcap=all_features,
+        window=all_features,
+        capability=capability,
     )
-    resources = compile_for(_tree_attention_kernel, signature, constexprs, 90, **options)
-    print(f"{dtype} head {head_size} group {group_size}: {resources}")
+    resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)
+    print(f"{dtype} head {head_size}, {max_query_len} queries, sm_{capability}: {resources}")
     assert resources.spill_bytes == 0
 
 

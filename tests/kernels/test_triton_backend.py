@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUSTOM attention backend: real builder, metadata and implementation on CPU tensors.
+"""The CUSTOM attention backend: real builder, metadata and implementation.
 
 Stand-ins: the engine configuration (the few fields that the builder reads) and the device, so that
-`tree_attention` is pointed at the Triton kernel, interpreted, instead of the CPU reference.
+`tree_attention` is pointed at the Triton kernel, on the CPU interpreted, and not at the reference.
 """
 
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from devices import DEVICE
 
 pytest.importorskip("vllm")
 
@@ -58,7 +59,7 @@ def make_builder():
         head_size=HEAD_SIZE,
         dtype=torch.float32,
     )
-    return TritonTreeBackend.get_builder_cls()(spec, [], config, torch.device("cpu"))
+    return TritonTreeBackend.get_builder_cls()(spec, [], config, torch.device(DEVICE))
 
 
 def make_impl(**changes):
@@ -83,15 +84,15 @@ def make_common(requests, padding: int = 0, padded_reqs: int = 0) -> CommonAtten
     seq_lens = torch.tensor(lengths).int() + torch.tensor(contexts).int()
     table = torch.arange(len(lengths) * 4, dtype=torch.int32).view(-1, 4)
     return CommonAttentionMetadata(
-        query_start_loc=starts,
+        query_start_loc=starts.to(DEVICE),
         query_start_loc_cpu=starts,
-        seq_lens=seq_lens,
+        seq_lens=seq_lens.to(DEVICE),
         num_reqs=len(lengths),
         num_actual_tokens=sum(lengths) + padding,
         max_query_len=max(lengths),
         max_seq_len=int(seq_lens.max()),
-        block_table_tensor=table,
-        slot_mapping=torch.zeros(sum(lengths) + padding, dtype=torch.int64),
+        block_table_tensor=table.to(DEVICE),
+        slot_mapping=torch.zeros(sum(lengths) + padding, dtype=torch.int64, device=DEVICE),
     )
 
 
@@ -107,8 +108,8 @@ def make_tree(requests) -> TreeVisibility:
             masks += tokens
             counts.append(len(tokens))
     return TreeVisibility(
-        visible_until=torch.tensor(until, dtype=torch.int32),
-        tree_mask=torch.tensor(masks),
+        visible_until=torch.tensor(until, dtype=torch.int32, device=DEVICE),
+        tree_mask=torch.tensor(masks, device=DEVICE),
         num_tree_tokens=np.array(counts),
     )
 
@@ -125,7 +126,7 @@ def make_inputs(common, layout: str = "HND"):
     for req, seq_len in enumerate(common.seq_lens.tolist()):
         for position in range(seq_len, 4 * BLOCK_SIZE):
             cache[req * 4 + position // BLOCK_SIZE, :, position % BLOCK_SIZE] = float("nan")
-    return query, cache
+    return query.to(DEVICE), cache.to(DEVICE)
 
 
 def expected_output(common, tree, query, cache) -> torch.Tensor:
@@ -153,7 +154,7 @@ def forward(impl, metadata, query, cache) -> torch.Tensor:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Runs the Triton kernel on CPU tensors; lists the arguments of each call."""
+    """Runs the Triton kernel; lists the arguments of each call."""
     calls = []
 
     def launch(*args):
@@ -219,7 +220,7 @@ def test_without_tree_falls_back_to_vllm(monkeypatch, launches):
 def test_buffers_start_causal_and_keep_their_place():
     builder = make_builder()
     # Bounded by whole levels of every tree, not by the token budget alone.
-    assert len(builder.visible_until) == MAX_NUM_REQS * (NUM_NODES + 1)
+    assert len(builder.visible_until) == MAX_NUM_REQS * (NUM_NODES + 2)
     assert (builder.visible_until == CAUSAL).all()
     common, tree = make_common(MIXED), make_tree(MIXED)
     captured = builder.build_for_cudagraph_capture(make_common(MIXED))
@@ -275,7 +276,8 @@ def test_an_fp8_cache_is_read_with_the_layers_scales(launches, monkeypatch):
     query, cache = make_inputs(common)
     metadata = make_builder().build(0, common, tree=tree)
     impl = make_impl(kv_cache_dtype="fp8")
-    layer = SimpleNamespace(_k_scale=torch.tensor([0.5]), _v_scale=torch.tensor([2.0]))
+    scales = torch.tensor([[0.5], [2.0]], device=DEVICE)
+    layer = SimpleNamespace(_k_scale=scales[0], _v_scale=scales[1])
     stored = cache.to(torch.float8_e4m3fn)
     output = torch.zeros_like(query)
     impl.forward(layer, query, query, query, stored.view(torch.uint8), metadata, output)

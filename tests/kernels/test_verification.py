@@ -86,6 +86,7 @@ def make_case(
         tree.first_child,
         tree.num_children,
         tree.internal_index,
+        tree.subtree_sizes,
     ]
     options = {"max_depth": tree.max_depth, "rule": rule, "sharpening": sharpening}
     return arguments, options
@@ -253,6 +254,7 @@ def run_markov(
         tree.first_child,
         tree.num_children,
         tree.internal_index,
+        tree.subtree_sizes,
         max_depth=tree.max_depth,
         rule=rule,
         sharpening=sharpening,
@@ -372,6 +374,7 @@ def test_ruled_out_tokens_are_never_emitted(device, implementation, rule):
         torch.tensor([1, 0], dtype=torch.int32),
         torch.tensor([1, 0], dtype=torch.int32),
         torch.tensor([0, -1], dtype=torch.int32),
+        torch.tensor([2, 1]),
     ]
     if implementation == "kernel":
         tokens, num_emitted, _ = kernel.verify_tree(*on(device, arguments), max_depth=1, rule=rule)
@@ -396,6 +399,7 @@ NAMES = [
     "first_child",
     "num_children",
     "internal_index",
+    "subtree_sizes",
 ]
 
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offline batches on a local Ray cluster: every row once, whatever is killed on the way.
-
-Needs the extra `ray`: `pip install .[ray]`, then `pytest tests/ray`.
-"""
+"""Offline batches on a local Ray cluster: every row once, whatever is killed on the way."""
 
 import json
 import os
@@ -10,23 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import DRAFT, ENGINE, SCRIPTS, TARGET, without_ray
 
-pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-TARGET, DRAFT = (str(SCRIPTS / "demo_pair" / name) for name in ("target", "draft"))
 MAX_TOKENS = 40
-ENGINE = {
-    "dtype": "float32",
-    "max_model_len": 256,
-    "max_num_seqs": 8,
-    "kv_cache_memory_bytes": 64 << 20,
-    "enforce_eager": True,
-}
 
 
 @pytest.fixture(scope="module")
@@ -43,32 +30,9 @@ def prompts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def single_engine(prompts):
     """What one engine without trees answers."""
-    program = (
-        "import json, sys; from vllm import LLM, SamplingParams\n"
-        f"llm = LLM({TARGET!r}, **{ENGINE!r})\n"
-        f"params = SamplingParams(temperature=0, max_tokens={MAX_TOKENS})\n"
-        "outputs = llm.generate(json.load(sys.stdin), params, use_tqdm=False)\n"
-        "print('\\n' + json.dumps([output.outputs[0].text for output in outputs]))"
-    )
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        input=json.dumps(list(prompts[1].values())),
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return dict(zip(prompts[1], json.loads(done.stdout.splitlines()[-1]), strict=True))
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    import ray
-
-    context = ray.init("local", num_cpus=8, include_dashboard=False)
-    yield context.address_info["address"]
-    ray.shutdown()
+    rows = prompts[1]
+    params = [{"temperature": 0, "max_tokens": MAX_TOKENS}] * len(rows)
+    return dict(zip(rows, without_ray(list(rows.values()), params), strict=True))
 
 
 def start(cluster, prompts, out) -> subprocess.Popen:

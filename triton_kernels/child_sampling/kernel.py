@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..rng_device import CHILD, LABEL, element_hash, exponential, row_key, uniform
+from ..rng_device import CHILD, LABEL, element_hash, exponential, fast_log, row_key, uniform
 
 # Stands for the logit -inf, so that masked tokens still rank above empty list entries.
 _LOWEST = tl.constexpr(-3.0e38)
@@ -30,7 +30,7 @@ def _insert(value, index, entry_value, entry_index):
 
 @triton.jit
 def _race_score(value, index, key, scale, greedy):
-    noise = tl.log(exponential(element_hash(key, index)))
+    noise = fast_log(exponential(element_hash(key, index)))
     score = tl.maximum(value * scale - tl.where(greedy, 0.0, noise), _LOWEST)
     return tl.where(value == _EMPTY, _EMPTY, score)
 
@@ -67,7 +67,7 @@ def _draw_independently(
         value = tl.load(logits_ptr + index, mask=valid, other=0.0)
         value = tl.where(valid, tl.maximum(value.to(tl.float32), _LOWEST), _EMPTY)
         peak = tl.maximum(peak, value)
-        noise = tl.log(exponential(element_hash(key, slot * vocab_size + index)))
+        noise = fast_log(exponential(element_hash(key, slot * vocab_size + index)))
         score = tl.where(value == _EMPTY, _EMPTY, tl.maximum(value * scale - noise, _LOWEST))
         ahead = score > race
         race = tl.where(ahead, score, race)
@@ -168,7 +168,12 @@ def _sample_children_kernel(
             if MAX_CHILDREN > 3:
                 hub2, index2, value, index = _insert(value, index, hub2, index2)
             if ORDERED:
-                mass = mass * tl.exp((peak - hub0) * scale) + tl.exp((value - hub0) * scale)
+                fallen = tl.exp((value - hub0) * scale)
+                if MAX_CHILDREN == 2:
+                    # Where the hub is new, the one that it replaced is what fell off the list.
+                    mass = tl.where(hub0 > peak, mass * fallen, mass) + fallen
+                else:
+                    mass = mass * tl.exp((peak - hub0) * scale) + fallen
         score = value if RACED else _race_score(value, index, key, race_scale, greedy)
         race, winner, _, _ = _insert(score, index, race, winner)
 

@@ -444,15 +444,18 @@ def _merge_splits_kernel(
 
 
 def launch_config(
-    dtype: torch.dtype, head_size: int, group_size: int, max_query_len: int
+    dtype: torch.dtype, head_size: int, group_size: int, max_query_len: int, capability: int = 9
 ) -> dict[str, int]:
     """Tile sizes and launch options, chosen to keep the accumulators in registers.
+
+    `tests/kernels` compiles them for Ampere, Hopper and Blackwell: nothing spills.
 
     Args:
         dtype: of queries and cache.
         head_size: before padding.
         group_size: query heads per KV head.
         max_query_len: longest request of the batch.
+        capability: major compute capability of the device.
 
     Returns:
         `BLOCK_M`, `TILE`, `num_warps`, `num_stages`.
@@ -467,8 +470,15 @@ def launch_config(
         most_rows, tile, num_warps = 64, 64, 4
     rows = triton.next_power_of_2(max(max_query_len, 1) * group_size)
     block_m = max(16, triton.next_power_of_2(group_size), min(rows, most_rows))
+    if wide and block_m == 16:
+        num_warps = 4
     # Three stages: block numbers, keys and values, arithmetic.
-    return {"BLOCK_M": block_m, "TILE": tile, "num_warps": num_warps, "num_stages": 3}
+    num_stages = 3
+    if capability < 9:
+        # Ampere's dot products keep their operands in registers.
+        num_stages = 2 if wide else 3
+        tile = tile if head_size <= 64 else min(tile, 32)
+    return {"BLOCK_M": block_m, "TILE": tile, "num_warps": num_warps, "num_stages": num_stages}
 
 
 def choose_num_splits(num_programs: int) -> int:
@@ -515,7 +525,9 @@ def tree_attention_triton(
     num_reqs = seq_lens.shape[0]
     num_kv_heads = key_cache.shape[2]
     group_size = num_q_heads // num_kv_heads
-    config = launch_config(query.dtype, head_size, group_size, max_query_len)
+    # Interpreted on the CPU, any will do.
+    capability = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
+    config = launch_config(query.dtype, head_size, group_size, max_query_len, capability)
     block_q = config["BLOCK_M"] // group_size
     # sum_r ceil(len_r / block_q) <= num_tokens // block_q + num_reqs, without knowing the lengths.
     num_query_blocks = num_tokens // block_q + num_reqs

@@ -35,6 +35,8 @@ def verify_tree(
     num_children: torch.Tensor,
     # [num_tree_nodes]
     internal_index: torch.Tensor,
+    # [num_tree_nodes]
+    subtree_sizes: torch.Tensor,
     *,
     max_depth: int,
     rule: str,
@@ -68,6 +70,7 @@ def verify_tree(
         first_child: int32, breadth-first id of each node's first child; 0 at leaves.
         num_children: int32, 0..4.
         internal_index: int32, row of each internal node in `draft_logits`; -1 at leaves.
+        subtree_sizes: integer, nodes in each node's subtree, itself included.
         max_depth: depth of the tree's deepest leaf.
         rule: what children were drafted for, one of `rules.RULES`.
         sharpening: the exponent that sampled children were drafted with.
@@ -104,6 +107,7 @@ def verify_tree(
         "seeds": (seeds, target_temperature.shape),
         "num_children": (num_children, first_child.shape),
         "internal_index": (internal_index, first_child.shape),
+        "subtree_sizes": (subtree_sizes, first_child.shape),
     }
     for name, (value, shape) in expected.items():
         if value.shape != shape:
@@ -129,6 +133,7 @@ def verify_tree(
         first_child,
         num_children,
         internal_index,
+        subtree_sizes,
         max_depth=max_depth,
         rule=rule,
         sharpening=sharpening,

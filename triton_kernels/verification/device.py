@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from ..rng_device import element_hash, exponential
+from ..rng_device import element_hash, exponential, fast_log
 
 # Stands for the peak of logits that are all -inf.
 LOWEST = tl.constexpr(-3.0e38)
@@ -21,11 +21,30 @@ def _best(value, index):
 
 
 @triton.jit
+def _lead(score, index, race, winner):
+    """One step of a lane's race: the better score so far and whose it is, the first of a tie."""
+    ahead = score > race
+    return tl.where(ahead, score, race), tl.where(ahead, index, winner)
+
+
+@triton.jit
 def _accumulate(logit, peak, total, scale):
-    """One step of a lane's running maximum and sum of exponentials."""
-    higher = tl.maximum(peak, logit)
-    total = total * tl.exp((peak - higher) * scale) + tl.exp((logit - higher) * scale)
-    return higher, total
+    """One step of a lane's running maximum and sum of exponentials, with one exponential."""
+    rise = logit - peak
+    decay = tl.exp(-tl.abs(rise) * scale)
+    total = tl.where(rise > 0.0, total * decay + 1.0, total + decay)
+    return tl.maximum(peak, logit), total
+
+
+@triton.jit
+def _load(
+    # [vocab_size]
+    logits_ptr,
+    index,
+    vocab_size,
+):
+    """Logits as float32, -inf past the end. No other mask: it would cost the vector loads."""
+    return tl.load(logits_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -58,13 +77,10 @@ def emit(
     winner = lane
     for start in range(0, vocab_size, BLOCK_SIZE):
         index = start + lane
-        logit = tl.load(logits_ptr + index, mask=index < vocab_size, other=float("-inf"))
-        score = logit.to(tl.float32) * scale
+        score = _load(logits_ptr, index, vocab_size) * scale
         if not greedy:
-            score -= tl.log(exponential(element_hash(key, index)))
-        ahead = score > race
-        race = tl.where(ahead, score, race)
-        winner = tl.where(ahead, index, winner)
+            score -= fast_log(exponential(element_hash(key, index)))
+        race, winner = _lead(score, index, race, winner)
     return _best(race, winner)
 
 
@@ -87,6 +103,34 @@ def _with(values, value, position: tl.constexpr):
 
 
 @triton.jit
+def spechub_children(
+    # [MAX_CHILDREN]
+    children,
+    sample_slot,
+):
+    """A node's hubs as a tuple of four tokens, -1 where there is none, and its sampled child."""
+    slots = tl.arange(0, MAX_CHILDREN)
+    hub_tokens = tl.where(slots != sample_slot, children, -1)
+    hubs = (
+        at(hub_tokens, slots, 0),
+        at(hub_tokens, slots, 1),
+        at(hub_tokens, slots, 2),
+        at(hub_tokens, slots, 3),
+    )
+    return hubs, at(children, slots, sample_slot)
+
+
+@triton.jit
+def sample_law(peak, total, draft_temperature, sharpening):
+    """w as `_sample_prob` takes it, from the draft's peak and sum off the hubs."""
+    greedy = draft_temperature == 0.0
+    scale = 1.0 / tl.where(greedy, 1.0, draft_temperature)
+    # Nothing off the hubs, or a greedy draft: the sampled child was certain.
+    certain = greedy | (peak == LOWEST)
+    return peak, tl.where(certain, 1.0, total), scale * sharpening, certain
+
+
+@triton.jit
 def spechub_law(
     # [vocab_size]
     target_ptr,
@@ -105,23 +149,16 @@ def spechub_law(
 ):
     """First pass over a node's rows: `node_rules.draft_law`, and what makes p of the target's.
 
-    Returns the hubs' tokens and the sampled child; peak and sum of the target's exponentials; peak
-    and sum of those of w, and whether w is a point mass; the masses that the label has on the hubs
-    and off them, and [MAX_CHILDREN] by hub.
+    Returns p as `_prob` takes it: peak and sum of the target's exponentials, and their scale; w as
+    `_sample_prob` takes it; the masses that the label has on the hubs and off them, and
+    [MAX_CHILDREN] by hub.
     """
     lane = tl.arange(0, BLOCK_SIZE)
     slots = tl.arange(0, MAX_CHILDREN)
     greedy = draft_temperature == 0.0
     scale = 1.0 / tl.where(greedy, 1.0, draft_temperature)
     is_hub = (children >= 0) & (slots != sample_slot)
-    sample = at(children, slots, sample_slot)
-    hub_tokens = tl.where(is_hub, children, -1)
-    hubs = (
-        at(hub_tokens, slots, 0),
-        at(hub_tokens, slots, 1),
-        at(hub_tokens, slots, 2),
-        at(hub_tokens, slots, 3),
-    )
+    hubs = spechub_children(children, sample_slot)[0]
 
     target_peaks = tl.full([BLOCK_SIZE], LOWEST, tl.float32)
     draft_peaks = target_peaks
@@ -130,11 +167,10 @@ def spechub_law(
     label_total = target_total
     for start in range(0, vocab_size, BLOCK_SIZE):
         index = start + lane
-        valid = index < vocab_size
-        logit = tl.load(target_ptr + index, mask=valid, other=float("-inf")).to(tl.float32)
+        logit = _load(target_ptr, index, vocab_size)
         target_peaks, target_total = _accumulate(logit, target_peaks, target_total, target_scale)
-        off_hub = valid & ~_is_any(index, hubs)
-        logit = tl.load(draft_ptr + index, mask=off_hub, other=float("-inf")).to(tl.float32)
+        logit = _load(draft_ptr, index, vocab_size)
+        logit = tl.where(_is_any(index, hubs), float("-inf"), logit)
         if ORDERED and SHARPENED:
             _, label_total = _accumulate(logit, draft_peaks, label_total, scale)
         draft_peaks, draft_total = _accumulate(logit, draft_peaks, draft_total, scale * sharpening)
@@ -171,12 +207,9 @@ def spechub_law(
         hub_probs /= mass
         hub_mass /= mass
         off_hub_mass /= mass
-    # Nothing off the hubs, or a greedy draft: the sampled child was certain.
-    certain = greedy | (draft_peak == LOWEST)
-    draft_sum = tl.where(certain, 1.0, draft_sum)
     p = (target_peak, target_sum, target_scale)
-    w = (draft_peak, draft_sum, scale * sharpening, certain)
-    return hubs, sample, p, w, (hub_mass, off_hub_mass), hub_probs
+    w = sample_law(draft_peak, draft_sum, draft_temperature, sharpening)
+    return p, w, (hub_mass, off_hub_mass), hub_probs
 
 
 @triton.jit
@@ -193,6 +226,27 @@ def _sample_prob(logit, is_sample, w):
 
 
 @triton.jit
+def _spechub_masses(
+    # [vocab_size]
+    target_ptr,
+    # [vocab_size]
+    draft_ptr,
+    index,
+    hubs,
+    sample,
+    p,
+    w,
+    acceptance,
+    vocab_size,
+):
+    """T = acceptance * p and w at some tokens, both 0 on the hubs."""
+    is_hub = _is_any(index, hubs)
+    target = acceptance * _prob(_load(target_ptr, index, vocab_size), p)
+    draft = _sample_prob(_load(draft_ptr, index, vocab_size), index == sample, w)
+    return tl.where(is_hub, 0.0, target), tl.where(is_hub, 0.0, draft)
+
+
+@triton.jit
 def spechub_parts(
     # [vocab_size]
     target_ptr,
@@ -205,41 +259,26 @@ def spechub_parts(
     acceptance,
     ordered,
     vocab_size,
-    residual_key,
     ORDERED: tl.constexpr,
-    DRAW: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """Second pass over a node's rows: `node_rules._SpecHubParts` of T = acceptance * p, with
-    `ordered` as a scalar where ORDERED allows it. DRAW also draws a token from the residual."""
-    hubs, sample, p, w, masses, hub_probs = law
+    `ordered` as a scalar where ORDERED allows it."""
+    p, w, masses, hub_probs = law
     hub_mass, off_hub_mass = masses
+    hubs, sample = spechub_children(children, sample_slot)
     lane = tl.arange(0, BLOCK_SIZE)
     slots = tl.arange(0, MAX_CHILDREN)
     residual_mass = tl.zeros([BLOCK_SIZE], tl.float32)
     unclaimed = residual_mass
-    race = residual_mass
-    winner = lane
     for start in range(0, vocab_size, BLOCK_SIZE):
-        index = start + lane
-        off_hub = (index < vocab_size) & ~_is_any(index, hubs)
-        logit = tl.load(target_ptr + index, mask=off_hub, other=float("-inf")).to(tl.float32)
-        target = acceptance * _prob(logit, p)
-        logit = tl.load(draft_ptr + index, mask=off_hub, other=float("-inf")).to(tl.float32)
-        draft = _sample_prob(logit, index == sample, w)
-        residual = tl.maximum(target - draft, 0.0)
-        residual_mass += residual
+        target, draft = _spechub_masses(
+            target_ptr, draft_ptr, start + lane, hubs, sample, p, w, acceptance, vocab_size
+        )
+        residual_mass += tl.maximum(target - draft, 0.0)
         if ORDERED:
             claimed = tl.maximum(target - off_hub_mass * draft, 0.0)
             unclaimed += tl.maximum(hub_mass * draft - claimed, 0.0)
-        if DRAW:
-            score = residual / exponential(element_hash(residual_key, index))
-            ahead = score > race
-            race = tl.where(ahead, score, race)
-            winner = tl.where(ahead, index, winner)
-    token = 0
-    if DRAW:
-        token = _best(race, winner)
 
     is_hub = (children >= 0) & (slots != sample_slot)
     logit = tl.load(target_ptr + children, mask=is_hub, other=float("-inf")).to(tl.float32)
@@ -262,7 +301,7 @@ def spechub_parts(
         accept_sample = tl.where(ordered, accept_ordered, accept_sample)
         accept_main = tl.where(ordered, at(ratio(hub_target, share), slots, 0), 0.0)
         hub_gain = tl.where(ordered, tl.maximum(hub_target - share, 0.0), hub_target)
-    return accept_sample, accept_main, hub_gain, tl.sum(residual_mass, axis=0), sample_target, token
+    return accept_sample, accept_main, hub_gain, tl.sum(residual_mass, axis=0), sample_target
 
 
 @triton.jit
@@ -271,29 +310,32 @@ def emit_residual(
     target_ptr,
     # [vocab_size]
     draft_ptr,
-    law,
+    # [MAX_CHILDREN]
+    children,
+    sample_slot,
+    p,
+    w,
     acceptance,
     vocab_size,
     key,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """A draw from (acceptance * p - w)+ off the hubs; -1 where that has no mass."""
-    hubs, sample, p, w, _, _ = law
+    """A draw from (acceptance * p - w)+ off the hubs; from p where that has no mass."""
+    hubs, sample = spechub_children(children, sample_slot)
     lane = tl.arange(0, BLOCK_SIZE)
     race = tl.zeros([BLOCK_SIZE], tl.float32)
     winner = tl.full([BLOCK_SIZE], -1, tl.int32)
     for start in range(0, vocab_size, BLOCK_SIZE):
         index = start + lane
-        off_hub = (index < vocab_size) & ~_is_any(index, hubs)
-        logit = tl.load(target_ptr + index, mask=off_hub, other=float("-inf")).to(tl.float32)
-        target = acceptance * _prob(logit, p)
-        logit = tl.load(draft_ptr + index, mask=off_hub, other=float("-inf")).to(tl.float32)
-        residual = tl.maximum(target - _sample_prob(logit, index == sample, w), 0.0)
-        score = residual / exponential(element_hash(key, index))
-        ahead = score > race
-        race = tl.where(ahead, score, race)
-        winner = tl.where(ahead, index, winner)
-    return _best(race, winner)
+        target, draft = _spechub_masses(
+            target_ptr, draft_ptr, index, hubs, sample, p, w, acceptance, vocab_size
+        )
+        score = tl.maximum(target - draft, 0.0) / exponential(element_hash(key, index))
+        race, winner = _lead(score, index, race, winner)
+    token = _best(race, winner)
+    if token < 0:
+        token = emit(target_ptr, vocab_size, key, p[2], False, BLOCK_SIZE)
+    return token
 
 
 @triton.jit
@@ -344,12 +386,9 @@ def _residual_mass(
     mass = tl.zeros([BLOCK_SIZE], tl.float32)
     for start in range(0, vocab_size, BLOCK_SIZE):
         index = start + lane
-        valid = index < vocab_size
-        logit = tl.load(target_ptr + index, mask=valid, other=float("-inf")).to(tl.float32)
-        draft = tl.load(draft_ptr + index, mask=valid, other=float("-inf")).to(tl.float32)
-        mass += _residual_after(
-            _prob(logit, p), draft, index, tokens, laws, masses, COUNT, REPLACED
-        )
+        prob = _prob(_load(target_ptr, index, vocab_size), p)
+        draft = _load(draft_ptr, index, vocab_size)
+        mass += _residual_after(prob, draft, index, tokens, laws, masses, COUNT, REPLACED)
     return tl.sum(mass, axis=0)
 
 
@@ -374,16 +413,11 @@ def _emit_recursive(
     winner = lane
     for start in range(0, vocab_size, BLOCK_SIZE):
         index = start + lane
-        valid = index < vocab_size
-        logit = tl.load(target_ptr + index, mask=valid, other=float("-inf")).to(tl.float32)
-        draft = tl.load(draft_ptr + index, mask=valid, other=float("-inf")).to(tl.float32)
-        residual = _residual_after(
-            _prob(logit, p), draft, index, tokens, laws, masses, MAX_CHILDREN, REPLACED
-        )
+        prob = _prob(_load(target_ptr, index, vocab_size), p)
+        draft = _load(draft_ptr, index, vocab_size)
+        residual = _residual_after(prob, draft, index, tokens, laws, masses, MAX_CHILDREN, REPLACED)
         score = residual / exponential(element_hash(key, index))
-        ahead = score > race
-        race = tl.where(ahead, score, race)
-        winner = tl.where(ahead, index, winner)
+        race, winner = _lead(score, index, race, winner)
     return _best(race, winner)
 
 
@@ -426,12 +460,11 @@ def verify_recursive(
     draft_total = target_total
     for start in range(0, vocab_size, BLOCK_SIZE):
         index = start + lane
-        valid = index < vocab_size
-        logit = tl.load(target_ptr + index, mask=valid, other=float("-inf")).to(tl.float32)
+        logit = _load(target_ptr, index, vocab_size)
         target_peaks, target_total = _accumulate(logit, target_peaks, target_total, target_scale)
+        logit = _load(draft_ptr, index, vocab_size)
         if not REPLACED:
-            valid = valid & ~_is_any(index, tokens)
-        logit = tl.load(draft_ptr + index, mask=valid, other=float("-inf")).to(tl.float32)
+            logit = tl.where(_is_any(index, tokens), float("-inf"), logit)
         draft_peaks, draft_total = _accumulate(logit, draft_peaks, draft_total, scale)
     target_peak = tl.max(target_peaks, axis=0)
     target_total *= tl.exp((target_peaks - target_peak) * target_scale)

@@ -51,7 +51,7 @@ def _verify_spechub(
         SHARPENED,
         BLOCK_SIZE,
     )
-    accept_sample, accept_main, hub_gain, emitted_mass, sample_target, token = device.spechub_parts(
+    accept_sample, accept_main, hub_gain, emitted_mass, sample_target = device.spechub_parts(
         target_ptr,
         draft_ptr,
         children,
@@ -60,9 +60,7 @@ def _verify_spechub(
         1.0,
         True,
         vocab_size,
-        residual_key,
         ORDERED,
-        True,
         BLOCK_SIZE,
     )
     failed = 1.0 - accept_sample
@@ -81,8 +79,21 @@ def _verify_spechub(
     total = tl.max(threshold, axis=0) + reject
     # Slots passed over; all of them on rejection.
     slot = tl.sum((threshold <= draw * total).to(tl.int32), axis=0)
-    if stuck and slot == NO_SLOT:
-        token = device.emit(target_ptr, vocab_size, residual_key, target_scale, False, BLOCK_SIZE)
+    token = tl.full([], -1, tl.int32)
+    if slot == NO_SLOT:
+        p, w, _, _ = law
+        token = device.emit_residual(
+            target_ptr,
+            draft_ptr,
+            children,
+            sample_slot,
+            p,
+            w,
+            1.0,
+            vocab_size,
+            residual_key,
+            BLOCK_SIZE,
+        )
     return slot, token
 
 
@@ -238,6 +249,8 @@ def verify_tree(
     num_children: torch.Tensor,
     # [num_tree_nodes]
     internal_index: torch.Tensor,
+    # [num_tree_nodes]
+    subtree_sizes: torch.Tensor,
     *,
     max_depth: int,
     rule: str,
@@ -281,7 +294,9 @@ def verify_tree(
     if rule == "traversal":
         num_tree_nodes = first_child.shape[0]
         max_nodes = triton.next_power_of_2(num_tree_nodes)
-        traverse_kernel[(num_reqs,)](*arguments, num_tree_nodes, MAX_NODES=max_nodes, **options)
+        traverse_kernel[(num_reqs,)](
+            *arguments, subtree_sizes, num_tree_nodes, MAX_NODES=max_nodes, **options
+        )
     else:
         _verify_tree_kernel[(num_reqs,)](*arguments, RULE=rule, **options)
     return tokens, num_emitted, path

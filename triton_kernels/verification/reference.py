@@ -47,8 +47,12 @@ class _Trees:
     num_children: torch.Tensor
     # [num_tree_nodes]
     internal_index: torch.Tensor
+    # [num_tree_nodes]
+    subtree_sizes: torch.Tensor
     rule: str
     sharpening: float
+    # [num_reqs, num_tree_nodes] bool, written
+    visited: torch.Tensor
 
     def target_probs(
         self,
@@ -145,12 +149,24 @@ def verify_tree(
     num_children: torch.Tensor,
     # [num_tree_nodes]
     internal_index: torch.Tensor,
+    # [num_tree_nodes]
+    subtree_sizes: torch.Tensor,
     *,
     max_depth: int,
     rule: str,
     sharpening: float = 1.0,
+    # [num_reqs, num_tree_nodes]
+    visited: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`verification.verify_tree` on any device, without argument checks."""
+    """`verification.verify_tree` on any device, without argument checks.
+
+    Args:
+        visited: bool, set where the outcome depends on a node's rows: a kernel may read no others.
+            The rows are the target's, and above temperature 0 the draft's of a node with children.
+    """
+    if visited is None:
+        shape = (len(row_start), len(first_child))
+        visited = torch.empty(shape, dtype=torch.bool, device=target_logits.device)
     trees = _Trees(
         target_logits,
         row_start,
@@ -166,8 +182,10 @@ def verify_tree(
         first_child,
         num_children,
         internal_index,
+        subtree_sizes,
         rule,
         sharpening,
+        visited.zero_(),
     )
     num_reqs, device = row_start.shape[0], target_logits.device
     path = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int32, device=device)
@@ -202,6 +220,7 @@ def _walk(
     walking = torch.arange(num_reqs, device=device)
     for depth in range(path.shape[1]):
         at = node[walking]
+        trees.visited[walking, at] = True
         probs, best, greedy = trees.target_probs(walking, at)
         residual[walking] = probs  # what a leaf emits from
         (kept,) = trees.has_children(walking, at).nonzero(as_tuple=True)
@@ -244,12 +263,9 @@ def _traverse(
     """
     num_reqs, device = len(path), path.device
     first_child, num_children = trees.first_child.tolist(), trees.num_children.tolist()
-    parents = [0] * len(first_child)
-    sizes = [1] * len(first_child)
-    for node in reversed(range(len(first_child))):
-        for child in range(first_child[node], first_child[node] + num_children[node]):
-            parents[child] = node
-            sizes[node] += sizes[child]
+    parents, sizes = [0] * len(first_child), trees.subtree_sizes.tolist()
+    for node, (first, count) in enumerate(zip(first_child, num_children, strict=True)):
+        parents[first : first + count] = [node] * count
     everyone = torch.arange(num_reqs, device=device)
 
     # [num_reqs, num_tree_nodes]: the path acceptance that a node is visited with; the probability
@@ -282,6 +298,10 @@ def _traverse(
     draws = trees.draw(everyone.unsqueeze(1), nodes)
     finish = start + torch.tensor(sizes, device=device)
     accepted = finish.masked_fill(draws >= leave, len(parents) + 1).argmin(dim=1)
+    # A leaf is visited with a chance that its parent gave, and read only to emit from it.
+    read = (visit > 0) & trees.has_children(everyone.unsqueeze(1), nodes)
+    read &= start < finish.gather(1, accepted.unsqueeze(1))
+    trees.visited.copy_(read | (nodes == accepted.unsqueeze(1)))
 
     residual, _, greedy = trees.target_probs(everyone, accepted)
     (rows,) = trees.has_children(everyone, accepted).nonzero(as_tuple=True)

@@ -20,32 +20,6 @@ def _parent(node, nodes, first_child, num_children):
 
 
 @triton.jit
-def _subtree_sizes(
-    first,
-    # [MAX_NODES] each
-    nodes,
-    first_child,
-    num_children,
-):
-    """Nodes below each of the slots that start at node `first`. [MAX_CHILDREN]
-
-    Breadth-first numbers make a subtree's nodes of one depth a range.
-    """
-    begin = first + tl.arange(0, MAX_CHILDREN)
-    end = begin + 1
-    size = tl.zeros([MAX_CHILDREN], tl.int32)
-    width = end - begin
-    while tl.sum(width, axis=0) > 0:
-        inside = (begin[:, None] <= nodes[None, :]) & (nodes[None, :] < end[:, None])
-        inner = inside & (num_children > 0)[None, :]
-        width = tl.sum(tl.where(inner, num_children[None, :], 0), axis=1)
-        begin = tl.min(tl.where(inner, first_child[None, :], 2**20), axis=1)
-        end = begin + width
-        size += width
-    return size
-
-
-@triton.jit
 def _visit_children(
     # [vocab_size]
     target_ptr,
@@ -64,7 +38,7 @@ def _visit_children(
     BLOCK_SIZE: tl.constexpr,
 ):
     """`node_rules.traversal_outcome`: what each child is visited with, [MAX_CHILDREN], and what the
-    node is accepted with once they have failed."""
+    node is accepted with once they have failed. Also p and w of `device.spechub_law`."""
     slots = tl.arange(0, MAX_CHILDREN)
     law = device.spechub_law(
         target_ptr,
@@ -79,7 +53,7 @@ def _visit_children(
         SHARPENED,
         BLOCK_SIZE,
     )
-    accept_sample, accept_main, hub_gain, residual_mass, _, _ = device.spechub_parts(
+    accept_sample, accept_main, hub_gain, residual_mass, _ = device.spechub_parts(
         target_ptr,
         draft_ptr,
         children,
@@ -88,9 +62,7 @@ def _visit_children(
         acceptance,
         ordered,
         vocab_size,
-        0,
         True,
-        False,
         BLOCK_SIZE,
     )
     rest = residual_mass + (1.0 - acceptance)
@@ -103,46 +75,9 @@ def _visit_children(
     # A pool without mass is reached by rounding only, and then with acceptance 1.
     stuck = residual_mass <= 0.0
     leave = residual_mass / tl.where(stuck, 1.0, rest)
-    return visit, tl.where(stuck, tl.where(acceptance == 1.0, 1.0, 0.0), leave)
-
-
-@triton.jit
-def _emit_bonus(
-    # [vocab_size]
-    target_ptr,
-    # [vocab_size]
-    draft_ptr,
-    # [MAX_CHILDREN]
-    children,
-    sample_slot,
-    target_scale,
-    draft_temperature,
-    sharpening,
-    acceptance,
-    vocab_size,
-    key,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """A draw from what a node emits once its children have failed."""
-    law = device.spechub_law(
-        target_ptr,
-        draft_ptr,
-        children,
-        sample_slot,
-        target_scale,
-        draft_temperature,
-        sharpening,
-        vocab_size,
-        False,
-        False,
-        BLOCK_SIZE,
-    )
-    token = device.emit_residual(
-        target_ptr, draft_ptr, law, acceptance, vocab_size, key, BLOCK_SIZE
-    )
-    if token < 0:
-        token = device.emit(target_ptr, vocab_size, key, target_scale, False, BLOCK_SIZE)
-    return token
+    leave = tl.where(stuck, tl.where(acceptance == 1.0, 1.0, 0.0), leave)
+    p, w, _, _ = law
+    return visit, leave, p, w
 
 
 @triton.jit
@@ -188,6 +123,8 @@ def traverse_kernel(
     max_depth,
     vocab_size,
     sharpening,
+    # [num_tree_nodes]
+    subtree_sizes_ptr,
     num_tree_nodes,
     MAX_NODES: tl.constexpr,
     SHARPENED: tl.constexpr,
@@ -212,14 +149,21 @@ def traverse_kernel(
     nodes = tl.arange(0, MAX_NODES)
     in_tree = nodes < num_tree_nodes
     first_child = tl.load(first_child_ptr + nodes, mask=in_tree, other=0)
-    all_children = tl.load(num_children_ptr + nodes, mask=in_tree, other=0)
+    num_children = tl.load(num_children_ptr + nodes, mask=in_tree, other=0)
     # A node that lost a child to truncation is a leaf.
-    present = first_child + all_children - 1 <= tl.load(num_nodes_ptr + out)
-    num_children = tl.where(present, all_children, 0)
+    present = first_child + num_children - 1 <= tl.load(num_nodes_ptr + out)
+    num_children = tl.where(present, num_children, 0)
     # The path acceptance that a node is visited with; the probability of accepting it once its
     # children have failed.
     visit = tl.where(nodes == 0, 1.0, 0.0)
     leave = tl.zeros([MAX_NODES], tl.float32)
+    # What makes p and w of the rows of a visited node, to emit without another pass for them.
+    target_peaks = leave
+    target_sums = leave
+    draft_peaks = leave
+    draft_sums = leave
+    # The best token of the last row that a greedy request read.
+    best = tl.full([], -1, tl.int32)
 
     node = tl.full([], 0, tl.int32)
     arriving = tl.full([], 1, tl.int32)
@@ -242,9 +186,9 @@ def traverse_kernel(
                     best = device.emit(target_ptr, vocab_size, 0, target_scale, True, BLOCK_SIZE)
                     chances = tl.where(children == best, 1.0, 0.0)
                 else:
-                    sizes = _subtree_sizes(first, nodes, first_child, all_children)
-                    sizes = tl.where(slots < count, sizes, at(sizes, slots, 0))
-                    chances, left = _visit_children(
+                    # [MAX_CHILDREN], the first one's also past the last
+                    sizes = tl.load(subtree_sizes_ptr + first + tl.where(slots < count, slots, 0))
+                    chances, left, p, w = _visit_children(
                         target_ptr,
                         draft_logits_ptr + internal * draft_logits_node_stride,
                         children,
@@ -258,6 +202,10 @@ def traverse_kernel(
                         SHARPENED,
                         BLOCK_SIZE,
                     )
+                    target_peaks = tl.where(nodes == node, p[0], target_peaks)
+                    target_sums = tl.where(nodes == node, p[1], target_sums)
+                    draft_peaks = tl.where(nodes == node, w[0], draft_peaks)
+                    draft_sums = tl.where(nodes == node, w[1], draft_sums)
                 for slot in tl.static_range(MAX_CHILDREN):
                     is_child = (nodes == first + slot) & (slot < count)
                     visit = tl.where(is_child, at(chances, slots, slot), visit)
@@ -286,21 +234,24 @@ def traverse_kernel(
     count = at(num_children, nodes, node)
     target_ptr = target_logits_ptr + (root_row + node) * target_logits_stride
     key = row_key(seed, position, node, RESIDUAL)
-    if greedy or count == 0:
+    if count == 0:
         token = device.emit(target_ptr, vocab_size, key, target_scale, greedy, BLOCK_SIZE)
+    elif greedy:
+        # Of the nodes that a greedy request reads, each accepts the next: this is the last one.
+        token = best
     else:
         internal = tl.load(internal_index_ptr + node).to(tl.int64)
         children = tl.load(
             node_tokens_ptr + root_row + first + slots, mask=slots < count, other=-1
         ).to(tl.int32)
-        token = _emit_bonus(
+        peak, total = at(draft_peaks, nodes, node), at(draft_sums, nodes, node)
+        token = device.emit_residual(
             target_ptr,
             draft_logits_ptr + internal * draft_logits_node_stride,
             children,
             tl.load(sample_slots_ptr + internal),
-            target_scale,
-            draft_temperature,
-            sharpening,
+            (at(target_peaks, nodes, node), at(target_sums, nodes, node), target_scale),
+            device.sample_law(peak, total, draft_temperature, sharpening),
             at(visit, nodes, node),
             vocab_size,
             key,

@@ -103,8 +103,11 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
         scheduler = vllm_config.scheduler_config
         speculative = vllm_config.speculative_config
         nodes = 0 if speculative is None else speculative.num_speculative_tokens
-        # A draft pass feeds whole levels of every tree, which the token budget does not bound.
-        max_num_tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * (1 + nodes))
+        # A draft pass adds a root to each request's tokens, or feeds whole levels of every tree.
+        max_num_tokens = max(
+            scheduler.max_num_batched_tokens + scheduler.max_num_seqs,
+            scheduler.max_num_seqs * (2 + nodes),
+        )
         # [max_num_tokens] each
         self.visible_until = torch.full((max_num_tokens,), CAUSAL, dtype=torch.int32, device=device)
         self.tree_mask = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
@@ -130,7 +133,7 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
         if num_tokens > len(self.visible_until):
             raise ValueError(
                 f"common_attn_metadata: {num_tokens} tokens exceed {len(self.visible_until)}, "
-                "the larger of max_num_batched_tokens and max_num_seqs trees"
+                "what max_num_batched_tokens and max_num_seqs leave room for"
             )
         if tree is None:
             # For a graph that may be replayed with this batch.

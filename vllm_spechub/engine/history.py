@@ -59,6 +59,14 @@ class UnrolledRows:
     local_pos: np.ndarray
     # [num_rows] depth below the root
     depth: np.ndarray
+    # [num_reqs + 1] each request's first row, then their number
+    bounds: np.ndarray
+
+    def of(self, start: int, end: int) -> "UnrolledRows":
+        """The rows of the requests `start` to `end - 1`."""
+        rows = slice(self.bounds[start], self.bounds[end])
+        bounds = self.bounds[start : end + 1] - self.bounds[start]
+        return UnrolledRows(self.source[rows], self.local_pos[rows], self.depth[rows], bounds)
 
 
 @lru_cache(maxsize=256)
@@ -98,5 +106,8 @@ def unroll(
         local_positions.append(local)
         depths.append(depth)
     return UnrolledRows(
-        np.concatenate(sources), np.concatenate(local_positions), np.concatenate(depths)
+        np.concatenate(sources),
+        np.concatenate(local_positions),
+        np.concatenate(depths),
+        np.cumsum([0, *map(len, sources)]),
     )

@@ -18,12 +18,16 @@ from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
+    RejectionSampler,
+    _iter_request_chunks,
+    get_max_chunk_logits,
+)
 
 from vllm_spechub.drafting import DraftBuffers
 from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.drafted import DraftedTrees
-from vllm_spechub.engine.history import HistoryProcessors, unroll
+from vllm_spechub.engine.history import HistoryProcessors, UnrolledRows, unroll
 from vllm_spechub.engine.truncation import truncates
 from vllm_spechub.rules import VerificationRule, VerifiedPaths
 
@@ -148,24 +152,44 @@ class TreeRejectionSampler(RejectionSampler):
         if len(chosen) == 0:
             return logits, temperature
 
-        def on_device(array: np.ndarray) -> torch.Tensor:
-            return async_tensor_h2d(array, device=logits.device)
-
         first_row = batch.cu_num_logits_np[:-1]
         num_nodes = batch.cu_num_logits_np[1:] - first_row - 1
         needs_history = self.history.needs_history[reqs[chosen]]
         trees = self.drafted.of(reqs[chosen])
         rows = unroll(trees, num_nodes[chosen], first_row[chosen], needs_history)
+        processed = logits.to(torch.float32, copy=True)
+        remaining = temperature.clone()
+        # vLLM's cap, since what its processors allocate is a multiple of the rows they are given.
+        for start, end in _iter_request_chunks(rows.bounds, get_max_chunk_logits(logits.shape[1])):
+            self._process(logits, batch, chosen[start:end], rows.of(start, end), processed)
+        idx_mapping = batch.idx_mapping[async_tensor_h2d(chosen, device=logits.device)]
+        remaining[idx_mapping] = (temperature[idx_mapping] > 0).to(remaining.dtype)
+        return processed, remaining
+
+    def _process(
+        self,
+        # [num_rows, vocab_size]
+        logits: torch.Tensor,
+        batch: InputBatch,
+        # [num_chosen] requests' places in the batch
+        chosen: np.ndarray,
+        rows: UnrolledRows,
+        # [num_rows, vocab_size], the chosen requests' rows are written
+        processed: torch.Tensor,
+    ) -> None:
+        def on_device(array: np.ndarray) -> torch.Tensor:
+            return async_tensor_h2d(array, device=logits.device)
+
+        reqs = batch.idx_mapping_np[chosen]
         source, depth = on_device(rows.source), on_device(rows.depth)
-        idx_mapping = batch.idx_mapping[on_device(chosen)]
         tree_rows = batch.logits_indices[source]
         # [num_rows] slots count nodes in breadth-first order, processors need depths
         slot = batch.expanded_local_pos[source]
-        edited = sampler.apply_sampling_params(
+        edited = self.sampler.apply_sampling_params(
             logits[source],
             batch.expanded_idx_mapping[source],
-            idx_mapping,
-            reqs[chosen],
+            batch.idx_mapping[on_device(chosen)],
+            reqs,
             batch.positions[tree_rows] - slot + depth,
             batch.input_ids[tree_rows],
             on_device(rows.local_pos).to(batch.expanded_local_pos.dtype),
@@ -173,11 +197,9 @@ class TreeRejectionSampler(RejectionSampler):
         )
         # A node that several paths share has the same row in each.
         nodes, unrolled = np.unique(rows.source, return_index=True)
-        processed = logits.to(torch.float32, copy=True)
-        processed[on_device(nodes)] = edited[on_device(unrolled)].to(torch.float32)
-        remaining = temperature.clone()
-        remaining[idx_mapping] = (temperature[idx_mapping] > 0).to(remaining.dtype)
-        return processed, remaining
+        if len(nodes) < len(rows.source):
+            edited = edited[on_device(unrolled)]
+        processed[on_device(nodes)] = edited.to(torch.float32)
 
     def _needs_processing(
         self,

@@ -16,8 +16,9 @@ def truncates(
     # [num_reqs]
     reqs: np.ndarray,
 ) -> np.ndarray:
-    """Which requests use top-k, top-p or min-p. [num_reqs] bool"""
-    return (
+    """Which requests use top-k, top-p or min-p, none of which changes a greedy token.
+    [num_reqs] bool"""
+    return (states.temperature.np[reqs] != 0.0) & (
         (states.top_k.np[reqs] != states.vocab_size)
         | (states.top_p.np[reqs] != 1.0)
         | (states.min_p.np[reqs] != 0.0)

@@ -7,6 +7,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_spechub.config import TRITON_BACKEND
+from vllm_spechub.memory import verification_bytes
 from vllm_spechub.patches import apply_all, ledger
 from vllm_spechub.summary import summarize
 
@@ -21,6 +22,13 @@ class SpecHubWorker(Worker):
         # The registry is each process's own; the configuration only names the entry.
         register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
         super().init_device()
+
+    def determine_available_memory(self) -> int:
+        """vLLM's, less what its profiling run does not see of a full batch of trees."""
+        available = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes:
+            return available  # the user's own number
+        return available - verification_bytes(self.vllm_config)
 
     def initialize_from_config(self, kv_cache_config) -> None:
         super().initialize_from_config(kv_cache_config)

@@ -383,6 +383,8 @@ def _traverse_trees(
     first_child,
     num_children,
     internal_index,
+    # [num_tree_nodes]
+    subtree_sizes,
     sharpening,
     # [num_reqs, max_depth + 1] each, -1 throughout
     tokens,
@@ -397,13 +399,11 @@ def _traverse_trees(
     scratch_bits, draft_bits = scratch.view(i32), draft.view(i32)
     hub_probs, gain = np.empty(4, f32), np.empty(4, f32)
     width = first_child.shape[0]
-    parents, sizes, depths = np.zeros(width, i32), np.ones(width, i32), np.zeros(width, i32)
-    for node in range(width - 1, -1, -1):
+    parents, depths = np.zeros(width, i32), np.zeros(width, i32)
+    for node in range(width):
         for child in range(first_child[node], first_child[node] + num_children[node]):
             parents[child] = node
-            sizes[node] += sizes[child]
-    for node in range(1, width):
-        depths[node] = depths[parents[node]] + 1
+            depths[child] = depths[node] + 1
     # the path acceptance that a node is visited with; the probability of accepting it once its
     # children have failed
     visit, leave = np.empty(width, f32), np.empty(width, f32)
@@ -439,7 +439,7 @@ def _traverse_trees(
                     draft[:] = draft_logits[draft_idx[r], inner]
                     ordered = False
                     for s in range(1, count):
-                        ordered = ordered or sizes[first + s] != sizes[first]
+                        ordered = ordered or subtree_sizes[first + s] != subtree_sizes[first]
                     hub_mass, off_mass = spechub_law(
                         draft,
                         draft_temperature[req],
@@ -586,6 +586,8 @@ def verify_tree(
     num_children: torch.Tensor,
     # [num_tree_nodes]
     internal_index: torch.Tensor,
+    # [num_tree_nodes]
+    subtree_sizes: torch.Tensor,
     *,
     max_depth: int,
     rule: str,
@@ -618,7 +620,7 @@ def verify_tree(
     )
     results = (tokens.numpy(), path.numpy(), num_emitted.numpy())
     if rule == "traversal":
-        _traverse_trees(*arguments, f32(sharpening), *results)
+        _traverse_trees(*arguments, subtree_sizes.numpy(), f32(sharpening), *results)
     else:
         flags = (rule in RECURSIVE, rule == "rrs", rule == "ordered")
         _walk_trees(*arguments, *flags, f32(sharpening), *results)

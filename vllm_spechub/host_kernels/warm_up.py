@@ -30,6 +30,7 @@ def warm_up() -> None:
             zero,
             *tables,
             torch.from_numpy(tree.internal_index),
+            torch.from_numpy(tree.subtree_sizes),
             max_depth=1,
             rule=rule,
         )

@@ -14,6 +14,7 @@ WORKER: tuple[Patch, ...] = (*runner.PATCHES, *metrics.WORKER_PATCHES)
 """In a worker that serves trees, before its model runner is built."""
 CPU_WORKER: tuple[Patch, ...] = cpu.PATCHES
 """In such a worker on the CPU, before its host kernels are registered."""
+ALL = (*EVERYWHERE, *WORKER, *CPU_WORKER)
 
 TOUCHES = """\
 ## Extension points and other touches, which replace nothing
@@ -24,6 +25,9 @@ TOUCHES = """\
 | `scheduler_config.scheduler_cls` | vLLM's schedulers with statistics of trees, named only in a \
 spechub configuration |
 | `parallel_config.worker_cls` | our workers, named only in a spechub configuration |
+| `parallel_config.distributed_executor_backend`, `RayExecutorV2._init_executor`, \
+`initialize_ray_cluster` | asking every node of a Ray cluster for this package before its workers \
+start, in a spechub configuration only |
 | `register_backend(AttentionBackendEnum.CUSTOM, ..)` | tree attention on CUDA |
 | `register_backend(AttentionBackendEnum.CPU_ATTN, ..)` | tree attention on the CPU, \
 in a spechub worker only |

@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import ModelConfig, VllmConfig, replace
+from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig, replace
 from vllm.tokenizers import get_tokenizer
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
-from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
-from vllm_spechub.attention.visibility import TreeAttnMetadata, TreeVisibility
+from vllm_spechub.attention.visibility import TreeVisibility
 from vllm_spechub.drafting import DraftBuffers, DraftLevel, DraftState
 from vllm_spechub.engine.truncation import truncate, truncates
+from vllm_spechub.proposers.draft_pass import DraftGraphs, DraftPass
 from vllm_spechub.rules import VerificationRule
 
 
@@ -49,6 +49,7 @@ class DraftModelProposer(StandaloneARSpeculator):
         self.draft_logits = DraftBuffers(
             self.schedule.trees, self.max_num_reqs, self.vocab_size, dtype, device
         )
+        self.graphs: DraftGraphs | None = None
         # [max_num_reqs] the first position that the draft has not read, or the last root's
         self.unread = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
 
@@ -117,15 +118,30 @@ class DraftModelProposer(StandaloneARSpeculator):
             for group in kv_cache_config.kv_cache_groups
             if self.draft_attn_layer_names.intersection(group.layer_names)
         )
-        widest = max(
-            len(level.nodes_np) for state in self.draft_logits.states for level in state.levels
-        )
-        self.level_slots = torch.empty(
+        widest = max(self._rows_per_request())
+        # [num_kv_cache_groups, most rows of a pass]
+        self.slots = torch.empty(
             block_tables.num_kv_cache_groups,
-            self.max_num_reqs * widest,
+            max(self.max_num_tokens + self.max_num_reqs, self.max_num_reqs * widest),
             dtype=torch.int64,
             device=self.device,
         )
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        self.graphs = None
+        if cudagraph_mode.decode_mode() == CUDAGraphMode.FULL:
+            self.graphs = DraftGraphs(self, self._rows_per_request())
+
+    def _rows_per_request(self) -> set[int]:
+        """The numbers of rows that a request has in the passes of a step, if it has no prompt."""
+        states = self.draft_logits.states
+        # of a whole tree what may have been accepted, and the new root
+        rows = {state.tree.depth + 2 for state in states}
+        return rows | {len(level.nodes_np) for state in states for level in state.levels[1:]}
+
+    def capture(self) -> None:
+        if self.graphs is not None:
+            self.graphs.capture()
 
     def compute_draft_logits(
         self,
@@ -294,8 +310,11 @@ class _DraftStep:
             lengths -= np.maximum(drafts - drafted.depths[drafted.index[reqs]], 0)
         counts = lengths + 1
         behind = drafted.behind[reqs]
+        if proposer.graphs is not None and not (behind.any() or batch.is_prefilling_np.any()):
+            # a few rows to spare make the batch uniform, as graphs are
+            counts[:] = drafted.depths[drafted.index[reqs]].max() + 2
         # what this step's tokens leave of the buffers, given to those who lag one after the other
-        room = proposer.expanded_slot_mappings.shape[1] - counts.sum()
+        room = proposer.max_num_tokens + proposer.max_num_reqs - counts.sum()
         caught_up = np.clip(room - (np.cumsum(behind) - behind), 0, behind)
         drafted.behind[reqs] = behind - caught_up
         return behind > 0, counts + caught_up
@@ -341,50 +360,36 @@ class _DraftStep:
         unused: torch.Tensor | None,
         tree: TreeVisibility | None,
     ) -> torch.Tensor:
-        proposer, batch, num_tokens = self.proposer, self.batch, len(tokens)
+        proposer, batch = self.proposer, self.batch
         last = self.max_model_len - 1
         positions = positions.clamp(max=last)
         if proposer.draft_vocab_size < proposer.vocab_size:
             tokens = tokens.clamp(max=proposer.draft_vocab_size - 1)  # it has no row for padding
-        metadata = slot_mappings = None
-        if not self.skip_attn:
-            level = tree is not None
-            slot_buffer = proposer.level_slots if level else proposer.expanded_slot_mappings
-            mappings = proposer.block_tables.compute_slot_mappings(
-                batch.idx_mapping, starts, slots.clamp(max=last), num_tokens, out=slot_buffer
-            )
-            outside = slots > last  # no slot there, and the last one is another token's
-            if unused is not None:
-                outside |= unused
-            if self.dummy_run:
-                outside.fill_(True)
-            mappings.masked_fill_(outside, PAD_SLOT_ID)
-            slot_mappings = build_slot_mappings_by_layer(mappings, proposer.kv_cache_config)
-            metadata = self._attn_metadata(starts, starts_np, seq_lens, positions, mappings, tree)
-        return proposer._run_model(tokens, positions, metadata, slot_mappings, None)
-
-    def _attn_metadata(
-        self, starts, starts_np, seq_lens, positions, mappings, tree: TreeVisibility | None
-    ) -> dict[str, Any]:
-        proposer, num_reqs = self.proposer, self.num_reqs
-        longest = self.max_model_len
+        if self.skip_attn:
+            return proposer._run_model(tokens, positions, None, None, None)
+        mappings = proposer.block_tables.compute_slot_mappings(
+            batch.idx_mapping, starts, slots.clamp(max=last), len(tokens), out=proposer.slots
+        )
+        outside = slots > last  # no slot there, and the last one is another token's
+        if unused is not None:
+            outside |= unused
+        if self.dummy_run:
+            outside.fill_(True)
+        mappings.masked_fill_(outside, PAD_SLOT_ID)
         # The bound covers this step's tokens; a new tree adds its root and its nodes.
         nodes = proposer.schedule.trees[0].num_nodes
-        bound = self.batch.seq_lens_cpu_upper_bound[:num_reqs] + nodes + 1
-        return build_attn_metadata(
-            attn_groups=proposer.attn_groups,
-            num_reqs=num_reqs,
-            num_tokens=int(starts_np[-1]),
-            query_start_loc_gpu=starts,
-            query_start_loc_cpu=torch.from_numpy(starts_np),
-            max_query_len=int(np.diff(starts_np).max()),
-            seq_lens=seq_lens.clamp(max=longest).to(torch.int32),
-            max_seq_len=longest,
-            block_tables=[table[:num_reqs] for table in proposer.block_tables.input_block_tables],
-            slot_mappings=mappings,
-            kv_cache_config=proposer.kv_cache_config,
-            seq_lens_cpu_upper_bound=bound.clamp(max=longest),
-            positions=positions,
-            is_prefilling=proposer.draft_is_prefilling[:num_reqs],
-            model_specific_attn_metadata=None if tree is None else TreeAttnMetadata(tree),
+        draft_pass = DraftPass(
+            tokens,
+            positions,
+            mappings,
+            starts,
+            starts_np,
+            seq_lens.clamp(max=self.max_model_len).to(torch.int32),
+            batch.seq_lens_cpu_upper_bound[: self.num_reqs] + nodes + 1,
+            tree,
         )
+        graphs = proposer.graphs
+        graph = graphs.fitting(draft_pass) if graphs and not self.dummy_run else None
+        if graph is None:
+            return draft_pass.run(proposer)
+        return graphs.replay(graph, draft_pass)

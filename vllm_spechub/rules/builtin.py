@@ -82,6 +82,7 @@ class _KernelRule(VerificationRule):
                 state.first_child,
                 state.num_children,
                 state.internal_index,
+                state.subtree_sizes,
                 max_depth=state.tree.depth,
                 rule=self.name,
                 sharpening=self.config.sharpening,

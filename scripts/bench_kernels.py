@@ -1,0 +1,173 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Time the kernels against their memory floor and against vLLM's own, in one run.
+
+Each line of a kernel's CSV is one setting. First the kernel's outcome on fresh inputs is compared
+with the reference's; one that differs by more than rounding explains stops the run. Then:
+`bytes`, what has to be read and written (counted as the kernel's module in `kernel_benchmarks/`
+says); `floor_us`, those over the bandwidth of a large copy on the same device; `us`, the median
+time; `of_floor`, the ratio; and for every other way to do the same its median time and, as
+`of_...`, ours over that.
+
+On a GPU everything runs the full grid; on a CPU, where the host versions run, only `--quick` does.
+"""
+
+import csv
+import importlib
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+import torch
+import typer
+from kernel_benchmarks.measure import Plot, copy_bandwidth, machine, median_seconds
+from kernel_benchmarks.sampling import prepare_platform
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+console = Console(width=None if os.environ.get("COLUMNS") else 110, highlight=False)
+HIDDEN = ("bytes", "floor_us")  # in tables; the CSV has them
+Kernel = StrEnum(
+    "Kernel", {name: name for name in ("verification", "child_sampling", "attention", "compaction")}
+)
+Row = dict[str, Any]
+
+
+def measure(module, setting: Row, device: torch.device, bandwidth: float) -> Row:
+    """One line of the CSV.
+
+    Raises:
+        RuntimeError: the kernel's outcome is not the reference's.
+    """
+    case = module.prepare(setting, device)
+    if not case.error <= case.tolerance:
+        raise RuntimeError(f"{setting}: error {case.error:g} exceeds {case.tolerance:g}")
+    floor = case.num_bytes / bandwidth
+    seconds = median_seconds(case.run, device)
+    row = setting | case.found | {"error": f"{case.error:.2g}", "bytes": case.num_bytes}
+    row |= {"floor_us": f"{floor * 1e6:.2f}", "us": f"{seconds * 1e6:.2f}"}
+    row["of_floor"] = f"{seconds / floor:.2f}" if floor else ""
+    for name, run in case.others.items():
+        other = median_seconds(run, device) if run else None
+        row[f"{name}_us"] = f"{other * 1e6:.2f}" if other else ""
+        row[f"of_{name}"] = f"{seconds / other:.2f}" if other else ""
+    return row
+
+
+def show(name: str, rows: list[Row]) -> None:
+    """A table of the columns that differ; what all rows share is its title."""
+    columns = [key for key in rows[0] if key not in HIDDEN]
+    varies = [key for key in columns if len({row[key] for row in rows}) > 1]
+    shared = [
+        f"{key} {rows[0][key]}" for key in columns if key not in varies and rows[0][key] != ""
+    ]
+    table = Table(*varies, title=f"{name}: {', '.join(shared)}")
+    for row in rows:
+        table.add_row(*(str(row[key]) for key in varies))
+    console.print(table)
+
+
+def draw(rows: list[Row], plot: Plot, path: Path) -> None:
+    """Time over the floor, and as crosses that of the other ways."""
+    fixed = {}
+    for key, value in plot.fixed.items():
+        fixed[key] = value if value in {row[key] for row in rows} else rows[-1][key]
+    chosen = [row for row in rows if all(row[key] == value for key, value in fixed.items())]
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for value in sorted({row[plot.curves] for row in chosen}):
+        curve = [row for row in chosen if row[plot.curves] == value]
+        x = [row[plot.x] for row in curve]
+        floors = [float(row["floor_us"]) for row in curve]
+        for column in (key for key in curve[0] if key.endswith("_us") or key == "us"):
+            y = [
+                float(row[column] or "nan") / floor
+                for row, floor in zip(curve, floors, strict=True)
+            ]
+            if column == "us":
+                (line,) = axes.plot(x, y, "o-", label=f"{plot.curves} {value}")
+            elif column != "floor_us":
+                axes.plot(x, y, "x:", color=line.get_color(), label=f"the same, {column[:-3]}")
+    axes.axhline(1, color="grey", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel=plot.x, ylabel="time / floor")
+    axes.set_title(", ".join(f"{key} {value}" for key, value in fixed.items()), fontsize=9)
+    axes.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def choose(settings: list[Row], only: list[str]) -> list[Row]:
+    """The settings that have every `column=value` of `only`.
+
+    Raises:
+        BadParameter: a column or value that the grid does not have.
+    """
+    for choice in only:
+        column, _, value = choice.partition("=")
+        if column not in settings[0]:
+            raise typer.BadParameter(f"--only {choice}: columns are {', '.join(settings[0])}")
+        values = sorted({str(setting[column]) for setting in settings})
+        if value not in values:
+            raise typer.BadParameter(f"--only {choice}: {column} is one of {', '.join(values)}")
+        settings = [setting for setting in settings if str(setting[column]) == value]
+    return settings
+
+
+def main(
+    kernels: Annotated[list[Kernel] | None, typer.Argument(help="All by default.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small grid.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="column=value: only such settings; repeatable.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the CSV files and plots.")] = Path(
+        "docs/benchmarks"
+    ),
+) -> None:
+    """Time the kernels against their floor and against vLLM's own."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not quick:
+        raise typer.BadParameter("the full grid needs a GPU; give --quick on a CPU")
+    modules = {
+        name: importlib.import_module(f"kernel_benchmarks.{name}") for name in kernels or Kernel
+    }
+    settings = {
+        name: choose(module.QUICK if quick else module.SETTINGS, only or [])
+        for name, module in modules.items()
+    }
+    prepare_platform(device)
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth(device)
+    command = " ".join([f"python scripts/{Path(__file__).name}", *sys.argv[1:]])
+    header = f"# {command}; {machine(device)}; copy {bandwidth / 1e9:.1f} GB/s\n"
+    console.print(header[2:], end="")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, module in modules.items():
+        rows: list[Row] = []
+        stem = out / f"{name}_{device.type}"
+        with stem.with_suffix(".csv").open("w", newline="") as file:
+            file.write(header)
+            for setting in track(settings[name], name, console=console):
+                try:
+                    rows.append(measure(module, setting, device, bandwidth))
+                except torch.OutOfMemoryError:
+                    console.print(f"left out, out of memory: {setting}")
+                    torch.cuda.empty_cache()
+                    continue
+                if len(rows) == 1:
+                    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+                    writer.writeheader()
+                writer.writerow(rows[-1])
+                file.flush()
+        show(name, rows)
+        draw(rows, module.PLOT, stem.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Child sampling: the children of one level's nodes, drawn from the draft's rows.
+
+The level is the tree's deepest one that has children, the widest. Bytes: each draft row, once.
+Error: the share of rows whose children differ from the reference's.
+vLLM: `gumbel_sample`, which draws one token from each of the same rows.
+"""
+
+from typing import Any
+
+import torch
+
+from kernel_benchmarks.measure import TREES, Case, Plot, grid
+from kernel_benchmarks.sampling import DTYPES, Requests, draft_rows
+from vllm_spechub.drafting import DraftBuffers
+from vllm_spechub.topology import TokenTree
+from vllm_spechub.triton_kernels.child_sampling import reference
+from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
+
+SETTINGS = grid(
+    rule=(DEFAULT_RULE,),
+    nodes=(7, 14, 30, 62),
+    vocab=(32_000, 128_256, 151_936),
+    dtype=("bf16", "fp32"),
+    temperature=(0.0, 1.0),
+    batch=(1, 4, 16, 64, 256),
+)
+QUICK = grid(
+    rule=(DEFAULT_RULE,),
+    nodes=(7, 14),
+    vocab=(32_000,),
+    dtype=("fp32",),
+    temperature=(0.0, 1.0),
+    batch=(1, 4),
+)
+PLOT = Plot("batch", "nodes", {"vocab": 128_256, "dtype": "bf16", "temperature": 1.0})
+
+
+def prepare(setting: dict[str, Any], device: torch.device) -> Case:
+    from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+
+    from vllm_spechub.rules.kernels import sample_children
+
+    batch, vocab, dtype = setting["batch"], setting["vocab"], DTYPES[setting["dtype"]]
+    tree = TokenTree(TREES[setting["nodes"]])
+    requests = Requests(batch, vocab, tree, setting["temperature"], 1.0, device)
+    level = DraftBuffers([tree], 1, 1, dtype, device).states[0].levels[-1]
+    width = len(level.nodes_np)
+    logits = draft_rows((batch * width, vocab), dtype, device)
+    req_idx = requests.batch.idx_mapping.repeat_interleave(width)
+    positions = requests.root_positions.repeat_interleave(width)
+
+    def sample(sample_rows=sample_children):
+        return sample_rows(
+            logits,
+            requests.temperature,
+            requests.seeds,
+            req_idx,
+            positions,
+            level.nodes.repeat(batch),
+            level.num_children.repeat(batch),
+            rule=setting["rule"],
+            max_children=level.max_children,
+        )
+
+    wrong = (sample()[0] != sample(reference.sample_children)[0]).any(dim=1)
+    return Case(
+        run=sample,
+        num_bytes=logits.nbytes,
+        error=float(wrong.float().mean()),
+        # Two tokens whose noisy logits round to one number, about once in 10^6 rows.
+        tolerance=max(0.01, 1 / len(logits)),
+        others={
+            "vllm": lambda: gumbel_sample(
+                logits,
+                req_idx,
+                requests.temperature,
+                requests.seeds,
+                positions,
+                apply_temperature=True,
+                is_drafting=True,
+            )
+        },
+        found={"rows": len(logits)},
+    )

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests, drafts and target rows that verification and child sampling are measured on."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from vllm_spechub.drafting import DraftBuffers, DraftState
+from vllm_spechub.schedule import TreeSchedule
+from vllm_spechub.topology import TokenTree
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+POSITION = 1000  # of every root
+
+
+def prepare_platform(device: torch.device) -> None:
+    """On the CPU, what the engine's worker does before it imports a kernel."""
+    if device.type == "cpu":
+        import vllm.v1.worker.cpu.shm  # noqa: F401
+
+        from vllm_spechub import host_kernels
+
+        host_kernels.register()
+
+
+def draft_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Logits whose probabilities fall with the rank to the power 1.5, as a text's roughly do."""
+    rows = torch.empty(shape, dtype=dtype, device=device)
+    for row in rows.view(-1, shape[-1]).split(64):
+        row.copy_(torch.empty(row.shape, device=device).exponential_().mul_(1.5))
+    return rows
+
+
+def disturb(rows: torch.Tensor) -> torch.Tensor:
+    """Add what makes a target out of a draft, in place."""
+    for row in rows.view(-1, rows.shape[-1]).split(64):
+        row.add_(torch.randn(row.shape, device=row.device).mul_(0.5))
+    return rows
+
+
+class Requests:
+    """A decode step of `batch` requests, each with a tree or a chain of `tree.num_nodes` drafts.
+
+    Made of vLLM's own sampler and batch, so that sampling parameters take the engine's path.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        vocab: int,
+        tree: TokenTree,
+        temperature: float,
+        top_p: float,
+        device: torch.device,
+    ) -> None:
+        from vllm.config import VllmConfig
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+        from vllm.v1.worker.gpu.sample.sampler import Sampler
+        from vllm.v1.worker.gpu.states import RequestState
+
+        from vllm_spechub.engine.drafted import DraftedTrees
+        from vllm_spechub.engine.history import HistoryProcessors
+        from vllm_spechub.engine.sampler import TreeRejectionSampler
+
+        width = 1 + tree.num_nodes
+        num_rows = batch * width
+        self.tree, self.vocab, self.device = tree, vocab, device
+        states = RequestState(batch, POSITION + width, num_rows, tree.num_nodes, vocab, device)
+        self.sampler = Sampler(VllmConfig(), batch, vocab, device, states)
+        # The parts of the speculative configuration that a rejection sampler reads.
+        self.config = SimpleNamespace(
+            num_speculative_tokens=tree.num_nodes,
+            enable_adaptive_verification=False,
+            rejection_sample_method="standard",
+        )
+        schedule = TreeSchedule.constant(tree)
+        history = HistoryProcessors(self.sampler.logits_processors, batch)
+        self.tree_sampler = TreeRejectionSampler(
+            self.sampler,
+            self.config,
+            device,
+            rule=None,
+            history=history,
+            drafted=DraftedTrees(schedule, batch),
+            compactor=None,
+        )
+        for req in range(batch):
+            params = SamplingParams(temperature=temperature, top_p=top_p, seed=req)
+            self.sampler.add_request(req, params)
+            history.add_request(req, params)
+        self.sampler.apply_staged_writes()
+        history.apply_staged_writes()
+
+        first_row = np.arange(batch + 1, dtype=np.int32) * width
+        self.row_start = torch.from_numpy(first_row[:-1]).to(device)
+        self.root_positions = torch.full((batch,), POSITION, device=device)
+        local_pos = torch.arange(width, dtype=torch.int32, device=device).repeat(batch)
+        dummy = InputBatch.make_dummy(batch, num_rows, InputBuffers(batch, num_rows, device))
+        self.batch = replace(
+            dummy,
+            expanded_idx_mapping=dummy.idx_mapping.repeat_interleave(width),
+            expanded_local_pos=local_pos,
+            positions=POSITION + local_pos.long(),
+            num_draft_tokens=batch * tree.num_nodes,
+            num_draft_tokens_per_req=np.full(batch, tree.num_nodes),
+            logits_indices=torch.arange(num_rows, device=device),
+            cu_num_logits=torch.from_numpy(first_row).to(device),
+            cu_num_logits_np=first_row,
+        )
+
+    @property
+    def temperature(self) -> torch.Tensor:
+        """[batch] float32"""
+        return self.sampler.sampling_states.temperature.gpu
+
+    @property
+    def seeds(self) -> torch.Tensor:
+        """[batch] int64"""
+        return self.sampler.sampling_states.seeds.gpu
+
+    def draft(self, dtype: torch.dtype, rule: str) -> DraftState:
+        """Every request's tree, drafted level by level as the engine does."""
+        from vllm_spechub.engine.truncation import truncate, truncates
+        from vllm_spechub.rules.kernels import sample_children
+
+        batch, params = self.batch, self.sampler.sampling_states
+        reqs = batch.idx_mapping_np
+        (chosen,) = truncates(params, reqs).nonzero()
+        (state,) = DraftBuffers([self.tree], len(reqs), self.vocab, dtype, self.device).states
+        for level in state.levels:
+            width = len(level.nodes_np)
+            logits = draft_rows((batch.num_reqs * width, self.vocab), dtype, self.device)
+            truncate(logits, params, batch.idx_mapping, reqs, chosen)
+            tokens, slots = sample_children(
+                logits,
+                self.temperature,
+                self.seeds,
+                batch.idx_mapping.repeat_interleave(width),
+                self.root_positions.repeat_interleave(width),
+                level.nodes.repeat(batch.num_reqs),
+                level.num_children.repeat(batch.num_reqs),
+                rule=rule,
+                max_children=level.max_children,
+            )
+            state.write_children(level, batch.idx_mapping, logits, tokens, slots)
+        return state
+
+    def target_rows(self, state: DraftState, dtype: torch.dtype) -> torch.Tensor:
+        """[batch * (1 + num_nodes), vocab]: rows like the draft's of the same node."""
+        shape = (self.batch.num_reqs, 1 + self.tree.num_nodes, self.vocab)
+        rows = draft_rows(shape, dtype, self.device)
+        for internal, node in enumerate(self.tree.internal_nodes):
+            # What the draft's top-p ruled out is improbable.
+            rows[:, node] = state.logits[:, internal].clamp(min=0)
+        return disturb(rows).flatten(0, 1)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verification: from the target's logits to accepted tokens, sampling parameters included.
+
+Bytes: each row that the walk depends on, once. Those are the target's rows of visited nodes, of
+leaves only the accepted one, and above temperature 0 the draft's rows of visited nodes that have
+children. What top-p reads and writes is not counted: it is work, not a floor.
+Error: the share of requests whose tokens or path differ from the reference's.
+vLLM: its own rejection sampler, `apply_sampling_params` and `rejection_sample` in chunks, for a
+chain of as many drafted tokens. It has no host version.
+"""
+
+from typing import Any
+
+import torch
+
+from kernel_benchmarks.measure import TREES, Case, Plot, grid
+from kernel_benchmarks.sampling import DTYPES, Requests, disturb
+from vllm_spechub.topology import TokenTree
+from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
+from vllm_spechub.triton_kernels.verification import reference
+
+SETTINGS = grid(
+    rule=(DEFAULT_RULE,),
+    nodes=(7, 14, 30, 62),
+    vocab=(32_000, 128_256, 151_936),
+    dtype=("bf16", "fp32"),
+    temperature=(0.0, 1.0),
+    top_p=(1.0, 0.9),
+    batch=(1, 4, 16, 64, 256),
+)
+QUICK = grid(
+    rule=(DEFAULT_RULE,),
+    nodes=(7, 14),
+    vocab=(32_000,),
+    dtype=("fp32",),
+    temperature=(0.0, 1.0),
+    top_p=(1.0, 0.9),
+    batch=(1, 4),
+)
+PLOT = Plot("batch", "nodes", {"vocab": 128_256, "dtype": "bf16", "temperature": 1.0, "top_p": 1.0})
+
+
+def prepare(setting: dict[str, Any], device: torch.device) -> Case:
+    from vllm_spechub.rules.kernels import verify_tree
+
+    dtype, rule = DTYPES[setting["dtype"]], setting["rule"]
+    tree = TokenTree(TREES[setting["nodes"]])
+    requests = Requests(
+        setting["batch"], setting["vocab"], tree, setting["temperature"], setting["top_p"], device
+    )
+    batch = requests.batch
+    draft = requests.draft(dtype, rule)
+    logits = requests.target_rows(draft, dtype)
+    tokens = torch.cat([draft.tokens.new_zeros(batch.num_reqs, 1), draft.tokens], dim=1).flatten()
+    num_nodes = torch.full_like(requests.row_start, tree.num_nodes)
+
+    def verify(verify_rows=verify_tree, **options):
+        rows, temperature = requests.tree_sampler.process(logits, batch)
+        return verify_rows(
+            rows,
+            requests.row_start,
+            num_nodes,
+            tokens,
+            draft.logits,
+            draft.sample_slots,
+            batch.idx_mapping,
+            temperature,
+            requests.temperature,
+            requests.seeds,
+            requests.root_positions,
+            draft.first_child,
+            draft.num_children,
+            draft.internal_index,
+            draft.subtree_sizes,
+            max_depth=tree.depth,
+            rule=rule,
+            **options,
+        )
+
+    shape = (batch.num_reqs, 1 + tree.num_nodes)
+    visited = torch.empty(shape, dtype=torch.bool, device=device)
+    expected = verify(reference.verify_tree, visited=visited)
+    found = verify()
+    wrong = torch.zeros(batch.num_reqs, dtype=torch.bool, device=device)
+    for one, other in zip(found, expected, strict=True):
+        wrong |= (one != other).view(batch.num_reqs, -1).any(dim=1)
+    num_rows = int(visited.sum())
+    if setting["temperature"]:
+        num_rows += int(visited[:, draft.num_children > 0].sum())
+    return Case(
+        run=verify,
+        num_bytes=num_rows * setting["vocab"] * dtype.itemsize,
+        error=float(wrong.float().mean()),
+        # A draw that falls within rounding of its threshold, about once in 10^5.
+        tolerance=max(0.01, 1 / batch.num_reqs),
+        others={"vllm": _chain(requests, logits) if device.type == "cuda" else None},
+        found={"tokens_per_step": round(float(found[1].float().mean()), 2)},
+    )
+
+
+def _chain(requests: Requests, logits: torch.Tensor):
+    """vLLM's verification of as many tokens, drawn from rows like the target's."""
+    from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+    from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
+        RejectionSampler,
+        get_max_chunk_logits,
+    )
+
+    batch, num_steps = requests.batch, requests.tree.num_nodes
+    # [batch, num_steps, vocab]
+    rows = logits.unflatten(0, (batch.num_reqs, 1 + num_steps))[:, :num_steps]
+    draft_logits = disturb(rows.contiguous())
+    tokens = torch.zeros(batch.num_reqs, 1 + num_steps, dtype=torch.int32, device=logits.device)
+    for step in range(num_steps):
+        tokens[:, 1 + step] = gumbel_sample(
+            draft_logits[:, step],
+            batch.idx_mapping,
+            requests.temperature,
+            requests.seeds,
+            requests.root_positions + step,
+            apply_temperature=True,
+            is_drafting=True,
+        )
+    tokens = tokens.flatten()
+    sampler = RejectionSampler(requests.sampler, requests.config, logits.device)
+    limit = get_max_chunk_logits(requests.vocab)
+    return lambda: sampler._verify_in_chunks(
+        logits, batch, draft_logits, tokens, batch.positions, limit, NO_LOGPROBS
+    )

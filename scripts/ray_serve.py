@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Serve OpenAI's interface from many machines: Ray Serve runs one spechub engine per replica.
+
+    python scripts/ray_serve.py --model TARGET --draft DRAFT --replicas 4
+
+Runs until it is interrupted. Requests go to http://HOST:PORT/v1, under the model's name.
+"""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from ray_platform import placement
+
+
+def app(model: str, name: str, replicas: int, engine: dict[str, Any]):
+    """The Ray Serve application: a router, and engines behind it."""
+    from ray.serve.llm import LLMConfig, build_openai_app
+
+    config = LLMConfig(
+        model_loading_config={"model_id": name, "model_source": model},
+        engine_kwargs=engine,
+        deployment_config={"num_replicas": replicas},
+        **placement(),
+    )
+    return build_openai_app({"llm_configs": [config]})
+
+
+def main(
+    model: Annotated[str, typer.Option(help="The target.")],
+    draft: Annotated[str, typer.Option(help="The draft.")],
+    tree: Annotated[str, typer.Option(help="As in --speculative-config.")] = "binary:3",
+    replicas: Annotated[int, typer.Option(min=1, help="Engines.")] = 1,
+    name: Annotated[str, typer.Option(help="What requests call the model.")] = "spechub",
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 8000,
+    engine: Annotated[
+        dict, typer.Option(parser=json.loads, metavar="JSON", help="Further engine options.")
+    ] = "{}",
+) -> None:
+    from ray import serve
+
+    serve.start(http_options={"host": host, "port": port})
+    engine["speculative_config"] = {"method": "spechub", "model": draft, "tree": tree}
+    serve.run(app(model, name, replicas, engine), blocking=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that speculation adds: weights, buffers, rows to verify, a share of the KV cache."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+def tensor_bytes(owner: object) -> int:
+    """Bytes of the tensors that an object holds as attributes."""
+    return sum(t.nbytes for t in vars(owner).values() if isinstance(t, torch.Tensor))
+
+
+def weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of this rank's weights, those included that a CPU's matrix kernels have packed away."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    for layer in model.modules():
+        weight = getattr(layer, "weight", None)
+        if isinstance(layer, LinearBase) and weight is not None and weight.numel() == 0:
+            packed = layer.input_size_per_partition * layer.output_size_per_partition
+            total += packed * dtype.itemsize
+    return total
+
+
+def kv_cache_share(kv_cache_config: "KVCacheConfig", layer_names: set[str]) -> float:
+    """The part of every KV cache block that the named layers take."""
+    ours = total = 0
+    for group in kv_cache_config.kv_cache_groups:
+        per_layer = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+        for name in group.layer_names:
+            size = per_layer.get(name, group.kv_cache_spec).page_size_bytes
+            total += size
+            ours += size * (name in layer_names)
+    return ours / total if total else 0.0
+
+
+def verification_bytes(vllm_config: "VllmConfig") -> int:
+    """Bytes of the target's logits for a full batch of the largest trees, as the model gives them
+    and as fp32 where a sampling parameter edits them.
+
+    vLLM's profiling run, which sizes the KV cache, has one row per request.
+    """
+    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+    nodes = vllm_config.speculative_config.num_speculative_tokens
+    rows = min(scheduler.max_num_seqs * (1 + nodes), scheduler.max_num_batched_tokens)
+    rows -= min(scheduler.max_num_seqs, rows)
+    return rows * model.get_vocab_size() * (model.dtype.itemsize + torch.float32.itemsize)

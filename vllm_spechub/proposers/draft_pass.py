@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One forward pass of a draft model, run eagerly or by replaying a CUDA graph.
+
+vLLM 0.32 runs a separate draft model eagerly. Here a graph is captured for each number of rows that
+a pass may have for every request, and each captured batch size: one row per expanded node of a
+depth, or, where every request verified a whole tree, one per token that may have been accepted and
+the new root.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+
+from vllm_spechub.attention.visibility import TreeAttnMetadata, TreeVisibility
+
+if TYPE_CHECKING:
+    from vllm_spechub.proposers.draft_model import DraftModelProposer
+
+
+@dataclass(frozen=True)
+class DraftPass:
+    """What a pass reads."""
+
+    # [num_tokens] int32
+    tokens: torch.Tensor
+    # [num_tokens] int64, RoPE positions
+    positions: torch.Tensor
+    # [num_kv_cache_groups, num_tokens] int64
+    slot_mappings: torch.Tensor
+    # [num_reqs + 1] int32, each request's first row, on the device and on the host
+    starts: torch.Tensor
+    starts_np: np.ndarray
+    # [num_reqs] int32
+    seq_lens: torch.Tensor
+    # [num_reqs] int32 on the host, at least as long
+    seq_lens_bound: torch.Tensor
+    # None for ordinary causal tokens
+    tree: TreeVisibility | None = None
+
+    def run(self, proposer: "DraftModelProposer") -> torch.Tensor:
+        """Hidden states, [num_tokens, hidden_size]."""
+        metadata = self.attention(proposer)
+        return proposer._run_model(self.tokens, self.positions, *metadata, None)
+
+    def attention(
+        self, proposer: "DraftModelProposer", for_capture: bool = False
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Attention metadata and KV slots, by layer."""
+        num_reqs, longest = len(self.seq_lens), proposer.max_model_len
+        metadata = build_attn_metadata(
+            attn_groups=proposer.attn_groups,
+            num_reqs=num_reqs,
+            num_tokens=len(self.tokens),
+            query_start_loc_gpu=self.starts,
+            query_start_loc_cpu=torch.from_numpy(self.starts_np),
+            max_query_len=int(np.diff(self.starts_np).max()),
+            seq_lens=self.seq_lens,
+            max_seq_len=longest,
+            block_tables=[table[:num_reqs] for table in proposer.block_tables.input_block_tables],
+            slot_mappings=self.slot_mappings,
+            kv_cache_config=proposer.kv_cache_config,
+            seq_lens_cpu_upper_bound=self.seq_lens_bound.clamp(max=longest),
+            positions=self.positions,
+            is_prefilling=proposer.draft_is_prefilling[:num_reqs],
+            model_specific_attn_metadata=None if self.tree is None else TreeAttnMetadata(self.tree),
+            for_cudagraph_capture=for_capture,
+        )
+        slot_mappings = build_slot_mappings_by_layer(self.slot_mappings, proposer.kv_cache_config)
+        return metadata, slot_mappings
+
+
+class PassGraphs(CudaGraphManager):
+    """vLLM's graphs, for passes of `decode_query_len` rows per request."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, rows: int) -> None:
+        super().__init__(vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=rows)
+
+    def _init_candidates(self) -> None:
+        rows, sizes = self.decode_query_len, self.compilation_config.cudagraph_capture_sizes
+        self._capture_descs[CUDAGraphMode.FULL] = [
+            BatchExecutionDescriptor(
+                CUDAGraphMode.FULL, num_tokens=size * rows, num_reqs=size, uniform_token_count=rows
+            )
+            for size in sorted({min(size, self.max_num_reqs) for size in sizes}, reverse=True)
+        ]
+
+    def fitting(self, num_reqs: int) -> BatchExecutionDescriptor | None:
+        """The smallest captured batch with room for so many requests."""
+        fitting = [desc for desc in self.graphs if desc.num_reqs >= num_reqs]
+        return min(fitting, key=lambda desc: desc.num_reqs, default=None)
+
+
+class DraftGraphs:
+    """Captures passes and replays them. A replay sees its batch through the buffers here, those of
+    the attention backend, `proposer.slots` and the block tables, and through nothing else.
+
+    Args:
+        proposer: whose draft model runs; its attention is set up.
+        rows_per_request: the different numbers of rows that a pass may have for each request.
+    """
+
+    def __init__(self, proposer: "DraftModelProposer", rows_per_request: Iterable[int]) -> None:
+        self.proposer = proposer
+        device, max_num_reqs = proposer.device, proposer.max_num_reqs
+        # the widest first: the others fit into the memory of its graphs
+        self.by_rows = {
+            rows: PassGraphs(proposer.vllm_config, device, rows)
+            for rows in sorted(set(rows_per_request), reverse=True)
+        }
+        max_num_tokens = max_num_reqs * max(self.by_rows)
+        self.tokens = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
+        self.positions = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
+        self.starts = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)
+        self.seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        # [max_num_tokens, hidden_size], made by the first pass
+        self.hidden: torch.Tensor | None = None
+
+    def capture(self) -> None:
+        for rows, graphs in self.by_rows.items():
+            title = f"Capturing draft CUDA graphs, {rows} rows a request"
+            graphs.capture(self._captured, progress_bar_desc=title)
+
+    def _captured(
+        self, desc: BatchExecutionDescriptor, warmup: bool
+    ) -> Callable[[CUDAGraphMode], None]:
+        """A pass over the buffers, called inside a capture; its metadata is made outside."""
+        proposer, num_reqs, num_tokens = self.proposer, desc.num_reqs, desc.num_tokens
+        starts_np = np.arange(num_reqs + 1, dtype=np.int32) * desc.uniform_token_count
+        self.starts[: num_reqs + 1] = async_tensor_h2d(starts_np, device=proposer.device)
+        proposer.slots.fill_(PAD_SLOT_ID)
+        dummy = DraftPass(
+            self.tokens[:num_tokens],
+            self.positions[:num_tokens],
+            proposer.slots[:, :num_tokens],
+            self.starts[: num_reqs + 1],
+            starts_np,
+            self.seq_lens[:num_reqs],
+            torch.ones(num_reqs, dtype=torch.int32),
+        )
+        metadata = dummy.attention(proposer, for_capture=True)
+
+        def forward(_mode: CUDAGraphMode) -> None:
+            hidden = proposer._run_model(dummy.tokens, dummy.positions, *metadata, None)
+            if self.hidden is None:
+                self.hidden = hidden.new_zeros(len(self.tokens), hidden.shape[1])
+            self.hidden[:num_tokens] = hidden
+
+        return forward
+
+    def fitting(self, draft_pass: DraftPass) -> BatchExecutionDescriptor | None:
+        """The graph for a pass; None if none was captured for its rows."""
+        counts = np.diff(draft_pass.starts_np)
+        graphs = self.by_rows.get(int(counts[0]))
+        if graphs is None or (counts != counts[0]).any():
+            return None
+        return graphs.fitting(len(counts))
+
+    def replay(self, desc: BatchExecutionDescriptor, draft_pass: DraftPass) -> torch.Tensor:
+        """Hidden states, [num_tokens, hidden_size], until the next replay."""
+        num_tokens, num_reqs = len(draft_pass.tokens), len(draft_pass.seq_lens)
+        # Fills the attention backend's buffers. What it returns is what the capture holds already.
+        draft_pass.attention(self.proposer)
+        self.tokens[:num_tokens] = draft_pass.tokens
+        self.positions[:num_tokens] = draft_pass.positions
+        self.starts[: num_reqs + 1] = draft_pass.starts
+        self.seq_lens[:num_reqs] = draft_pass.seq_lens
+        # Requests of padding have no rows; their slots are padding already.
+        self.starts[num_reqs + 1 :] = num_tokens
+        self.seq_lens[num_reqs:] = 0
+        self.by_rows[desc.uniform_token_count].run_fullgraph(desc)
+        return self.hidden[:num_tokens]
