@@ -23,6 +23,7 @@ from vllm_spechub.rules import RULES, VerificationRule, build_rule
 from vllm_spechub.schedule import TreeSchedule
 from vllm_spechub.shapes import parse_tree
 from vllm_spechub.topology import TokenTree
+from vllm_spechub.tuning.store import keep
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
@@ -88,6 +89,18 @@ def test_trees_by_batch_size():
     assert [by_size[n] for n in (1, 8, 9, 32, 33, 128, 129, 200)] == (
         [14, 14, narrow, narrow, 2, 2, 0, 0]
     )
+
+
+def test_a_measured_schedule(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    with pytest.raises(ValueError, match=r"no schedule was measured .* `vllm-spechub tune .*` mea"):
+        configured({"tree_by_batch_size": "auto"})
+    ranges = [[1, 4, "binary:3"], [5, None, None]]
+    keep(TARGET, DRAFT, "traversal", ranges)
+    spec = configured({"tree_by_batch_size": "auto"}).speculative_config
+    assert spec.schedule == TreeSchedule.parse(ranges, "traversal")
+    with pytest.raises(ValueError, match="no schedule was measured for this pair with 'ordered'"):
+        configured({"tree_by_batch_size": "auto", "verification": "ordered"})
 
 
 def test_one_range_is_a_constant_tree():

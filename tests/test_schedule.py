@@ -30,7 +30,7 @@ def test_a_constant_schedule():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("auto:7", "'auto:7' is not [[FIRST, LAST, TREE], ...]"),
+        ("auto:7", "'auto:7' is not [[FIRST, LAST, TREE], ...] or 'auto'"),
         ([], "the last range must have null as its end: what do 1 requests draft?"),
         ([[1, 8]], "range 1 is [1, 8], not [FIRST, LAST, TREE]"),
         (["1, 8"], "range 1 is '1, 8', not"),

@@ -21,6 +21,7 @@ from vllm_spechub.schedule import TreeSchedule
 from vllm_spechub.shapes import parse_tree
 from vllm_spechub.topology import TokenTree
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
+from vllm_spechub.tuning.store import measured_schedule
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -77,7 +78,8 @@ class SpecHubConfig(SpeculativeConfig):
     its drafted nodes' parents, breadth-first, 0 being the root, or "auto[:NODES[:DEPTH]]". With
     `tree_by_batch_size` the tree with most nodes."""
     tree_by_batch_size: TreeSchedule | None = None
-    """Instead of `tree`: which tree is drafted, by the number of running requests."""
+    """Instead of `tree`: which tree is drafted, by the number of running requests; from
+    [[first, last, tree], ...], or "auto" for what `vllm-spechub tune` measured here."""
     verification: str = DEFAULT_RULE
     """The verification rule, by its registered name."""
     sharpening: float = 1.0
@@ -143,10 +145,10 @@ def create_config(
         raise ValueError(
             f"speculative_config['sharpening'] is {sharpening!r}, allowed: a finite number above 0"
         )
-    schedule = _schedule(options)
-    varies = schedule.nodes_by_batch_size()
     proposer = PROPOSERS.load(options.get("proposer", SpecHubConfig.proposer))
     proposer.check_options(options, target_model_config)
+    schedule = _schedule(options, target_model_config)
+    varies = schedule.nodes_by_batch_size()
     try:
         spechub = SpecHubConfig(
             **options,
@@ -165,7 +167,7 @@ def create_config(
     return spechub
 
 
-def _schedule(options: dict[str, Any]) -> TreeSchedule:
+def _schedule(options: dict[str, Any], target_model_config: "ModelConfig") -> TreeSchedule:
     """Take the trees out of the options."""
     rule = options.get("verification", SpecHubConfig.verification)
     by_batch_size = options.pop("tree_by_batch_size", None)
@@ -178,6 +180,8 @@ def _schedule(options: dict[str, Any]) -> TreeSchedule:
     try:
         if by_batch_size is None:
             return TreeSchedule.constant(parse_tree(options.pop("tree", DEFAULT_TREE), rule))
+        if by_batch_size == "auto":
+            by_batch_size = measured_schedule(target_model_config.model, options["model"], rule)
         return TreeSchedule.parse(by_batch_size, rule)
     except ValueError as error:
         raise ValueError(f"speculative_config[{key!r}]: {error}") from None

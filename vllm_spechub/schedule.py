@@ -85,7 +85,7 @@ class TreeSchedule:
             ValueError: names the range and what is allowed.
         """
         if not isinstance(spec, Sequence) or isinstance(spec, str):
-            raise ValueError(f"{spec!r} is not {FORM}")
+            raise ValueError(f"{spec!r} is not {FORM} or 'auto'")
         ranges = []
         for position, entry in enumerate(spec, start=1):
             if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 3:
