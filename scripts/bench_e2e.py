@@ -67,8 +67,8 @@ def compared(target: str, draft: str, chains: list[int], trees: list[str]) -> li
         shape = json.loads(tree) if tree.startswith("[") else tree
         found.append(ways.spechub(f"SpecHub {tree}", draft, tree=shape))
     try:
-        schedule = measured_schedule(target, draft, DEFAULT_RULE)
-        found.append(ways.spechub("SpecHub auto", draft, tree_by_batch_size=schedule))
+        measured_schedule(target, draft, DEFAULT_RULE)
+        found.append(ways.spechub("SpecHub auto", draft, tree_by_batch_size="auto"))
     except ValueError as error:
         console.print(f"without SpecHub auto: {error}", markup=False)
     return found
