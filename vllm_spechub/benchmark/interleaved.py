@@ -24,8 +24,6 @@ KV_BLOCK = 128
 """Tokens to which a request's KV cache is rounded: the largest block of any platform."""
 MAX_PROMPT_TOKENS = 256
 MIN_BATCHED_TOKENS = 2048
-SEEDS = 100_000
-"""Seeds of one repetition, of which every request takes one."""
 
 
 class Point(NamedTuple):
@@ -150,7 +148,7 @@ class Interleaved:
         setup: models, prompts and engine options.
         ways: what to compare; the first is plain vLLM.
         points: batches and temperatures.
-        repetitions: numbers of the turns of every way at every point; each has its own seeds.
+        repetitions: numbers of the turns of every way at every point.
         known: rows of an earlier run, which are not measured again, plain vLLM's apart where
             another way needs them beside it.
         say: told what is going on, in a few words.
@@ -240,8 +238,7 @@ class Interleaved:
     def _measure(self, turn: Turn, engine: EngineProcess) -> Row:
         name, (batch, temperature), repetition = turn
         self.say(f"{name}: batch {batch}, T = {temperature:g}, repetition {repetition + 1}")
-        prompts, tokens = self.setup.prompts, self.setup.tokens
-        found = engine.call(decode, prompts, batch, temperature, tokens, SEEDS * repetition)
+        found = engine.call(decode, self.setup.prompts, batch, temperature, self.setup.tokens)
         if name == PLAIN:
             self.plain[turn.point, repetition] = found.tokens_per_s
         return Row(
