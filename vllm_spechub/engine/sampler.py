@@ -232,10 +232,9 @@ class TreeRejectionSampler(RejectionSampler):
         whether or not others in its batch have one.
         """
         no_tree = (batch.num_draft_tokens_per_req == 0) | batch.is_prefilling_np
-        without = torch.from_numpy(no_tree.nonzero()[0])
-        if len(without) == 0:
+        if not no_tree.any():
             return
-        without = without.to(tokens.device, non_blocking=True)
+        without = async_tensor_h2d(no_tree.nonzero()[0], device=tokens.device)
         tokens[without, 0] = gumbel_sample(
             processed[batch.cu_num_logits[without]],
             batch.idx_mapping[without],
