@@ -99,10 +99,8 @@ def encode(target: str, prompts: Sequence[str]) -> list[list[int]]:
     return [tokenizer(prompt)["input_ids"][-MAX_PROMPT_TOKENS:] for prompt in prompts]
 
 
-def kv_bytes_per_token(model: str, bytes_per_value: int) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model).get_text_config()
+def kv_bytes_per_token(config: Any, bytes_per_value: int) -> int:
+    """Of a model, by its Hugging Face configuration."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -112,9 +110,14 @@ def kv_bytes_per_token(model: str, bytes_per_value: int) -> int:
 def engine_options(setup: Setup, max_batch: int, resident: int) -> dict[str, Any]:
     """What every engine gets: room for the largest batch, and no more of the memory than its share
     of it, so that KV caches are alike and no request is preempted."""
-    length = longest_request(setup.prompts, setup.tokens)
+    from transformers import AutoConfig
+
+    models = setup.target, setup.draft
+    configs = [AutoConfig.from_pretrained(model).get_text_config() for model in models]
+    wanted = longest_request(setup.prompts, setup.tokens)
+    length = min(wanted, *(getattr(c, "max_position_embeddings", wanted) for c in configs))
     value = 4 if setup.engine.get("dtype") == "float32" else 2
-    per_token = sum(kv_bytes_per_token(model, value) for model in (setup.target, setup.draft))
+    per_token = sum(kv_bytes_per_token(config, value) for config in configs)
     blocks = max_batch * (-(-length // KV_BLOCK) + 1) + 1
     return {
         "model": setup.target,
