@@ -63,10 +63,12 @@ def compared(target: str, draft: str, chains: list[int], trees: list[str]) -> li
 
     found = [ways.plain(), *(ways.chain(draft, length) for length in chains)]
     found += [ways.spechub("SpecHub", draft)]
-    found += [ways.spechub(f"SpecHub {tree}", draft, tree=tree) for tree in trees]
+    for tree in trees:
+        shape = json.loads(tree) if tree.startswith("[") else tree
+        found.append(ways.spechub(f"SpecHub {tree}", draft, tree=shape))
     try:
-        schedule = measured_schedule(target, draft, DEFAULT_RULE)
-        found.append(ways.spechub("SpecHub auto", draft, tree_by_batch_size=schedule))
+        measured_schedule(target, draft, DEFAULT_RULE)
+        found.append(ways.spechub("SpecHub auto", draft, tree_by_batch_size="auto"))
     except ValueError as error:
         console.print(f"without SpecHub auto: {error}", markup=False)
     return found

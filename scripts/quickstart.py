@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from vllm_spechub.benchmark.decoding import counters
+from vllm_spechub.benchmark.decoding import acceptance_length, counters
 from vllm_spechub.benchmark.engine import EngineFailed, EngineProcess, close_all
 from vllm_spechub.benchmark.ways import chain_config
 
@@ -40,8 +40,7 @@ class Result:
 
     @property
     def tokens_per_step(self) -> float:
-        """Acceptance length: tokens that one verification emits, the bonus token included."""
-        return 1 + sum(self.accepted_by_depth) / self.drafts if self.drafts else 1.0
+        return acceptance_length(self.drafts, self.accepted_by_depth)
 
 
 def measure(llm, prompts: list[str], temperature: float, max_tokens: int) -> Result:

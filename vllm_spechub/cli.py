@@ -266,12 +266,14 @@ def tune(
 ) -> None:
     """Trees for every number of requests, measured on this machine with your prompts.
 
-    Writes a JSON file for --speculative-config, a plot and a state file. Interrupt it whenever you
-    like: the same command goes on where it was.
+    Writes a JSON file for --speculative-config, a plot, a CSV and a state file. Interrupt it when
+    you like: the same command goes on where it was.
     """
     from vllm_spechub.benchmark.engine import EngineFailed
 
     with _usage_errors():
+        from vllm_spechub.benchmark.machine import provenance
+        from vllm_spechub.benchmark.report import write_csv
         from vllm_spechub.tuning import report, store
         from vllm_spechub.tuning.run import Asked, Tuning
         from vllm_spechub.tuning.state import State
@@ -290,6 +292,7 @@ def tune(
             repetitions,
             json.loads(engine),
         )
+        about = provenance()
         state = State.load(out.with_suffix(".state.json"), asked.settings)
         try:
             tuned = Tuning(asked, state, resident, notes).run()
@@ -301,6 +304,7 @@ def tune(
             raise ValueError("plain vLLM's engine stopped; its last lines are above") from None
     output.print(report.table(tuned))
     report.plot(tuned, out.with_suffix(".png"))
+    write_csv(list(state.rows.values()), out.with_suffix(".csv"), about)
     kept = store.keep(target, draft, tuned.rule, tuned.schedule)
     if not tuned.speculates:
         notes.print("no tree was faster than plain vLLM here: leave speculation off")

@@ -2,7 +2,7 @@
 """Decode at a constant batch and count what happens meanwhile; runs in an engine's process."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -23,6 +23,11 @@ def counters(llm) -> tuple[int, int, list[int]]:
         elif metric.name == "vllm:spec_decode_num_accepted_tokens_per_pos":
             accepted = metric.values
     return steps, drafts, accepted
+
+
+def acceptance_length(drafts: int, accepted_by_depth: Iterable[int]) -> float:
+    """Tokens that one verification emits, the bonus token included; 1 without drafts."""
+    return 1 + sum(accepted_by_depth) / drafts if drafts else 1.0
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,7 @@ class Decoded:
 
     @property
     def tokens_per_step(self) -> float:
-        """Acceptance length: tokens that one verification emits, the bonus token included."""
-        return 1 + sum(self.accepted_by_depth) / self.drafts if self.drafts else 1.0
+        return acceptance_length(self.drafts, self.accepted_by_depth)
 
 
 def longest_request(prompts: Sequence[Sequence[int]], tokens: int) -> int:
@@ -72,13 +76,12 @@ def decode(
     batch: int,
     temperature: float,
     tokens: int,
-    seed: int,
 ) -> Decoded:
     """Decode `batch` requests until they have emitted `tokens` each on average, then drop them.
 
     The clock starts once all are past their prompts and runs while all are decoding, so neither
     prefill nor a batch that runs empty is in the figures. Ends early if a request has used its
-    room (`longest_request`).
+    room (`longest_request`). Requests have no seeds, which would slow some ways down.
 
     Args:
         llm: the engine.
@@ -86,7 +89,6 @@ def decode(
         batch: requests.
         temperature: of every request.
         tokens: mean number of tokens to time for each request.
-        seed: requests draw from `seed`, `seed + 1`, ..
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -94,18 +96,16 @@ def decode(
     engine = llm.llm_engine
     memory = sum(llm.collective_rpc("used_memory"))
     emitted = {}
-    for i, prompt in enumerate(islice(cycle(prompts), batch)):
-        params = SamplingParams(
-            temperature=temperature,
-            seed=seed + i,
-            max_tokens=ROOM * tokens,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        name = f"{seed}-{i}"
-        engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
-        emitted[name] = 0
+    params = SamplingParams(
+        temperature=temperature,
+        max_tokens=ROOM * tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    for number, prompt in enumerate(islice(cycle(prompts), batch)):
+        engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, params)
+        emitted[str(number)] = 0
 
     def step() -> bool:
         """-> are all requests still decoding?"""

@@ -24,8 +24,6 @@ KV_BLOCK = 128
 """Tokens to which a request's KV cache is rounded: the largest block of any platform."""
 MAX_PROMPT_TOKENS = 256
 MIN_BATCHED_TOKENS = 2048
-SEEDS = 100_000
-"""Seeds of one repetition, of which every request takes one."""
 
 
 class Point(NamedTuple):
@@ -101,10 +99,8 @@ def encode(target: str, prompts: Sequence[str]) -> list[list[int]]:
     return [tokenizer(prompt)["input_ids"][-MAX_PROMPT_TOKENS:] for prompt in prompts]
 
 
-def kv_bytes_per_token(model: str, bytes_per_value: int) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model).get_text_config()
+def kv_bytes_per_token(config: Any, bytes_per_value: int) -> int:
+    """Of a model, by its Hugging Face configuration."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -114,9 +110,14 @@ def kv_bytes_per_token(model: str, bytes_per_value: int) -> int:
 def engine_options(setup: Setup, max_batch: int, resident: int) -> dict[str, Any]:
     """What every engine gets: room for the largest batch, and no more of the memory than its share
     of it, so that KV caches are alike and no request is preempted."""
-    length = longest_request(setup.prompts, setup.tokens)
+    from transformers import AutoConfig
+
+    models = setup.target, setup.draft
+    configs = [AutoConfig.from_pretrained(model).get_text_config() for model in models]
+    wanted = longest_request(setup.prompts, setup.tokens)
+    length = min(wanted, *(getattr(c, "max_position_embeddings", wanted) for c in configs))
     value = 4 if setup.engine.get("dtype") == "float32" else 2
-    per_token = sum(kv_bytes_per_token(model, value) for model in (setup.target, setup.draft))
+    per_token = sum(kv_bytes_per_token(config, value) for config in configs)
     blocks = max_batch * (-(-length // KV_BLOCK) + 1) + 1
     return {
         "model": setup.target,
@@ -150,7 +151,7 @@ class Interleaved:
         setup: models, prompts and engine options.
         ways: what to compare; the first is plain vLLM.
         points: batches and temperatures.
-        repetitions: numbers of the turns of every way at every point; each has its own seeds.
+        repetitions: numbers of the turns of every way at every point.
         known: rows of an earlier run, which are not measured again, plain vLLM's apart where
             another way needs them beside it.
         say: told what is going on, in a few words.
@@ -240,8 +241,7 @@ class Interleaved:
     def _measure(self, turn: Turn, engine: EngineProcess) -> Row:
         name, (batch, temperature), repetition = turn
         self.say(f"{name}: batch {batch}, T = {temperature:g}, repetition {repetition + 1}")
-        prompts, tokens = self.setup.prompts, self.setup.tokens
-        found = engine.call(decode, prompts, batch, temperature, tokens, SEEDS * repetition)
+        found = engine.call(decode, self.setup.prompts, batch, temperature, self.setup.tokens)
         if name == PLAIN:
             self.plain[turn.point, repetition] = found.tokens_per_s
         return Row(

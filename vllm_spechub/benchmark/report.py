@@ -10,6 +10,7 @@ from statistics import median
 
 from rich.table import Table
 
+from vllm_spechub.benchmark.decoding import acceptance_length
 from vllm_spechub.benchmark.interleaved import Point, Row
 from vllm_spechub.benchmark.ways import is_chain
 
@@ -56,14 +57,14 @@ def _summary(way: str, point: Point, rows: Sequence[Row]) -> Summary:
         median(ratios),
         min(ratios),
         max(ratios),
-        acceptance_length(rows),
+        pooled_acceptance_length(rows),
     )
 
 
-def acceptance_length(rows: Sequence[Row]) -> float:
-    """Tokens per verified draft, the bonus token included, over several measurements."""
-    drafts = sum(row.drafts for row in rows)
-    return 1 + sum(sum(row.accepted_by_depth) for row in rows) / drafts if drafts else 1.0
+def pooled_acceptance_length(rows: Sequence[Row]) -> float:
+    """`acceptance_length` over several measurements."""
+    accepted = (count for row in rows for count in row.accepted_by_depth)
+    return acceptance_length(sum(row.drafts for row in rows), accepted)
 
 
 def best_chain(found: dict[str, Summary]) -> Summary | None:

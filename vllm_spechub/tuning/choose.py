@@ -13,7 +13,7 @@ from statistics import median
 import numpy as np
 
 from vllm_spechub.benchmark.interleaved import Row
-from vllm_spechub.benchmark.report import acceptance_length
+from vllm_spechub.benchmark.report import pooled_acceptance_length
 from vllm_spechub.shapes import Rates, best_shape
 from vllm_spechub.topology import TokenTree
 
@@ -42,7 +42,7 @@ def curve(rows: Sequence[Row]) -> Curve:
     """One way's curve from its measurements."""
     ordered = sorted(rows, key=lambda row: row.batch)
     return Curve(
-        acceptance_length(rows),
+        pooled_acceptance_length(rows),
         {
             batch: median(row.tokens_per_step / row.against_plain for row in found)
             for batch, found in groupby(ordered, key=lambda row: row.batch)
@@ -67,7 +67,8 @@ def chain_curves(rows: Sequence[Row], lengths: Sequence[int]) -> dict[int, Curve
     }
     if not by_length:
         return {}
-    measured = sorted(by_length)
+    most = max(len(found.step_time) for found in by_length.values())
+    measured = sorted(k for k, found in by_length.items() if len(found.step_time) == most)
     batches = by_length[measured[0]].step_time
     curves, emitted = {}, 1.0
     for length in range(1, measured[-1] + 1):

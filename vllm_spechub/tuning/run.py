@@ -144,6 +144,12 @@ class Tuning:
             self.trying,
         )
         curves = {name: curve(found) for name in trees if (found := self._tried([name]))}
+        # one that stopped says nothing about larger batches
+        curves = {
+            name: found
+            for name, found in curves.items()
+            if len(found.step_time) == len(asked.batches)
+        }
         ranges = choose(curves, asked.batches[-1])
         schedule = [
             [first, last, tree_spec(trees[name]) if name else None] for first, last, name in ranges
