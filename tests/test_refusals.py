@@ -19,8 +19,10 @@ PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
 
 
-def configured(model=TARGET, draft=DRAFT, **options):
+def configured(model=TARGET, draft=DRAFT, tree_by_batch_size=None, **options):
     spec = {"method": "spechub", "model": draft}
+    if tree_by_batch_size is not None:
+        spec["tree_by_batch_size"] = tree_by_batch_size
     options = {"dtype": "float32", "max_model_len": 256, **options}
     return EngineArgs(model=model, speculative_config=spec, **options).create_engine_config()
 
@@ -73,6 +75,15 @@ def test_engines(accepted, part, field, value, message):
     with pytest.raises(Unsupported) as error:
         prepare_engine(config)
     assert_one_line(error, message)
+
+
+def test_data_parallel_widths():
+    config = copy.deepcopy(configured(tree_by_batch_size=[[1, 4, "chain:2"], [5, None, None]]))
+    prepare_engine(config)
+    config.parallel_config.data_parallel_size = 2
+    with pytest.raises(Unsupported) as error:
+        prepare_engine(config)
+    assert_one_line(error, "speculative_config['tree_by_batch_size'] with data_parallel_size > 1")
 
 
 def test_data_parallel_experts(accepted, monkeypatch):
