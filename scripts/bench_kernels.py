@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import matplotlib
 import torch
 import typer
-from kernel_benchmarks.measure import Plot, copy_bandwidth, machine, median_seconds
+from kernel_benchmarks.measure import Plot, copy_bandwidth, machine, seconds
 from kernel_benchmarks.sampling import prepare_platform
 from rich.console import Console
 from rich.progress import track
@@ -51,14 +51,14 @@ def measure(module, setting: Row, device: torch.device, bandwidth: float) -> Row
     if not case.error <= case.tolerance:
         raise RuntimeError(f"{setting}: error {case.error:g} exceeds {case.tolerance:g}")
     floor = case.num_bytes / bandwidth
-    seconds = median_seconds(case.run, device)
+    time = seconds(case.run, device)
     row = setting | case.found | {"error": f"{case.error:.2g}", "bytes": case.num_bytes}
-    row |= {"floor_us": f"{floor * 1e6:.2f}", "us": f"{seconds * 1e6:.2f}"}
-    row["of_floor"] = f"{seconds / floor:.2f}" if floor else ""
+    row |= {"floor_us": f"{floor * 1e6:.2f}", "us": f"{time * 1e6:.2f}"}
+    row["of_floor"] = f"{time / floor:.2f}" if floor else ""
     for name, run in case.others.items():
-        other = median_seconds(run, device) if run else None
+        other = seconds(run, device) if run else None
         row[f"{name}_us"] = f"{other * 1e6:.2f}" if other else ""
-        row[f"of_{name}"] = f"{seconds / other:.2f}" if other else ""
+        row[f"of_{name}"] = f"{time / other:.2f}" if other else ""
     return row
 
 

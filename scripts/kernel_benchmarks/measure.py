@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -54,26 +54,28 @@ def grid(**axes: tuple) -> list[dict[str, Any]]:
     return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
 
 
-def median_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The median over runs, after one to compile; on a GPU with a cold L2 cache."""
+def seconds(
+    run: Callable[[], object], device: torch.device, mode: Literal["median", "min"] = "median"
+) -> float:
+    """The time of one run, over several and after one to compile; on a GPU with a cold L2 cache."""
     run()
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return do_bench(run, return_mode="median") / 1e3
+        return do_bench(run, return_mode=mode) / 1e3
     times: list[float] = []
     while len(times) < CPU_RUNS or sum(times) < CPU_SECONDS:
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(times) if mode == "median" else min(times)
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a large copy on the device."""
+    """Bytes read and written per second by a large copy on the device, at its best."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / median_seconds(lambda: target.copy_(source), device)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), device, mode="min")
 
 
 def machine(device: torch.device) -> str:

@@ -150,6 +150,18 @@ def test_traversal_tells_subtrees_apart(monkeypatch, device, tree):
     assert_equal(kernel.verify_tree(*on(device, arguments), **options), expected)
 
 
+@pytest.mark.parametrize("rule", ["ordered", "traversal"])
+def test_rejections_of_many_requests(monkeypatch, device, rule):
+    """Targets that differ from the draft, so that walks end in residuals all over the tree."""
+    monkeypatch.setattr(kernel, "BLOCK_SIZE", 32)
+    arguments, options = make_case(UNEQUAL, 20, rule, torch.float32, num_reqs=28)
+    arguments[0] += 2 * torch.randn(20, generator=torch.Generator().manual_seed(5))
+    expected = verify_tree(*arguments, **options)
+    ends = {int(path[path >= 0].max()) for path in expected[2]}
+    assert len(ends & set(torch.nonzero(UNEQUAL.num_children).flatten().tolist())) > 2
+    assert_equal(kernel.verify_tree(*on(device, arguments), **options), expected)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_only_visited_rows_are_read(device, rule):
     """NaN in every other row changes nothing; a greedy request reads no draft row at all."""
