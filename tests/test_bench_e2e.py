@@ -39,6 +39,7 @@ def test_a_small_run(tmp_path):
     assert 1 < float(rows["chain 1"]["tokens_per_step"]) <= 2
     assert (tmp_path / "speed.png").stat().st_size > 10_000
     assert "best chain" in done.stdout
+    assert "a chain of 14: not measured" in done.stdout
 
 
 def test_an_engine_that_does_not_start_says_why(tmp_path):
