@@ -28,6 +28,13 @@ def test_a_trace_follows_its_own_tree(pair, rule):
     tree = TokenTree((0, 0, 0, 1, 1, 2))
     prompt = pair.encode(PROMPT, 64)
     steps = trace(pair, prompt, tree, rule, 1.0, 8, seed=3)
+    token_id = {shown(pair, token): token for token in range(pair.vocab_size)}
+
+    def prob(model, text, below: list[int], token: int) -> float:
+        tokens = torch.cat([text, torch.tensor(below, dtype=text.dtype)])
+        with torch.inference_mode():
+            return float(model(input_ids=tokens.unsqueeze(0)).logits[0, -1].softmax(-1)[token])
+
     text, emitted = prompt, []
     for step in steps:
         assert step.root == shown(pair, int(text[-1]))
@@ -36,19 +43,21 @@ def test_a_trace_follows_its_own_tree(pair, rule):
         assert {n for n, seen in enumerate(step.nodes, start=1) if seen.accepted} == set(
             step.path[1:]
         )
-        for model, name in ((pair.target, "target_prob"), (pair.draft, "draft_prob")):
-            with torch.inference_mode():
-                row = model(input_ids=text.unsqueeze(0)).logits[0, -1].softmax(-1)
-            near = [(row - getattr(step.nodes[i], name)).abs().min() for i in range(3)]
-            assert max(near) < 1e-5  # the root's children
-        spoken = [step.nodes[node - 1].token for node in step.path[1:]] + [step.bonus]
-        emitted.append(len(spoken))
-        ids = [
-            next(t for t in range(pair.vocab_size) if shown(pair, t) == token) for token in spoken
-        ]
-        text = torch.cat([text, torch.tensor(ids)])
+        at_a_leaf = tree.num_children[step.path[-1]] == 0
+        assert step.ending.startswith("leaf" if at_a_leaf else f"no child of node {step.path[-1]}")
+        ids = [int(text[-1]), *(token_id[seen.token] for seen in step.nodes)]
+        for node, seen in enumerate(step.nodes, start=1):
+            below = [ids[above] for above in tree.paths[node][1:-1]]
+            assert seen.draft_prob == pytest.approx(prob(pair.draft, text, below, ids[node]), 1e-4)
+            wanted = prob(pair.target, text, below, ids[node])
+            assert seen.target_prob == pytest.approx(wanted, 1e-4)
+        accepted = [ids[node] for node in step.path[1:]]
+        bonus = token_id[step.bonus]
+        assert step.bonus_prob == pytest.approx(prob(pair.target, text, accepted, bonus), 1e-4)
+        emitted.append(len(accepted) + 1)
+        text = torch.cat([text, torch.tensor([*accepted, bonus])])
     assert max(emitted) > 1
-    assert any("no child" in step.ending for step in steps)
+    assert len({step.ending.split()[0] for step in steps}) == 2
 
 
 @pytest.mark.parametrize("form", ["text", "tree.png", "tree.html"])

@@ -19,8 +19,10 @@ PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
 
 
-def configured(model=TARGET, draft=DRAFT, **options):
+def configured(model=TARGET, draft=DRAFT, tree_by_batch_size=None, **options):
     spec = {"method": "spechub", "model": draft}
+    if tree_by_batch_size is not None:
+        spec["tree_by_batch_size"] = tree_by_batch_size
     options = {"dtype": "float32", "max_model_len": 256, **options}
     return EngineArgs(model=model, speculative_config=spec, **options).create_engine_config()
 
@@ -46,14 +48,16 @@ def assert_one_line(error, message: str) -> None:
         ("parallel_config", "enable_dbo", True, "enable_dbo (dual-batch overlap)"),
         ("parallel_config", "enable_batch_sharded_sampling", True, "enable_batch_sharded"),
         ("parallel_config", "enable_eplb", True, "enable_eplb is not supported"),
-        ("parallel_config", "worker_cls", "my.Worker", "leave it unset"),
+        ("parallel_config", "worker_cls", "my.Worker", "worker_cls='my.Worker'"),
+        ("scheduler_config", "scheduler_cls", "my.Scheduler", "scheduler_cls='my.Scheduler'"),
+        ("aux_output_config", "enable_return_routed_experts", True, "enable_return_routed_experts"),
         (None, "kv_transfer_config", KVTransferConfig(), "(KV connectors) is not supported"),
         (None, "ec_transfer_config", ECTransferConfig(), "ec_transfer_config is not supported"),
         (None, "watermark_config", object(), "watermark_config is not supported"),
         ("cache_config", "cache_dtype", "int8_per_token_head", "allowed: auto, float16"),
         ("speculative_config", "kv_cache_dtype", "nvfp4", "speculative_config['kv_cache_dtype']"),
         ("cache_config", "kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill"),
-        ("attention_config", "backend", AttentionBackendEnum.FLASH_ATTN, "leave it unset"),
+        ("attention_config", "backend", AttentionBackendEnum.FLASH_ATTN, "attention_backend="),
         ("model_config", "enable_prompt_embeds", True, "enable_prompt_embeds"),
         ("model_config", "enable_trace_replay", True, "enable_trace_replay"),
         ("model_config", "return_sampling_mask", True, "return_sampling_mask"),
@@ -71,6 +75,15 @@ def test_engines(accepted, part, field, value, message):
     with pytest.raises(Unsupported) as error:
         prepare_engine(config)
     assert_one_line(error, message)
+
+
+def test_data_parallel_widths():
+    config = copy.deepcopy(configured(tree_by_batch_size=[[1, 4, "chain:2"], [5, None, None]]))
+    prepare_engine(config)
+    config.parallel_config.data_parallel_size = 2
+    with pytest.raises(Unsupported) as error:
+        prepare_engine(config)
+    assert_one_line(error, "speculative_config['tree_by_batch_size'] with data_parallel_size > 1")
 
 
 def test_data_parallel_experts(accepted, monkeypatch):
@@ -186,6 +199,7 @@ def test_models(accepted, tmp_path, kind, role):
     [
         ("is_multimodal_model", "is multimodal"),
         ("is_encoder_decoder", "is an encoder-decoder"),
+        ("is_diffusion", "is a diffusion model"),
     ],
 )
 def test_kinds_of_models(accepted, monkeypatch, kind, message):

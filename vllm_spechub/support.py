@@ -199,6 +199,15 @@ FEATURES = (
         ("engine/test_greedy.py::test_async_scheduling",),
     ),
     Row(
+        ("trees that follow the load",),
+        "works",
+        "with `tree_by_batch_size`; refused with data parallelism, where vLLM varies no widths",
+        (
+            "engine/test_widths.py::test_tokens_while_the_width_changes",
+            "test_refusals.py::test_data_parallel_widths",
+        ),
+    ),
+    Row(
         ("aborts",),
         "works",
         "",

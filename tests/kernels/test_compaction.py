@@ -116,6 +116,18 @@ def test_requests_and_layouts_together(compact):
         assert torch.equal(as_raw_bits(view), want)
 
 
+def test_alike_layers_are_one_launch():
+    """Keys and values of all layers, wherever each layer's memory is."""
+    layers = [make_view("HND", 2, 128, 16, torch.bfloat16) for _ in range(5)]
+    views = [half for layer in layers for half in layer.chunk(2, dim=-1)]
+    call = make_call([[0, 2, 5, 12]], 16)
+    expected = oracle([as_raw_bits(view) for view in views], *call)
+    (launch,) = plan_launches([as_raw_bits(view) for view in views])
+    launch(*call)
+    for view, want in zip(views, expected, strict=True):
+        assert torch.equal(as_raw_bits(view), want)
+
+
 def test_longest_path():
     """Depth 62 of 63 drafts: 62 moves, each onto the previous one's source."""
     torch.manual_seed(2)

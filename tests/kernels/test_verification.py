@@ -11,7 +11,7 @@ from enumeration import enumerate_drafts, laws_of
 from scipy import stats
 
 from vllm_spechub.triton_kernels.rules import RULES, SPECHUB
-from vllm_spechub.triton_kernels.verification import kernel, verify_tree
+from vllm_spechub.triton_kernels.verification import kernel, reference, verify_tree
 from vllm_spechub.triton_kernels.verification.node_rules import node_outcome
 
 TREES = {"binary": BINARY, "unequal": UNEQUAL, "chain": CHAIN, "wide": WIDE}
@@ -93,9 +93,9 @@ def make_case(
 
 
 def assert_equal(actual, expected) -> None:
-    for value, reference in zip(actual, expected, strict=True):
-        assert value.dtype == reference.dtype
-        assert torch.equal(value.cpu(), reference)
+    for value, wanted in zip(actual, expected, strict=True):
+        assert value.dtype == wanted.dtype
+        assert torch.equal(value.cpu(), wanted)
 
 
 SIZES = [
@@ -147,6 +147,28 @@ def test_traversal_tells_subtrees_apart(monkeypatch, device, tree):
     monkeypatch.setattr(kernel, "BLOCK_SIZE", 8)
     arguments, options = make_case(tree, 6, "traversal", torch.float32, num_reqs=35)
     expected = verify_tree(*arguments, **options)
+    assert_equal(kernel.verify_tree(*on(device, arguments), **options), expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_only_visited_rows_are_read(device, rule):
+    """NaN in every other row changes nothing; a greedy request reads no draft row at all."""
+    tree = CHAIN if rule == "chain" else UNEQUAL
+    arguments, options = make_case(tree, 63, rule, torch.float32, num_reqs=21)
+    visited = torch.empty(21, len(tree.counts), dtype=torch.bool)
+    expected = reference.verify_tree(*arguments, **options, visited=visited)
+    _, num_emitted, path = expected
+    assert visited.gather(1, path.clamp(min=0).long()).all()
+    assert (visited.sum(dim=1) >= num_emitted).all()
+    internal = tree.internal_index >= 0
+    num_read = 0
+    for request, start in enumerate(arguments[1].tolist()):
+        arguments[0][start : start + len(tree.counts)][~visited[request]] = float("nan")
+        state = int(arguments[6][request])
+        drafts = visited[request, internal] & (arguments[7][state] > 0)
+        arguments[4][state, ~drafts] = float("nan")
+        num_read += int(drafts.sum())
+    assert 0 < num_read < 21 * int(internal.sum())
     assert_equal(kernel.verify_tree(*on(device, arguments), **options), expected)
 
 
