@@ -49,10 +49,12 @@ SHAPES = {
     "8b": Shape(4096, 32, 32, 8, 128, 14336),
     "1b": Shape(2048, 16, 32, 8, 64, 8192),
     "0.1b": Shape(512, 12, 8, 2, 64, 1536),
+    "150m": Shape(1024, 12, 16, 4, 64, 2816, vocab=8192),
+    "4m": Shape(256, 2, 4, 1, 64, 704, vocab=8192),
     "8b-tiny": Shape(192, 4, 4, 2, 48, 528, vocab=2048),
     "1b-tiny": Shape(96, 2, 2, 1, 24, 264, vocab=2048),
 }
-"""Llama 3.1 8B and Llama 3.2 1B, a tenth of the latter, and two that fit into a test."""
+"""Llama 3.1 8B and Llama 3.2 1B, a tenth of the latter, a pair for a CPU and one for a test."""
 ROPE_THETA, EPS = 500000.0, 1e-5
 QUIET = 2.0**-7
 """Size of the target's own part of the residual stream, beside the draft's. It is too small to
