@@ -148,16 +148,18 @@ class Maker:
         t, d = self.target, self.draft
         inner, kv, small = t.heads * t.head_dim, t.kv_heads * t.head_dim, d.hidden
         read, norm = t.hidden**-0.5, self.norm().to(torch.bfloat16)
+        # The norms do not hold the target's own part down, so that its layers write little.
+        write = QUIET * t.layers**-0.5
         layer = {
             "input_layernorm": norm,
             "post_attention_layernorm": norm.clone(),
             "self_attn.q_proj": self.random(inner, t.hidden, QUERY_GAIN * read),
             "self_attn.k_proj": self.random(kv, t.hidden, read),
             "self_attn.v_proj": self.random(kv, t.hidden, read),
-            "self_attn.o_proj": self.random(t.hidden, inner, QUIET * inner**-0.5),
+            "self_attn.o_proj": self.random(t.hidden, inner, write * inner**-0.5),
             "mlp.gate_proj": self.random(t.mlp, t.hidden, read),
             "mlp.up_proj": self.random(t.mlp, t.hidden, read),
-            "mlp.down_proj": self.random(t.hidden, t.mlp, QUIET * t.mlp**-0.5),
+            "mlp.down_proj": self.random(t.hidden, t.mlp, write * t.mlp**-0.5),
         }
         # Nothing but the draft's block writes to the draft's part of the stream ..
         layer["self_attn.o_proj"][:small] = 0
