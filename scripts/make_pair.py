@@ -10,7 +10,7 @@ target's logits are the draft's logits times cos(a) and others times sin(a), so 
 the overlap, the mean of sum(min(p, q)) at T = 1, and the draft's final norm sets the entropy. Both
 are found by bisection on the last hidden states of sampled texts. Weights are made, used and
 written one layer at a time. Overlap is set on texts of random tokens; on texts that the target has
-sampled it may be a few hundredths higher.
+sampled it may be a few hundredths off.
 """
 
 import json
