@@ -15,7 +15,8 @@ from conftest import DRAFT, ENGINE, SCRIPTS, TARGET, without_ray
 
 PROMPTS = ["def parse_header(line):\n", "import os\nimport sys\n\n\ndef main():\n"]
 GREEDY = {"temperature": 0, "max_tokens": 24}
-START_SECONDS = 300
+START_SECONDS = 800  # on a busy machine Ray and its engines start slowly
+pytestmark = pytest.mark.timeout(3 * START_SECONDS)
 
 
 @pytest.fixture
@@ -35,7 +36,9 @@ def client(cluster, tmp_path):
     url = f"http://127.0.0.1:{port}/v1"
     try:
         # requests wait for the engine
-        with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as it:
+        with openai.OpenAI(
+            base_url=url, api_key="none", max_retries=0, timeout=START_SECONDS
+        ) as it:
             give_up = time.monotonic() + START_SECONDS
             while True:
                 try:
