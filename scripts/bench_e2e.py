@@ -29,8 +29,9 @@ from vllm_spechub.benchmark.machine import provenance
 
 SCRIPTS = Path(__file__).parent
 DEMO, MAKE_PAIR = SCRIPTS / "demo_pair", SCRIPTS / "make_pair.py"
-CHAINS = (*range(1, 9), 14)
-"""The last one drafts as many tokens as SpecHub does by default, so their steps compare."""
+AS_MANY = 14
+"""Tokens that SpecHub drafts by default: the length of the chain whose steps compare with its."""
+CHAINS = (*range(1, 9), AS_MANY)
 DEMO_ENGINE = {"dtype": "float32"}
 console = Console(width=None if os.environ.get("COLUMNS") else 120, highlight=False)
 
@@ -72,6 +73,17 @@ def compared(target: str, draft: str, chains: list[int], trees: list[str]) -> li
     except ValueError as error:
         console.print(f"without SpecHub auto: {error}", markup=False)
     return found
+
+
+def steps_compared(summaries: dict[Point, dict[str, report.Summary]]) -> str:
+    """SpecHub's step over a chain's that drafts as many tokens."""
+    ratios = [
+        f"{found['SpecHub'].ms_per_step / chain.ms_per_step:.2f} "
+        f"(batch {point.batch}, T = {point.temperature:g})"
+        for point, found in summaries.items()
+        if "SpecHub" in found and (chain := found.get(f"chain {AS_MANY}"))
+    ]
+    return f"a SpecHub step over one of a chain of {AS_MANY}: {', '.join(ratios) or 'not measured'}"
 
 
 def main(
@@ -145,6 +157,7 @@ def main(
             raise SystemExit("plain vLLM's engine stopped; its last lines are above") from None
     summaries = report.summarize(rows)
     console.print(report.table(summaries))
+    console.print(steps_compared(summaries))
     out.mkdir(parents=True, exist_ok=True)
     report.write_csv(rows, out / "measurements.csv", about)
     report.plot(summaries, out / "speed.png")

@@ -10,7 +10,7 @@ target's logits are the draft's logits times cos(a) and others times sin(a), so 
 the overlap, the mean of sum(min(p, q)) at T = 1, and the draft's final norm sets the entropy. Both
 are found by bisection on the last hidden states of sampled texts. Weights are made, used and
 written one layer at a time. Overlap is set on texts of random tokens; on texts that the target has
-sampled it may be a few hundredths higher.
+sampled it may be a few hundredths off.
 """
 
 import json
@@ -49,10 +49,12 @@ SHAPES = {
     "8b": Shape(4096, 32, 32, 8, 128, 14336),
     "1b": Shape(2048, 16, 32, 8, 64, 8192),
     "0.1b": Shape(512, 12, 8, 2, 64, 1536),
+    "150m": Shape(1024, 12, 16, 4, 64, 2816, vocab=8192),
+    "4m": Shape(256, 2, 4, 1, 64, 704, vocab=8192),
     "8b-tiny": Shape(192, 4, 4, 2, 48, 528, vocab=2048),
     "1b-tiny": Shape(96, 2, 2, 1, 24, 264, vocab=2048),
 }
-"""Llama 3.1 8B and Llama 3.2 1B, a tenth of the latter, and two that fit into a test."""
+"""Llama 3.1 8B and Llama 3.2 1B, a tenth of the latter, a pair for a CPU and one for a test."""
 ROPE_THETA, EPS = 500000.0, 1e-5
 QUIET = 2.0**-7
 """Size of the target's own part of the residual stream, beside the draft's. It is too small to
@@ -146,16 +148,18 @@ class Maker:
         t, d = self.target, self.draft
         inner, kv, small = t.heads * t.head_dim, t.kv_heads * t.head_dim, d.hidden
         read, norm = t.hidden**-0.5, self.norm().to(torch.bfloat16)
+        # The norms do not hold the target's own part down, so that its layers write little.
+        write = QUIET * t.layers**-0.5
         layer = {
             "input_layernorm": norm,
             "post_attention_layernorm": norm.clone(),
             "self_attn.q_proj": self.random(inner, t.hidden, QUERY_GAIN * read),
             "self_attn.k_proj": self.random(kv, t.hidden, read),
             "self_attn.v_proj": self.random(kv, t.hidden, read),
-            "self_attn.o_proj": self.random(t.hidden, inner, QUIET * inner**-0.5),
+            "self_attn.o_proj": self.random(t.hidden, inner, write * inner**-0.5),
             "mlp.gate_proj": self.random(t.mlp, t.hidden, read),
             "mlp.up_proj": self.random(t.mlp, t.hidden, read),
-            "mlp.down_proj": self.random(t.hidden, t.mlp, QUIET * t.mlp**-0.5),
+            "mlp.down_proj": self.random(t.hidden, t.mlp, write * t.mlp**-0.5),
         }
         # Nothing but the draft's block writes to the draft's part of the stream ..
         layer["self_attn.o_proj"][:small] = 0

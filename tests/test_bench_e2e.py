@@ -39,6 +39,20 @@ def test_a_small_run(tmp_path):
     assert 1 < float(rows["chain 1"]["tokens_per_step"]) <= 2
     assert (tmp_path / "speed.png").stat().st_size > 10_000
     assert "best chain" in done.stdout
+    assert "a chain of 14: not measured" in done.stdout
+
+
+def test_an_engine_that_does_not_start_says_why(tmp_path):
+    from vllm_spechub.benchmark.engine import EngineFailed, EngineProcess, close_all
+
+    target = str(SCRIPTS / "demo_pair" / "target")
+    wrong = {"method": "spechub", "model": target, "tree": "binary:9"}
+    engine = EngineProcess({"model": target, "speculative_config": wrong}, tmp_path / "log")
+    with pytest.raises(EngineFailed, match=r"speculative_config\['tree'\]: a tree has 1 to 63"):
+        engine.wait()
+    close_all([engine])
+    with pytest.raises(ProcessLookupError):
+        os.kill(engine.pid, 0)
 
 
 @pytest.fixture(scope="module")

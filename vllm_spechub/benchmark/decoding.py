@@ -8,6 +8,8 @@ from itertools import cycle, islice
 
 WARM_STEPS = 4
 """Steps at the full batch before the clock starts."""
+WARM_TOKENS = 16
+"""Tokens that a request may well have emitted by then."""
 ROOM = 4
 """A request may generate this many times the mean before a measurement ends."""
 
@@ -62,11 +64,16 @@ class Decoded:
         return acceptance_length(self.drafts, self.accepted_by_depth)
 
 
+def room(tokens: int) -> int:
+    """Most tokens that a request generates if `tokens` are to be timed for each on average."""
+    return ROOM * (WARM_TOKENS + tokens)
+
+
 def longest_request(prompts: Sequence[Sequence[int]], tokens: int) -> int:
     """Most tokens of a request that `decode` makes, a tree's nodes included."""
     from vllm_spechub.topology import MAX_NODES
 
-    return max(map(len, prompts)) + ROOM * tokens + MAX_NODES + 1
+    return max(map(len, prompts)) + room(tokens) + MAX_NODES + 1
 
 
 def decode(
@@ -81,7 +88,7 @@ def decode(
 
     The clock starts once all are past their prompts and runs while all are decoding, so neither
     prefill nor a batch that runs empty is in the figures. Ends early if a request has used its
-    room (`longest_request`). Requests have no seeds, which would slow some ways down.
+    `room`. Requests have no seeds, which would slow some ways down.
 
     Args:
         llm: the engine.
@@ -98,7 +105,7 @@ def decode(
     emitted = {}
     params = SamplingParams(
         temperature=temperature,
-        max_tokens=ROOM * tokens,
+        max_tokens=room(tokens),
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,

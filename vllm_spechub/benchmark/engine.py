@@ -4,6 +4,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -38,6 +39,11 @@ class EngineProcess:
         self._process.start()
         theirs.close()
 
+    @property
+    def pid(self) -> int:
+        """Of the process, and of the group of all that it started."""
+        return self._process.pid
+
     def wait(self) -> None:
         """Until it is up.
 
@@ -67,7 +73,7 @@ class EngineProcess:
         """Wait for the end, and end what is left of it by force."""
         self._process.join(GOODBYE_SECONDS)
         with suppress(ProcessLookupError):  # all of them have ended
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.join()
 
     def _receive(self) -> Any:
@@ -94,9 +100,10 @@ def _serve(theirs: Connection, ours: Connection, options: dict[str, Any], log: P
     """The process: start the engine, say so, then run what is sent, until None is."""
     ours.close()  # or the end of the other process would not be noticed
     os.setsid()  # an interrupt from the keyboard is for the other process, which will say so
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    output = log.open("w", buffering=1)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout = sys.stderr = output
     from vllm import LLM
     from vllm.platforms import current_platform
 

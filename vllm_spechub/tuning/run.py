@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -155,9 +156,8 @@ class Tuning:
             [first, last, tree_spec(trees[name]) if name else None] for first, last, name in ranges
         ]
         plain = {
-            batch: sum(r.tokens_per_s for r in found) / len(found)
+            batch: median(r.tokens_per_s for r in self._tried([ways.PLAIN]) if r.batch == batch)
             for batch in asked.batches
-            if (found := [r for r in self._tried([ways.PLAIN]) if r.batch == batch])
         }
         tuned = Tuned(rule, schedule, trees, curves, chain, ranges, plain)
         if tuned.speculates:
