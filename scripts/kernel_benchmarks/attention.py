@@ -114,6 +114,20 @@ def on_gpu(step: Step):
     keys, values = step.views
     unread = torch.empty_like(step.output)
     one = torch.ones(step.batch, keys.shape[2], device=keys.device)
+    # what vLLM's kernels are given of a chain of as many tokens
+    chain = {
+        "q": step.query,
+        "k": keys,
+        "v": values,
+        "out": unread,
+        "cu_seqlens_q": step.query_start_loc,
+        "max_seqlen_q": step.width,
+        "seqused_k": step.seq_lens,
+        "max_seqlen_k": step.seq_len,
+        "softmax_scale": step.scale,
+        "causal": True,
+        "block_table": step.block_table,
+    }
 
     def tree():
         tree_attention(
@@ -123,18 +137,8 @@ def on_gpu(step: Step):
 
     def unified():
         unified_attention(
-            q=step.query,
-            k=keys,
-            v=values,
-            out=unread,
-            cu_seqlens_q=step.query_start_loc,
-            max_seqlen_q=step.width,
-            seqused_k=step.seq_lens,
-            max_seqlen_k=step.seq_len,
-            softmax_scale=step.scale,
-            causal=True,
+            **chain,
             window_size=(-1, -1),
-            block_table=step.block_table,
             softcap=0,
             q_descale=None,
             k_descale=one,
@@ -144,20 +148,7 @@ def on_gpu(step: Step):
     def flash():
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
-        flash_attn_varlen_func(
-            q=step.query,
-            k=keys,
-            v=values,
-            out=unread,
-            cu_seqlens_q=step.query_start_loc,
-            max_seqlen_q=step.width,
-            seqused_k=step.seq_lens,
-            max_seqlen_k=step.seq_len,
-            softmax_scale=step.scale,
-            causal=True,
-            block_table=step.block_table,
-            fa_version=3,
-        )
+        flash_attn_varlen_func(**chain, fa_version=3)
 
     return tree, {"vllm": unified, "flash3": flash if is_fa_version_supported(3) else None}
 
