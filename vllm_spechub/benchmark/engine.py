@@ -109,8 +109,12 @@ def _serve(theirs: Connection, ours: Connection, options: dict[str, Any], log: P
 
     is_chain = (options.get("speculative_config") or {}).get("method") == "draft_model"
     extension = "worker.Observed"
-    if is_chain and current_platform.is_cpu():
-        extension = "fixed_chain.FixedChain"
+    if current_platform.is_cpu():
+        if is_chain:
+            extension = "fixed_chain.FixedChain"
+        # What vLLM 0.32 compiles ahead of time here, it cannot load again ("no attribute
+        # 'finalize_loading'"), so every start would compile. Inductor's own cache does load.
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     llm = LLM(**options, worker_extension_cls=f"vllm_spechub.benchmark.{extension}")
     theirs.send(None)
     try:
