@@ -72,9 +72,10 @@ class EngineProcess:
     def join(self) -> None:
         """Wait for the end, and end what is left of it by force."""
         self._process.join(GOODBYE_SECONDS)
-        with suppress(ProcessLookupError):  # all of them have ended
-            os.killpg(self.pid, signal.SIGKILL)
-        self._process.join()
+        if self._process.exitcode != 0:
+            with suppress(ProcessLookupError):  # all of them have ended
+                os.killpg(self.pid, signal.SIGKILL)
+            self._process.join()
 
     def _receive(self) -> Any:
         try:
@@ -100,6 +101,8 @@ def _serve(theirs: Connection, ours: Connection, options: dict[str, Any], log: P
     """The process: start the engine, say so, then run what is sent, until None is."""
     ours.close()  # or the end of the other process would not be noticed
     os.setsid()  # an interrupt from the keyboard is for the other process, which will say so
+    # Finding out about the machine for vLLM's usage statistics takes seconds beside a start.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     output = log.open("w", buffering=1)
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
@@ -122,4 +125,6 @@ def _serve(theirs: Connection, ours: Connection, options: dict[str, Any], log: P
             theirs.send(function(llm, *arguments))
     except (EOFError, BrokenPipeError):
         pass  # the other process has ended
-    llm.llm_engine.engine_core.shutdown()
+    # At once, since vLLM would wait while its processes take themselves apart. Python's resource
+    # tracker, which outlives this process, frees their shared memory.
+    llm.llm_engine.engine_core.shutdown(timeout=0)
