@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -53,6 +55,27 @@ def test_an_engine_that_does_not_start_says_why(tmp_path):
     close_all([engine])
     with pytest.raises(ProcessLookupError):
         os.kill(engine.pid, 0)
+
+
+def test_an_engine_leaves_no_shared_memory(tmp_path):
+    from vllm_spechub.benchmark.engine import EngineProcess, close_all
+
+    options = {"model": str(SCRIPTS / "demo_pair" / "target"), "max_model_len": 64}
+    options |= {"kv_cache_memory_bytes": 16 << 20, "enforce_eager": True}
+    engine = EngineProcess(options, tmp_path / "log")
+    engine.wait()
+    shared = {
+        mapped.path
+        for process in psutil.Process(engine.pid).children(recursive=True)
+        for mapped in process.memory_maps()
+        if mapped.path.startswith("/dev/shm/psm_")
+    }
+    assert shared  # its message queues
+    close_all([engine])
+    late = time.monotonic() + 20
+    while any(map(os.path.exists, shared)) and time.monotonic() < late:
+        time.sleep(0.1)
+    assert not any(map(os.path.exists, shared))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 """Times, bandwidth and what machine they are from."""
 
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from vllm_spechub.benchmark.machine import commit
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 CPU_SECONDS = 0.1
@@ -94,10 +95,4 @@ def machine(device: torch.device) -> str:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return f"{name}; {', '.join(versions)}; commit {commit.stdout.strip() or 'unknown'}"
+    return f"{name}; {', '.join(versions)}; commit {commit()}"

@@ -33,18 +33,23 @@ def versions() -> dict[str, str]:
     }
 
 
-def provenance() -> list[str]:
-    """Command, machine, versions, commit and load, one line each."""
-    commit = subprocess.run(
+def commit() -> str:
+    """The commit of this checkout, `-dirty` if anything in it is changed."""
+    described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
     )
+    return described.stdout.strip() or "unknown"
+
+
+def provenance() -> list[str]:
+    """Command, machine, versions, commit and load, one line each."""
     return [
         shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         device_name(),
         ", ".join(f"{name} {number}" for name, number in versions().items()),
-        f"commit {commit.stdout.strip() or 'unknown'}",
+        f"commit {commit()}",
         f"load average {os.getloadavg()[0]:.1f}",
     ]
