@@ -25,6 +25,11 @@ MIX_ADD = 0xE6546B64
 FINAL_FIRST = 0x85EBCA6B
 FINAL_SECOND = 0xC2B2AE35
 
+# A draw from a row first takes a lane in proportion to its mass, then one of the lane's tokens, by
+# a race each: token i is in lane i % LANES. So a row costs LANES random numbers and a few, not one
+# for each of its tokens, which would cost more than to read them.
+LANES = 2048
+
 # The largest float32 below 1.
 BELOW_ONE = 1.0 - 2.0**-24
 # Below this, -log(1 - u) is summed as a series: 1 - u would round away what u holds.
@@ -125,3 +130,34 @@ def exponential(
     # u + u^2/2 + u^3/3 + u^4/4
     series = (u * 0.25).add_(1.0 / 3.0).mul_(u).add_(0.5).mul_(u).add_(1.0).mul_(u)
     return torch.where(u < SERIES_LIMIT, series, u.neg().add_(1.0).log_().neg_())
+
+
+def lanes(
+    # [num_rows, vocab_size]
+    row: torch.Tensor,
+    # what stands in lanes that have one token less
+    filler: float,
+) -> torch.Tensor:
+    """[num_rows, tokens of a lane, lanes]; lanes without any token are left out."""
+    num_lanes = min(LANES, row.shape[1])
+    missing = -row.shape[1] % num_lanes
+    row = torch.nn.functional.pad(row, (0, missing), value=filler)
+    return row.unflatten(1, (-1, num_lanes))
+
+
+def draw(
+    # [num_rows, vocab_size]
+    weights: torch.Tensor,
+    # [num_rows]
+    key: torch.Tensor,
+) -> torch.Tensor:
+    """int64 [num_rows]: a token in proportion to its weight, 0 where none has any."""
+    by_lane = lanes(weights, 0.0)
+    _, depth, num_lanes = by_lane.shape
+    noise = exponential(element_hash(key, num_lanes))
+    lane = (by_lane.sum(dim=1) / noise).argmax(dim=1, keepdim=True)
+    if depth == 1:
+        return lane.squeeze(1)
+    own = by_lane.gather(2, lane.unsqueeze(1).expand(-1, depth, 1)).squeeze(2)
+    noise = exponential(element_hash(key, LANES + depth)[:, LANES:])
+    return ((own / noise).argmax(dim=1, keepdim=True) * num_lanes + lane).squeeze(1)

@@ -8,6 +8,7 @@ from drafting import huge_rows
 from enumeration import enumerate_drafts
 from scipy import stats
 
+from vllm_spechub.triton_kernels import rng
 from vllm_spechub.triton_kernels.child_sampling import kernel, sample_children
 from vllm_spechub.triton_kernels.rules import RULES, SPECHUB
 
@@ -91,12 +92,12 @@ KERNEL_CASES = [
 
 
 @pytest.mark.parametrize(
-    ("rule", "max_children", "sharpening", "vocab_size", "block_size", "dtype"), KERNEL_CASES
+    ("rule", "max_children", "sharpening", "vocab_size", "lanes", "dtype"), KERNEL_CASES
 )
 def test_kernel_equals_reference(
-    monkeypatch, device, rule, max_children, sharpening, vocab_size, block_size, dtype
+    monkeypatch, device, rule, max_children, sharpening, vocab_size, lanes, dtype
 ):
-    monkeypatch.setattr(kernel, "BLOCK_SIZE", block_size)
+    monkeypatch.setattr(rng, "LANES", lanes)
     rows = make_rows(14, vocab_size, max_children, dtype)
     options = {"rule": rule, "max_children": max_children, "sharpening": sharpening}
     tokens, sample_slot = sample_children(*rows, **options)
@@ -206,11 +207,13 @@ def test_joint_distribution(rule, k, logits, sharpening):
     assert_distributed((tokens * powers).sum(dim=1) * k + sample_slot, probs)
 
 
+@pytest.mark.parametrize("lanes", [3, rng.LANES])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("rule", ["unordered", "ordered"])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_distribution(k, rule, temperature):
+def test_distribution(monkeypatch, k, rule, temperature, lanes):
     """x ~ q off the hubs; the label is independent of x; slot 0 ~ q when ordered."""
+    monkeypatch.setattr(rng, "LANES", lanes)
     vocab_size, count = 7, 40_000
     logits = torch.tensor([0.3, 1.1, -torch.inf, 0.9, 1.1, -1.0, 0.0])
     q = torch.softmax(logits.double() / temperature, dim=0).numpy()
@@ -234,7 +237,9 @@ def test_distribution(k, rule, temperature):
     assert stats.chi2_contingency(table).pvalue > 1e-4
 
 
-def test_improbable_tokens_are_drawn():
+@pytest.mark.parametrize("lanes", [2, rng.LANES])
+def test_improbable_tokens_are_drawn(monkeypatch, lanes):
+    monkeypatch.setattr(rng, "LANES", lanes)
     logits = torch.tensor([0.0, 0.0, -11.0])
     count = 1_000_000
     tokens, _ = many(logits, count, 1, rule="unordered")

@@ -6,9 +6,12 @@ import sys
 
 import pytest
 
+from vllm_spechub.triton_kernels import rng
 from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
 from vllm_spechub.triton_kernels.verification import kernel as verification
 
+# for a vocabulary of 128,256
+LANES = {"BLOCK_SIZE": rng.LANES, "LANE_SIZE": 64}
 TARGETS = [(80, "bf16"), (90, "bf16"), (90, "fp16"), (90, "fp32"), (100, "bf16")]
 
 CHILD_SAMPLING_ARGUMENTS = {
@@ -69,7 +72,8 @@ def test_child_sampling(compile_for, capability, dtype, rule, max_children):
         {
             "RULE": rule,
             "MAX_CHILDREN": max_children,
-            "BLOCK_SIZE": child_sampling.BLOCK_SIZE,
+            "SHARPENED": False,
+            **LANES,
         },
         capability,
         child_sampling.NUM_WARPS,
@@ -99,7 +103,7 @@ def test_child_sampling(compile_for, capability, dtype, rule, max_children):
 def test_verification(compile_for, capability, dtype, rule, sharpened):
     arguments = dict(VERIFICATION_ARGUMENTS)
     arguments |= dict.fromkeys(("target_logits_ptr", "draft_logits_ptr"), f"*{dtype}")
-    constants = {"SHARPENED": sharpened, "BLOCK_SIZE": verification.BLOCK_SIZE}
+    constants = {"SHARPENED": sharpened, **LANES}
     if rule == "traversal":
         function = verification.traverse_kernel
         arguments |= {"subtree_sizes_ptr": "*i64", "num_tree_nodes": "i32"}

@@ -158,3 +158,19 @@ def test_exponentials_are_exponential():
     key = rng.row_key(torch.tensor([5]), torch.tensor([6]), 7, rng.RESIDUAL)
     values = rng.exponential(rng.element_hash(key, 200_000)).flatten().numpy()
     assert stats.kstest(values, "expon").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 11, rng.LANES])
+def test_draws_follow_their_weights(monkeypatch, lanes):
+    """Whatever the lanes are: alike and unlike, empty, and with one token less than others."""
+    monkeypatch.setattr(rng, "LANES", lanes)
+    weights = torch.tensor([3.0, 0.0, 1.0, 5.0, 2.0, 0.0, 0.5, 0.0, 4.0, 0.0, 0.25])
+    count = 40_000
+    zero = torch.zeros(count, dtype=torch.int64)
+    key = rng.row_key(torch.arange(count), zero, 3, rng.RESIDUAL)
+    observed = np.bincount(rng.draw(weights.expand(count, -1), key), minlength=len(weights))
+    support = weights > 0
+    assert observed[~support].sum() == 0
+    expected = (weights.double() / weights.double().sum() * count)[support]
+    assert stats.chisquare(observed[support], expected).pvalue > 1e-4
+    assert (rng.draw(torch.zeros(5, 11), key[:5]) == 0).all()

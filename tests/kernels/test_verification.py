@@ -10,6 +10,7 @@ from drafting import BINARY, CHAIN, UNEQUAL, WIDE, Draft, Tree, draft_tree, huge
 from enumeration import enumerate_drafts, laws_of
 from scipy import stats
 
+from vllm_spechub.triton_kernels import rng
 from vllm_spechub.triton_kernels.rules import RULES, SPECHUB
 from vllm_spechub.triton_kernels.verification import kernel, reference, verify_tree
 from vllm_spechub.triton_kernels.verification.node_rules import node_outcome
@@ -115,12 +116,12 @@ KERNEL_CASES = [
 
 
 @pytest.mark.parametrize(
-    ("name", "rule", "sharpening", "vocab_size", "block_size", "dtype"), KERNEL_CASES
+    ("name", "rule", "sharpening", "vocab_size", "lanes", "dtype"), KERNEL_CASES
 )
 def test_kernel_equals_reference(
-    monkeypatch, device, name, rule, sharpening, vocab_size, block_size, dtype
+    monkeypatch, device, name, rule, sharpening, vocab_size, lanes, dtype
 ):
-    monkeypatch.setattr(kernel, "BLOCK_SIZE", block_size)
+    monkeypatch.setattr(rng, "LANES", lanes)
     arguments, options = make_case(TREES[name], vocab_size, rule, dtype, sharpening=sharpening)
     expected = verify_tree(*arguments, **options)
     assert_equal(kernel.verify_tree(*on(device, arguments), **options), expected)
@@ -144,7 +145,7 @@ def test_kernel_equals_reference(
 @pytest.mark.parametrize("tree", [Tree([2, 2, 2, 0, 0, 0, 0]), Tree([2, 2, 2, 1, 0, 0, 0, 0])])
 def test_traversal_tells_subtrees_apart(monkeypatch, device, tree):
     """Many requests, so that the two ways to emit a node's masses differ in some."""
-    monkeypatch.setattr(kernel, "BLOCK_SIZE", 8)
+    monkeypatch.setattr(rng, "LANES", 8)
     arguments, options = make_case(tree, 6, "traversal", torch.float32, num_reqs=35)
     expected = verify_tree(*arguments, **options)
     assert_equal(kernel.verify_tree(*on(device, arguments), **options), expected)
@@ -153,7 +154,7 @@ def test_traversal_tells_subtrees_apart(monkeypatch, device, tree):
 @pytest.mark.parametrize("rule", ["ordered", "traversal"])
 def test_rejections_of_many_requests(monkeypatch, device, rule):
     """Targets that differ from the draft, so that walks end in residuals all over the tree."""
-    monkeypatch.setattr(kernel, "BLOCK_SIZE", 32)
+    monkeypatch.setattr(rng, "LANES", 32)
     arguments, options = make_case(UNEQUAL, 20, rule, torch.float32, num_reqs=28)
     arguments[0] += 2 * torch.randn(20, generator=torch.Generator().manual_seed(5))
     expected = verify_tree(*arguments, **options)

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import rng
 from ..rng_device import CHILD, LABEL, element_hash, exponential, fast_log, row_key, uniform
 
 # Stands for the logit -inf, so that masked tokens still rank above empty list entries.
@@ -12,7 +13,6 @@ _LOWEST = tl.constexpr(-3.0e38)
 _EMPTY = tl.constexpr(-3.4e38)
 _NO_INDEX = tl.constexpr(2**31 - 1)
 
-BLOCK_SIZE = 2048
 NUM_WARPS = 16
 
 
@@ -33,6 +33,14 @@ def _race_score(value, index, key, scale, greedy):
     noise = fast_log(exponential(element_hash(key, index)))
     score = tl.maximum(value * scale - tl.where(greedy, 0.0, noise), _LOWEST)
     return tl.where(value == _EMPTY, _EMPTY, score)
+
+
+@triton.jit
+def _join(value, peak, total, scale):
+    """A lane's sum of exponentials, relative to its peak, with one token more."""
+    rise = value - peak
+    decay = tl.exp(-tl.abs(rise) * scale)
+    return tl.where(rise > 0.0, total * decay + 1.0, total + decay)
 
 
 @triton.jit
@@ -81,6 +89,43 @@ def _draw_independently(
 
 
 @triton.jit
+def _draw_off_hubs(
+    # [vocab_size]
+    logits_ptr,
+    # three tokens, -1 where there is no hub
+    hubs,
+    # [BLOCK_SIZE] each, of every lane off the hubs: the best logit, and the sum of exponentials
+    # relative to it
+    peaks,
+    masses,
+    best_token,
+    random,
+    scale,
+    key,
+    vocab_size,
+    BLOCK_SIZE: tl.constexpr,
+    LANE_SIZE: tl.constexpr,
+):
+    """A lane by its mass, then one of its tokens, as `rng.draw`; the best token if not random."""
+    token = best_token
+    if random:
+        lane = tl.arange(0, BLOCK_SIZE)
+        occupied = masses > 0.0
+        lane_logits = peaks * scale + fast_log(tl.where(occupied, masses, 1.0))
+        lane_scores = _race_score(lane_logits, lane, key, 1.0, False)
+        own_lane = _best(tl.where(occupied, lane_scores, _EMPTY), lane)[1]
+        place = tl.arange(0, LANE_SIZE)
+        index = own_lane + place * BLOCK_SIZE
+        valid = index < vocab_size
+        logits = tl.load(logits_ptr + index, mask=valid, other=0.0).to(tl.float32)
+        valid &= (index != hubs[0]) & (index != hubs[1]) & (index != hubs[2])
+        logits = tl.where(valid, tl.maximum(logits, _LOWEST), _EMPTY)
+        scores = _race_score(logits, BLOCK_SIZE + place, key, scale, False)
+        token = _best(scores, index)[1]
+    return token
+
+
+@triton.jit
 def _sample_children_kernel(
     # [num_rows, max_children]
     tokens_ptr,
@@ -105,7 +150,10 @@ def _sample_children_kernel(
     sharpening,
     RULE: tl.constexpr,
     MAX_CHILDREN: tl.constexpr,
+    SHARPENED: tl.constexpr,
+    # the lanes of `rng.draw`, and at least as many as a lane has tokens
     BLOCK_SIZE: tl.constexpr,
+    LANE_SIZE: tl.constexpr,
 ):
     ORDERED: tl.constexpr = RULE == "ordered" or RULE == "traversal"
     # Rules that rank all their children in the race, not by logit.
@@ -142,7 +190,8 @@ def _sample_children_kernel(
         return
 
     # Each lane keeps its own MAX_CHILDREN - 1 best tokens. What falls off its list is no hub: it
-    # joins the race for the sampled child and the mass off the hubs (relative to the lane's best).
+    # joins the race of rules that rank their children there, else the lane's best token and mass
+    # off the hubs. A lane without any has the peak _LOWEST and no mass.
     lane = tl.arange(0, BLOCK_SIZE)
     hub0 = tl.full([BLOCK_SIZE], _EMPTY, tl.float32)
     hub1 = hub0
@@ -150,9 +199,10 @@ def _sample_children_kernel(
     index0 = tl.full([BLOCK_SIZE], _NO_INDEX, tl.int32)
     index1 = index0
     index2 = index0
-    race = hub0
+    race = hub0 if RACED else tl.full([BLOCK_SIZE], _LOWEST, tl.float32)
     winner = index0
     mass = tl.zeros([BLOCK_SIZE], tl.float32)
+    sharp_mass = mass
     for start in range(0, vocab_size, BLOCK_SIZE):
         index = start + lane
         valid = index < vocab_size
@@ -161,24 +211,18 @@ def _sample_children_kernel(
         if RACED:
             value = _race_score(value, index, key, scale, greedy)
         if MAX_CHILDREN > 1:
-            peak = hub0
             hub0, index0, value, index = _insert(value, index, hub0, index0)
             if MAX_CHILDREN > 2:
                 hub1, index1, value, index = _insert(value, index, hub1, index1)
             if MAX_CHILDREN > 3:
                 hub2, index2, value, index = _insert(value, index, hub2, index2)
-            if ORDERED:
-                fallen = tl.exp((value - hub0) * scale)
-                if MAX_CHILDREN == 2:
-                    # Where the hub is new, the one that it replaced is what fell off the list.
-                    mass = tl.where(hub0 > peak, mass * fallen, mass) + fallen
-                else:
-                    mass = mass * tl.exp((peak - hub0) * scale) + fallen
-        score = value if RACED else _race_score(value, index, key, race_scale, greedy)
-        race, winner, _, _ = _insert(score, index, race, winner)
+        if not RACED:
+            mass = _join(value, race, mass, scale)
+            if SHARPENED:
+                sharp_mass = _join(value, race, sharp_mass, race_scale)
+        race, winner, _, _ = _insert(value, index, race, winner)
 
     # Hubs: the best over all lanes, MAX_CHILDREN - 1 times. A row with fewer children takes fewer.
-    lane_peak = hub0
     row_peak = 0.0
     threshold0 = 0.0
     threshold1 = 0.0
@@ -214,30 +258,42 @@ def _sample_children_kernel(
             threshold2 += weight
 
     # The lists' remaining entries are no hubs either.
-    if MAX_CHILDREN > 1:
-        score = hub0 if RACED else _race_score(hub0, index0, key, race_scale, greedy)
-        race, winner, _, _ = _insert(score, index0, race, winner)
-    if MAX_CHILDREN > 2:
-        score = hub1 if RACED else _race_score(hub1, index1, key, race_scale, greedy)
-        race, winner, _, _ = _insert(score, index1, race, winner)
-    if MAX_CHILDREN > 3:
-        score = hub2 if RACED else _race_score(hub2, index2, key, race_scale, greedy)
-        race, winner, _, _ = _insert(score, index2, race, winner)
-    _, sampled = _best(race, winner)
+    for rank in tl.static_range(MAX_CHILDREN - 1):
+        value, index = hub0, index0
+        if rank == 1:
+            value, index = hub1, index1
+        if rank == 2:
+            value, index = hub2, index2
+        if not RACED:
+            mass = _join(value, race, mass, scale)
+            if SHARPENED:
+                sharp_mass = _join(value, race, sharp_mass, race_scale)
+        race, winner, _, _ = _insert(value, index, race, winner)
+    leader, sampled = _best(race, winner)
+    if not RACED:
+        sampled = _draw_off_hubs(
+            logits_ptr + row * logits_stride,
+            (hub_token0, hub_token1, hub_token2),
+            race,
+            sharp_mass if SHARPENED else mass,
+            sampled,
+            (temperature != 0.0) & (leader > _LOWEST),
+            race_scale,
+            key,
+            vocab_size,
+            BLOCK_SIZE,
+            LANE_SIZE,
+        )
 
     # Rank of the hub in slot 0; num_children - 1 where the sampled child is.
     main = num_children - 1
     if ORDERED and MAX_CHILDREN > 1:
-        mass *= tl.exp((lane_peak - row_peak) * scale)
-        mass += tl.exp((hub0 - row_peak) * scale)
-        if MAX_CHILDREN > 2:
-            mass += tl.exp((hub1 - row_peak) * scale)
-        if MAX_CHILDREN > 3:
-            mass += tl.exp((hub2 - row_peak) * scale)
         draw = uniform(row_key(seed, position, node, LABEL))
         # A row without any possible token is drafted as a greedy one.
         draw = tl.where(
-            greedy | (row_peak == _LOWEST), 0.0, draw * (threshold2 + tl.sum(mass, axis=0))
+            greedy | (row_peak == _LOWEST),
+            0.0,
+            draw * (threshold2 + tl.sum(mass * tl.exp((race - row_peak) * scale), axis=0)),
         )
         passed = (threshold0 <= draw).to(tl.int32)
         passed += (threshold1 <= draw).to(tl.int32)
@@ -305,7 +361,9 @@ def sample_children(
             float(sharpening),
             RULE=rule,
             MAX_CHILDREN=max_children,
-            BLOCK_SIZE=BLOCK_SIZE,
+            SHARPENED=sharpening != 1.0,
+            BLOCK_SIZE=rng.LANES,
+            LANE_SIZE=triton.next_power_of_2(triton.cdiv(vocab_size, rng.LANES)),
             num_warps=NUM_WARPS,
         )
     return tokens, sample_slot

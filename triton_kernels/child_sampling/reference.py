@@ -101,6 +101,34 @@ def _draw_all(
     return torch.cat(tokens, dim=1)
 
 
+def _draw_off_hubs(
+    # [num_rows, vocab_size], -inf for the hubs
+    logits: torch.Tensor,
+    # [num_rows, 1]
+    scale: torch.Tensor,
+    # [num_rows, 1]
+    greedy: torch.Tensor,
+    # [num_rows]
+    key: torch.Tensor,
+) -> torch.Tensor:
+    """A draw from softmax(logits * scale), [num_rows, 1], by lanes as `rng.draw` does it; the
+    best-ranked token of greedy rows and of those where nothing is left."""
+    best, token = logits.max(dim=1, keepdim=True)
+    scaled = (logits * scale).clamp_(min=LOWEST).masked_fill_(logits == -torch.inf, -torch.inf)
+    by_lane = rng.lanes(scaled, -torch.inf)
+    _, depth, num_lanes = by_lane.shape
+    peak = by_lane.amax(dim=1)
+    total = torch.exp(by_lane - peak.clamp(min=LOWEST).unsqueeze(1)).sum(dim=1)
+    noise = rng.exponential(rng.element_hash(key, num_lanes)).log_()
+    lane = (peak + total.log() - noise).max(dim=1, keepdim=True).indices
+    drawn = lane
+    if depth > 1:
+        own = by_lane.gather(2, lane.unsqueeze(1).expand(-1, depth, 1)).squeeze(2)
+        noise = rng.exponential(rng.element_hash(key, rng.LANES + depth)[:, rng.LANES :]).log_()
+        drawn = (own - noise).max(dim=1, keepdim=True).indices * num_lanes + lane
+    return torch.where(greedy | (best == LOWEST), token, drawn)
+
+
 def _draw_spechub(
     # [num_rows, vocab_size]
     logits: torch.Tensor,
@@ -117,9 +145,8 @@ def _draw_spechub(
     ordered: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [num_rows, max_children] and the sampled child's slot [num_rows, 1]."""
-    num_rows, vocab_size = logits.shape
+    num_rows = len(logits)
     off_hub = logits
-    race = _race(logits, scale * sharpening, greedy, rng.element_hash(keys[0], vocab_size))
     # Take out the hubs.
     hub_logits = []
     hub_tokens = []
@@ -128,10 +155,9 @@ def _draw_spechub(
         value, token = off_hub.max(dim=1, keepdim=True)
         is_hub = rank < last_slot
         off_hub = off_hub.scatter(1, token, value.masked_fill(is_hub, -torch.inf))
-        race.scatter_(1, token, race.gather(1, token).masked_fill_(is_hub, -torch.inf))
         hub_logits.append(value.masked_fill(~is_hub, -torch.inf))
         hub_tokens.append(token.masked_fill(~is_hub, -1))
-    sampled = race.max(dim=1, keepdim=True).indices
+    sampled = _draw_off_hubs(off_hub, scale * sharpening, greedy, keys[0])
 
     tokens = torch.full((num_rows, max_children), -1, dtype=torch.int64, device=logits.device)
     sample_slot = last_slot.long()

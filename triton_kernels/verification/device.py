@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from ..rng_device import element_hash, exponential, fast_log
+from ..rng_device import element_hash, exponential
 
 # Stands for the peak of logits that are all -inf.
 LOWEST = tl.constexpr(-3.0e38)
@@ -62,6 +62,30 @@ def at(vector, index, position):
 
 
 @triton.jit
+def _drawn_lane(
+    # [BLOCK_SIZE]
+    lane,
+    # [BLOCK_SIZE] unnormalised
+    masses,
+    key,
+):
+    """A lane in proportion to its mass; as `rng.draw`, together with `_drawn_place`."""
+    return _best(masses / exponential(element_hash(key, lane)), lane)
+
+
+@triton.jit
+def _drawn_place(
+    # [LANE_SIZE]
+    place,
+    # [LANE_SIZE] unnormalised, of the tokens of a lane
+    weights,
+    key,
+    BLOCK_SIZE: tl.constexpr,
+):
+    return _best(weights / exponential(element_hash(key, BLOCK_SIZE + place)), place)
+
+
+@triton.jit
 def emit(
     # [vocab_size]
     logits_ptr,
@@ -70,18 +94,32 @@ def emit(
     scale,
     greedy,
     BLOCK_SIZE: tl.constexpr,
+    LANE_SIZE: tl.constexpr,
 ):
     """The best token of a row, or a draw from it."""
     lane = tl.arange(0, BLOCK_SIZE)
-    race = tl.full([BLOCK_SIZE], float("-inf"), tl.float32)
-    winner = lane
-    for start in range(0, vocab_size, BLOCK_SIZE):
-        index = start + lane
-        score = _load(logits_ptr, index, vocab_size) * scale
-        if not greedy:
-            score -= fast_log(exponential(element_hash(key, index)))
-        race, winner = _lead(score, index, race, winner)
-    return _best(race, winner)
+    token = tl.full([], 0, tl.int32)
+    if greedy:
+        race = tl.full([BLOCK_SIZE], float("-inf"), tl.float32)
+        winner = lane
+        for start in range(0, vocab_size, BLOCK_SIZE):
+            index = start + lane
+            race, winner = _lead(_load(logits_ptr, index, vocab_size), index, race, winner)
+        token = _best(race, winner)
+    else:
+        peaks = tl.full([BLOCK_SIZE], LOWEST, tl.float32)
+        masses = tl.zeros([BLOCK_SIZE], tl.float32)
+        for start in range(0, vocab_size, BLOCK_SIZE):
+            logit = _load(logits_ptr, start + lane, vocab_size)
+            peaks, masses = _accumulate(logit, peaks, masses, scale)
+        peak = tl.max(peaks, axis=0)
+        own_lane = _drawn_lane(lane, masses * tl.exp((peaks - peak) * scale), key)
+        place = tl.arange(0, LANE_SIZE)
+        logit = _load(logits_ptr, own_lane + place * BLOCK_SIZE, vocab_size)
+        # relative to the lane's best, which is far from the row's where all of the lane is unlikely
+        weights = tl.exp((logit - at(peaks, lane, own_lane)) * scale)
+        token = own_lane + BLOCK_SIZE * _drawn_place(place, weights, key, BLOCK_SIZE)
+    return token
 
 
 @triton.jit
@@ -263,7 +301,7 @@ def spechub_parts(
     BLOCK_SIZE: tl.constexpr,
 ):
     """Second pass over a node's rows: `node_rules._SpecHubParts` of T = acceptance * p, with
-    `ordered` as a scalar where ORDERED allows it."""
+    `ordered` as a scalar where ORDERED allows it. The residual's mass is returned by lane."""
     p, w, masses, hub_probs = law
     hub_mass, off_hub_mass = masses
     hubs, sample = spechub_children(children, sample_slot)
@@ -301,7 +339,34 @@ def spechub_parts(
         accept_sample = tl.where(ordered, accept_ordered, accept_sample)
         accept_main = tl.where(ordered, at(ratio(hub_target, share), slots, 0), 0.0)
         hub_gain = tl.where(ordered, tl.maximum(hub_target - share, 0.0), hub_target)
-    return accept_sample, accept_main, hub_gain, tl.sum(residual_mass, axis=0), sample_target
+    return accept_sample, accept_main, hub_gain, residual_mass, sample_target
+
+
+@triton.jit
+def residual_lanes(
+    # [vocab_size]
+    target_ptr,
+    # [vocab_size]
+    draft_ptr,
+    # [MAX_CHILDREN]
+    children,
+    sample_slot,
+    p,
+    w,
+    acceptance,
+    vocab_size,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The mass of (acceptance * p - w)+ off the hubs in every lane, [BLOCK_SIZE]."""
+    hubs, sample = spechub_children(children, sample_slot)
+    lane = tl.arange(0, BLOCK_SIZE)
+    masses = tl.zeros([BLOCK_SIZE], tl.float32)
+    for start in range(0, vocab_size, BLOCK_SIZE):
+        target, draft = _spechub_masses(
+            target_ptr, draft_ptr, start + lane, hubs, sample, p, w, acceptance, vocab_size
+        )
+        masses += tl.maximum(target - draft, 0.0)
+    return masses
 
 
 @triton.jit
@@ -316,25 +381,27 @@ def emit_residual(
     p,
     w,
     acceptance,
+    # [BLOCK_SIZE], as `residual_lanes` gives them
+    masses,
     vocab_size,
     key,
     BLOCK_SIZE: tl.constexpr,
+    LANE_SIZE: tl.constexpr,
 ):
     """A draw from (acceptance * p - w)+ off the hubs; from p where that has no mass."""
-    hubs, sample = spechub_children(children, sample_slot)
-    lane = tl.arange(0, BLOCK_SIZE)
-    race = tl.zeros([BLOCK_SIZE], tl.float32)
-    winner = tl.full([BLOCK_SIZE], -1, tl.int32)
-    for start in range(0, vocab_size, BLOCK_SIZE):
-        index = start + lane
+    token = tl.full([], 0, tl.int32)
+    if tl.max(masses, axis=0) > 0.0:
+        hubs, sample = spechub_children(children, sample_slot)
+        own_lane = _drawn_lane(tl.arange(0, BLOCK_SIZE), masses, key)
+        place = tl.arange(0, LANE_SIZE)
+        index = own_lane + place * BLOCK_SIZE
         target, draft = _spechub_masses(
             target_ptr, draft_ptr, index, hubs, sample, p, w, acceptance, vocab_size
         )
-        score = tl.maximum(target - draft, 0.0) / exponential(element_hash(key, index))
-        race, winner = _lead(score, index, race, winner)
-    token = _best(race, winner)
-    if token < 0:
-        token = emit(target_ptr, vocab_size, key, p[2], False, BLOCK_SIZE)
+        weights = tl.maximum(target - draft, 0.0)
+        token = own_lane + BLOCK_SIZE * _drawn_place(place, weights, key, BLOCK_SIZE)
+    else:
+        token = emit(target_ptr, vocab_size, key, p[2], False, BLOCK_SIZE, LANE_SIZE)
     return token
 
 
@@ -368,7 +435,7 @@ def _residual_after(
 
 
 @triton.jit
-def _residual_mass(
+def _recursive_lanes(
     # [vocab_size]
     target_ptr,
     # [vocab_size]
@@ -382,6 +449,7 @@ def _residual_mass(
     REPLACED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
+    """What recursive rejection of the first COUNT slots leaves in every lane, [BLOCK_SIZE]."""
     lane = tl.arange(0, BLOCK_SIZE)
     mass = tl.zeros([BLOCK_SIZE], tl.float32)
     for start in range(0, vocab_size, BLOCK_SIZE):
@@ -389,7 +457,7 @@ def _residual_mass(
         prob = _prob(_load(target_ptr, index, vocab_size), p)
         draft = _load(draft_ptr, index, vocab_size)
         mass += _residual_after(prob, draft, index, tokens, laws, masses, COUNT, REPLACED)
-    return tl.sum(mass, axis=0)
+    return mass
 
 
 @triton.jit
@@ -406,19 +474,28 @@ def _emit_recursive(
     key,
     REPLACED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    LANE_SIZE: tl.constexpr,
 ):
     """A draw from what recursive rejection of all slots leaves."""
-    lane = tl.arange(0, BLOCK_SIZE)
-    race = tl.zeros([BLOCK_SIZE], tl.float32)
-    winner = lane
-    for start in range(0, vocab_size, BLOCK_SIZE):
-        index = start + lane
-        prob = _prob(_load(target_ptr, index, vocab_size), p)
-        draft = _load(draft_ptr, index, vocab_size)
-        residual = _residual_after(prob, draft, index, tokens, laws, masses, MAX_CHILDREN, REPLACED)
-        score = residual / exponential(element_hash(key, index))
-        race, winner = _lead(score, index, race, winner)
-    return _best(race, winner)
+    lanes = _recursive_lanes(
+        target_ptr,
+        draft_ptr,
+        p,
+        tokens,
+        laws,
+        masses,
+        vocab_size,
+        MAX_CHILDREN,
+        REPLACED,
+        BLOCK_SIZE,
+    )
+    own_lane = _drawn_lane(tl.arange(0, BLOCK_SIZE), lanes, key)
+    place = tl.arange(0, LANE_SIZE)
+    index = own_lane + place * BLOCK_SIZE
+    prob = _prob(_load(target_ptr, index, vocab_size), p)
+    draft = _load(draft_ptr, index, vocab_size)
+    weights = _residual_after(prob, draft, index, tokens, laws, masses, MAX_CHILDREN, REPLACED)
+    return own_lane + BLOCK_SIZE * _drawn_place(place, weights, key, BLOCK_SIZE)
 
 
 @triton.jit
@@ -436,6 +513,7 @@ def verify_recursive(
     residual_key,
     REPLACED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    LANE_SIZE: tl.constexpr,
 ):
     """The accepted slot, or NO_SLOT, and the token to emit in that case: `rrs` where children are
     REPLACED, else `rrsw`. Source: `node_rules._recursive_law` and `node_rules._recursive_outcome`.
@@ -508,7 +586,7 @@ def verify_recursive(
             if draw < threshold:
                 slot = tried + tl.zeros_like(slot)
             else:
-                mass = _residual_mass(
+                lanes = _recursive_lanes(
                     target_ptr,
                     draft_ptr,
                     p,
@@ -520,6 +598,7 @@ def verify_recursive(
                     REPLACED,
                     BLOCK_SIZE,
                 )
+                mass = tl.sum(lanes, axis=0)
                 # A residual without mass is reached by rounding only: accept the child, unless the
                 # residual rules it out.
                 if (mass <= 0.0) & (prob > 0.0):
@@ -538,5 +617,6 @@ def verify_recursive(
             residual_key,
             REPLACED,
             BLOCK_SIZE,
+            LANE_SIZE,
         )
     return slot, emitted

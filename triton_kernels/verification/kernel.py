@@ -5,12 +5,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import rng
 from ..rng_device import ACCEPT, RESIDUAL, row_key, uniform
 from . import device
 from .device import MAX_CHILDREN, NO_SLOT
 from .traversal_kernel import traverse_kernel
 
-BLOCK_SIZE = 2048
 NUM_WARPS = 16
 
 
@@ -32,6 +32,7 @@ def _verify_spechub(
     ORDERED: tl.constexpr,
     SHARPENED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    LANE_SIZE: tl.constexpr,
 ):
     """The accepted slot, or NO_SLOT, and the token to emit in that case.
 
@@ -51,7 +52,7 @@ def _verify_spechub(
         SHARPENED,
         BLOCK_SIZE,
     )
-    accept_sample, accept_main, hub_gain, emitted_mass, sample_target = device.spechub_parts(
+    accept_sample, accept_main, hub_gain, emitted_lanes, sample_target = device.spechub_parts(
         target_ptr,
         draft_ptr,
         children,
@@ -65,6 +66,7 @@ def _verify_spechub(
     )
     failed = 1.0 - accept_sample
     pool = failed * (1.0 - accept_main)
+    emitted_mass = tl.sum(emitted_lanes, axis=0)
     pool_mass = tl.sum(hub_gain, axis=0) + emitted_mass
     # A pool without mass is reached by rounding only: accept the sampled child. If the target rules
     # that token out, emit from the target instead.
@@ -90,9 +92,11 @@ def _verify_spechub(
             p,
             w,
             1.0,
+            emitted_lanes,
             vocab_size,
             residual_key,
             BLOCK_SIZE,
+            LANE_SIZE,
         )
     return slot, token
 
@@ -142,7 +146,9 @@ def _verify_tree_kernel(
     sharpening,
     RULE: tl.constexpr,
     SHARPENED: tl.constexpr,
+    # the lanes of `rng.draw`, and at least as many as a lane has tokens
     BLOCK_SIZE: tl.constexpr,
+    LANE_SIZE: tl.constexpr,
 ):
     out = tl.program_id(0).to(tl.int64)
     tokens_ptr += out * (max_depth + 1)
@@ -173,7 +179,7 @@ def _verify_tree_kernel(
         residual_key = row_key(seed, position, node, RESIDUAL)
         if greedy or num_children == 0:
             token = device.emit(
-                target_ptr, vocab_size, residual_key, target_scale, greedy, BLOCK_SIZE
+                target_ptr, vocab_size, residual_key, target_scale, greedy, BLOCK_SIZE, LANE_SIZE
             )
             slot = tl.min(tl.where(children == token, slots, NO_SLOT), axis=0)
         else:
@@ -196,6 +202,7 @@ def _verify_tree_kernel(
                     residual_key,
                     RULE == "rrs",
                     BLOCK_SIZE,
+                    LANE_SIZE,
                 )
             else:
                 slot, token = _verify_spechub(
@@ -212,6 +219,7 @@ def _verify_tree_kernel(
                     RULE == "ordered",
                     SHARPENED,
                     BLOCK_SIZE,
+                    LANE_SIZE,
                 )
         accepted = tl.sum(tl.where(slots == slot, children, 0), axis=0)
         tl.store(tokens_ptr + depth, tl.where(slot < NO_SLOT, accepted, token).to(tl.int64))
@@ -290,7 +298,13 @@ def verify_tree(
         target_logits.shape[1],
         float(sharpening),
     )
-    options = {"SHARPENED": sharpening != 1.0, "BLOCK_SIZE": BLOCK_SIZE, "num_warps": NUM_WARPS}
+    lane_size = triton.next_power_of_2(triton.cdiv(target_logits.shape[1], rng.LANES))
+    options = {
+        "SHARPENED": sharpening != 1.0,
+        "BLOCK_SIZE": rng.LANES,
+        "LANE_SIZE": lane_size,
+        "num_warps": NUM_WARPS,
+    }
     if rule == "traversal":
         num_tree_nodes = first_child.shape[0]
         max_nodes = triton.next_power_of_2(num_tree_nodes)

@@ -200,9 +200,7 @@ def verify_tree(
     num_accepted = (following >= 0).sum(dim=1)
     last_node = path.gather(1, num_accepted.unsqueeze(1)).squeeze(1)
     key = rng.row_key(seeds[req_idx], root_positions, last_node, rng.RESIDUAL)
-    noise = rng.exponential(rng.element_hash(key, target_logits.shape[1]))
-    last = residual.div_(noise).argmax(dim=1, keepdim=True)
-    tokens.scatter_(1, num_accepted.unsqueeze(1), last)
+    tokens.scatter_(1, num_accepted.unsqueeze(1), rng.draw(residual, key).unsqueeze(1))
     return tokens, num_accepted.to(torch.int32) + 1, path
 
 

@@ -53,7 +53,7 @@ def _visit_children(
         SHARPENED,
         BLOCK_SIZE,
     )
-    accept_sample, accept_main, hub_gain, residual_mass, _ = device.spechub_parts(
+    accept_sample, accept_main, hub_gain, lanes, _ = device.spechub_parts(
         target_ptr,
         draft_ptr,
         children,
@@ -65,6 +65,7 @@ def _visit_children(
         True,
         BLOCK_SIZE,
     )
+    residual_mass = tl.sum(lanes, axis=0)
     rest = residual_mass + (1.0 - acceptance)
     # The pool's mass when each hub's turn comes, summed from the end: nothing cancels.
     left = tl.cumsum(hub_gain, axis=0, reverse=True) + rest
@@ -128,7 +129,9 @@ def traverse_kernel(
     num_tree_nodes,
     MAX_NODES: tl.constexpr,
     SHARPENED: tl.constexpr,
+    # the lanes of `rng.draw`, and at least as many as a lane has tokens
     BLOCK_SIZE: tl.constexpr,
+    LANE_SIZE: tl.constexpr,
 ):
     out = tl.program_id(0).to(tl.int64)
     tokens_ptr += out * (max_depth + 1)
@@ -183,7 +186,9 @@ def traverse_kernel(
                 sample_slot = tl.load(sample_slots_ptr + internal)
                 if greedy:
                     # The child that holds the best token is accepted, whatever the draft.
-                    best = device.emit(target_ptr, vocab_size, 0, target_scale, True, BLOCK_SIZE)
+                    best = device.emit(
+                        target_ptr, vocab_size, 0, target_scale, True, BLOCK_SIZE, LANE_SIZE
+                    )
                     chances = tl.where(children == best, 1.0, 0.0)
                 else:
                     # [MAX_CHILDREN], the first one's also past the last
@@ -235,7 +240,9 @@ def traverse_kernel(
     target_ptr = target_logits_ptr + (root_row + node) * target_logits_stride
     key = row_key(seed, position, node, RESIDUAL)
     if count == 0:
-        token = device.emit(target_ptr, vocab_size, key, target_scale, greedy, BLOCK_SIZE)
+        token = device.emit(
+            target_ptr, vocab_size, key, target_scale, greedy, BLOCK_SIZE, LANE_SIZE
+        )
     elif greedy:
         # Of the nodes that a greedy request reads, each accepts the next: this is the last one.
         token = best
@@ -244,18 +251,36 @@ def traverse_kernel(
         children = tl.load(
             node_tokens_ptr + root_row + first + slots, mask=slots < count, other=-1
         ).to(tl.int32)
+        sample_slot = tl.load(sample_slots_ptr + internal)
+        draft_ptr = draft_logits_ptr + internal * draft_logits_node_stride
+        p = (at(target_peaks, nodes, node), at(target_sums, nodes, node), target_scale)
         peak, total = at(draft_peaks, nodes, node), at(draft_sums, nodes, node)
+        w = device.sample_law(peak, total, draft_temperature, sharpening)
+        acceptance = at(visit, nodes, node)
+        lanes = device.residual_lanes(
+            target_ptr,
+            draft_ptr,
+            children,
+            sample_slot,
+            p,
+            w,
+            acceptance,
+            vocab_size,
+            BLOCK_SIZE,
+        )
         token = device.emit_residual(
             target_ptr,
-            draft_logits_ptr + internal * draft_logits_node_stride,
+            draft_ptr,
             children,
-            tl.load(sample_slots_ptr + internal),
-            (at(target_peaks, nodes, node), at(target_sums, nodes, node), target_scale),
-            device.sample_law(peak, total, draft_temperature, sharpening),
-            at(visit, nodes, node),
+            sample_slot,
+            p,
+            w,
+            acceptance,
+            lanes,
             vocab_size,
             key,
             BLOCK_SIZE,
+            LANE_SIZE,
         )
 
     depth = tl.full([], 0, tl.int32)

@@ -83,6 +83,60 @@ def _draw_all(
         race[children[slot]] = -np.inf
 
 
+@jit
+def _draw_off_hubs(
+    # [size], -inf for the hubs
+    logits,
+    scale,
+    key,
+    # [size] each
+    race,
+    race_bits,
+    scratch,
+    uniforms,
+):
+    """A draw from softmax(logits * scale), by lanes as in `rng.draw`."""
+    size = logits.shape[0]
+    lanes = min(size, rng.LANES)
+    depth = (size + lanes - 1) // lanes
+    # [lanes] each, as if a lane were a token with its mass
+    peaks, masses = logits, race[:0]
+    if depth > 1:
+        peaks, masses = np.full(lanes, -np.inf, f32), np.zeros(lanes, f32)
+        for i in range(size):
+            peaks[i % lanes] = max(peaks[i % lanes], logits[i])
+        for i in range(size):
+            if logits[i] > -np.inf:
+                masses[i % lanes] += np.exp((logits[i] - peaks[i % lanes]) * scale)
+        for lane in range(lanes):
+            if masses[lane] > f32(0.0):
+                peaks[lane] += np.log(masses[lane]) / scale
+    _race(peaks, scale, key, 0, race[:lanes], race_bits[:lanes], scratch[:lanes], uniforms[:lanes])
+    for lane in range(lanes):
+        if peaks[lane] == -np.inf:
+            race[lane] = -np.inf
+    lane = argmax(race[:lanes])
+    if depth == 1:
+        return lane
+    own = np.full(depth, -np.inf, f32)
+    for place in range((size - lane + lanes - 1) // lanes):
+        own[place] = logits[lane + place * lanes]
+    _race(
+        own,
+        scale,
+        key,
+        rng.LANES,
+        race[:depth],
+        race_bits[:depth],
+        scratch[:depth],
+        uniforms[:depth],
+    )
+    for place in range(depth):
+        if own[place] == -np.inf:
+            race[place] = -np.inf
+    return lane + lanes * argmax(race[:depth])
+
+
 @jit_sums
 def _draw_spechub(
     # [size]; used up
@@ -113,10 +167,11 @@ def _draw_spechub(
     if greedy:
         sample = argmax(logits)
     else:
-        _race(logits, scale * sharpening, child_key, 0, race, race_bits, scratch, uniforms)
-        for rank in range(num_hubs):
-            race[children[rank]] = -np.inf
-        sample = argmax(race)
+        sample = argmax(logits)
+        if logits[sample] > LOWEST:
+            sample = _draw_off_hubs(
+                logits, scale * sharpening, child_key, race, race_bits, scratch, uniforms
+            )
     children[num_hubs] = sample
     if not ordered or num_hubs == 0:
         return num_hubs
@@ -218,11 +273,28 @@ def _emit(
     scratch,
     uniforms,
 ):
-    """A token drawn from the weights."""
-    exponential_row(key, 0, noise, noise_bits, scratch, uniforms)
-    for i in range(weights.shape[0]):
-        noise[i] = weights[i] / noise[i]
-    return argmax(noise)
+    """`rng.draw`: a token drawn from the weights."""
+    size = weights.shape[0]
+    lanes = min(size, rng.LANES)
+    depth = (size + lanes - 1) // lanes
+    masses = weights
+    if depth > 1:
+        masses = np.zeros(lanes, f32)
+        for i in range(size):
+            masses[i % lanes] += weights[i]
+    exponential_row(key, 0, noise[:lanes], noise_bits[:lanes], scratch[:lanes], uniforms[:lanes])
+    for lane in range(lanes):
+        noise[lane] = masses[lane] / noise[lane]
+    lane = argmax(noise[:lanes])
+    if depth == 1:
+        return lane
+    places = (size - lane + lanes - 1) // lanes
+    exponential_row(
+        key, rng.LANES, noise[:places], noise_bits[:places], scratch[:places], uniforms[:places]
+    )
+    for place in range(places):
+        noise[place] = weights[lane + place * lanes] / noise[place]
+    return lane + lanes * argmax(noise[:places])
 
 
 @jit
