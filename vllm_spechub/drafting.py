@@ -2,7 +2,8 @@
 """`DraftBuffers`, `DraftState`: what verification must know of how a tree was drawn."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,23 +11,47 @@ import torch
 from vllm_spechub.topology import TokenTree
 
 
+class LevelRows(NamedTuple):
+    """A level's nodes in a batch: a row for each node of each request, a request's side by side."""
+
+    # [num_rows] int64, the row's request, by its place in the batch
+    req: torch.Tensor
+    # [num_rows] int32
+    nodes: torch.Tensor
+    # [num_rows] int32
+    num_children: torch.Tensor
+    # [num_rows] int64, where the node's token is among the request's
+    column: torch.Tensor
+    # [num_rows] int64, bit i stands for tree node i
+    ancestor_masks: torch.Tensor
+
+
 @dataclass(frozen=True)
 class DraftLevel:
     """The internal nodes of one depth: what one draft pass expands."""
 
-    # [num_expanded] int32 on the device and on the host
-    nodes: torch.Tensor
+    # [num_expanded] int32 on the host
     nodes_np: np.ndarray
-    # [num_expanded] int32
-    num_children: torch.Tensor
     max_children: int
-    # [num_expanded] int64, bit i stands for tree node i
-    ancestor_masks: torch.Tensor
     # breadth-first numbering makes both contiguous
     internal: slice
     children: slice
-    # [num_children_in_all] int64, where the children are in a [num_expanded * max_children] row
-    select: torch.Tensor
+    # [num_children_in_all] int64, where the children are in a [num_expanded * max_children] row;
+    # None where all nodes have as many
+    select: torch.Tensor | None
+    # of as many requests as there may be
+    all_rows: LevelRows
+    # [max_num_reqs + 1] int32, each request's first row, on the device and on the host
+    starts: torch.Tensor
+    starts_np: np.ndarray
+    _rows: dict[int, LevelRows] = field(default_factory=dict)
+
+    def rows(self, num_reqs: int) -> LevelRows:
+        """Those of a batch of so many requests."""
+        if num_reqs not in self._rows:
+            count = num_reqs * len(self.nodes_np)
+            self._rows[num_reqs] = LevelRows(*(table[:count] for table in self.all_rows))
+        return self._rows[num_reqs]
 
 
 class DraftBuffers:
@@ -91,18 +116,27 @@ class DraftState:
     def _level(self, nodes: np.ndarray, table) -> DraftLevel:
         tree = self.tree
         counts = tree.num_children[nodes]
+        max_children = int(counts.max())
         first_internal = int(tree.internal_index[nodes[0]])
         first_child = int(tree.first_child[nodes[0]])
-        has_child = np.arange(counts.max()) < counts[:, None]
+        has_child = np.arange(max_children) < counts[:, None]
+        max_num_reqs = len(self.tokens)
+        starts = np.arange(max_num_reqs + 1, dtype=np.int32) * len(nodes)
         return DraftLevel(
-            nodes=table(nodes),
             nodes_np=nodes,
-            num_children=table(counts),
-            max_children=int(counts.max()),
-            ancestor_masks=table(tree.ancestor_masks[nodes]),
+            max_children=max_children,
             internal=slice(first_internal, first_internal + len(nodes)),
             children=slice(first_child - 1, first_child - 1 + int(counts.sum())),
-            select=table(np.flatnonzero(has_child)),
+            select=None if has_child.all() else table(np.flatnonzero(has_child)),
+            all_rows=LevelRows(
+                req=table(np.arange(max_num_reqs).repeat(len(nodes))),
+                nodes=table(np.tile(nodes, max_num_reqs)),
+                num_children=table(np.tile(counts, max_num_reqs)),
+                column=table(np.tile(nodes.astype(np.int64) - 1, max_num_reqs)),
+                ancestor_masks=table(np.tile(tree.ancestor_masks[nodes], max_num_reqs)),
+            ),
+            starts=table(starts),
+            starts_np=starts,
         )
 
     def write_children(
@@ -122,4 +156,7 @@ class DraftState:
         logits = logits.to(self.logits.dtype).view(num_reqs, num_expanded, -1)
         self.logits[idx_mapping, level.internal] = logits
         self.sample_slots[idx_mapping, level.internal] = sample_slots.view(num_reqs, num_expanded)
-        self.tokens[idx_mapping, level.children] = tokens.view(num_reqs, -1)[:, level.select]
+        tokens = tokens.view(num_reqs, -1)
+        if level.select is not None:
+            tokens = tokens[:, level.select]
+        self.tokens[idx_mapping, level.children] = tokens

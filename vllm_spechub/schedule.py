@@ -117,6 +117,11 @@ class TreeSchedule:
         """Most children of any node of any tree."""
         return max(int(tree.num_children.max()) for tree in self.trees)
 
+    @property
+    def pauses(self) -> bool:
+        """Whether some batch sizes draft nothing."""
+        return any(r.tree is None for r in self.ranges)
+
     def index(self, num_nodes: int) -> int | None:
         """Which of `trees` has so many nodes. None for no nodes, which is no tree."""
         if num_nodes == 0:

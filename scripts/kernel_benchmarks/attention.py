@@ -157,13 +157,12 @@ def on_cpu(step: Step):
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+    from vllm_spechub.attention.cpu_tree import host_views
     from vllm_spechub.host_kernels.attention import attend_trees
 
     num_blocks, num_kv_heads, block_size, _ = step.cache.shape
     num_heads, head_size = step.query.shape[1:]
-    arguments = [
-        step.query,
-        step.cache.view(num_blocks, num_kv_heads, 2, -1),
+    where = [
         step.block_table,
         step.seq_lens,
         step.query_start_loc[:-1].long(),
@@ -171,7 +170,8 @@ def on_cpu(step: Step):
         step.visible_until,
         step.tree_mask,
     ]
-    arrays = [argument.numpy() for argument in arguments]
+    arrays = [step.query.numpy(), *host_views(step.cache, head_size)]
+    arrays += [tensor.numpy() for tensor in where]
 
     def tree():
         attend_trees(*arrays, np.float32(step.scale), np.float32(0), 0, step.output.numpy())

@@ -44,11 +44,11 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
     batch, vocab, dtype = setting["batch"], setting["vocab"], DTYPES[setting["dtype"]]
     tree = TokenTree(TREES[setting["nodes"]])
     requests = Requests(batch, vocab, tree, setting["temperature"], 1.0, device)
-    level = DraftBuffers([tree], 1, 1, dtype, device).states[0].levels[-1]
-    width = len(level.nodes_np)
-    logits = draft_rows((batch * width, vocab), dtype, device)
-    req_idx = requests.batch.idx_mapping.repeat_interleave(width)
-    positions = requests.root_positions.repeat_interleave(width)
+    level = DraftBuffers([tree], batch, 1, dtype, device).states[0].levels[-1]
+    rows = level.rows(batch)
+    logits = draft_rows((len(rows.nodes), vocab), dtype, device)
+    req_idx = requests.batch.idx_mapping[rows.req]
+    positions = requests.root_positions[rows.req]
 
     def sample(sample_rows=sample_children):
         return sample_rows(
@@ -57,8 +57,8 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
             requests.seeds,
             req_idx,
             positions,
-            level.nodes.repeat(batch),
-            level.num_children.repeat(batch),
+            rows.nodes,
+            rows.num_children,
             rule=setting["rule"],
             max_children=level.max_children,
         )

@@ -131,17 +131,17 @@ class Requests:
         (chosen,) = truncates(params, reqs).nonzero()
         (state,) = DraftBuffers([self.tree], len(reqs), self.vocab, dtype, self.device).states
         for level in state.levels:
-            width = len(level.nodes_np)
-            logits = draft_rows((batch.num_reqs * width, self.vocab), dtype, self.device)
+            rows = level.rows(batch.num_reqs)
+            logits = draft_rows((len(rows.nodes), self.vocab), dtype, self.device)
             truncate(logits, params, batch.idx_mapping, reqs, chosen)
             tokens, slots = sample_children(
                 logits,
                 self.temperature,
                 self.seeds,
-                batch.idx_mapping.repeat_interleave(width),
-                self.root_positions.repeat_interleave(width),
-                level.nodes.repeat(batch.num_reqs),
-                level.num_children.repeat(batch.num_reqs),
+                batch.idx_mapping[rows.req],
+                self.root_positions[rows.req],
+                rows.nodes,
+                rows.num_children,
                 rule=rule,
                 max_children=level.max_children,
             )

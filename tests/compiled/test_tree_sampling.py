@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chisquare
 
 from vllm_spechub.host_kernels import compiled
-from vllm_spechub.host_kernels.attention import attend_trees
+from vllm_spechub.host_kernels.attention import store_and_attend
 from vllm_spechub.host_kernels.tree_sampling import sample_children, verify_tree
 from vllm_spechub.topology import TokenTree
 from vllm_spechub.triton_kernels import rng
@@ -101,7 +101,7 @@ def test_same_tokens_as_the_references(rule, sharpening, tree):
     if rule == "chain":
         tree = f"chain:{len(tree)}"
     drawn = wrong = 0
-    for vocab_size in (5, 63, 500, 2048):
+    for vocab_size in (5, 63, 500, rng.LANES, 2 * rng.LANES + 905):
         temperatures = [0.0, 0.3, 1.0, 1.7, 0.7]
         drafts = Drafts(
             tree, vocab_size, temperatures, rule, seed=vocab_size, sharpening=sharpening
@@ -193,9 +193,9 @@ def test_exp_and_log_are_accurate():
 @pytest.mark.parametrize("block_size", [32, 128])
 @pytest.mark.parametrize("window", [0, 2, 20])
 def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap, window):
-    """Whole, truncated and one-node trees; slots that nobody may see hold NaN, and so do the
-    blocks before the window."""
-    from vllm_spechub.attention.cpu_tree import cache_views
+    """Whole, truncated and one-node trees, stored on the way; slots that nobody may see hold NaN,
+    and so do the blocks before the window."""
+    from vllm_spechub.attention.cpu_tree import cache_views, host_views
 
     torch.manual_seed(0)
     tree = TokenTree.parse("binary:3")
@@ -208,13 +208,16 @@ def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap,
     table = torch.randperm(20)[: 4 * num_blocks].view(4, num_blocks).int()
     keys, values = cache_views(cache)
     unwritten = {(0, 3), (3, 9)}  # (request, node): nobody's ancestor but their own
+    new_keys, new_values = torch.randn(2, num_tokens, num_kv_heads, head_size)
+    slots = torch.full((num_tokens,), -1)
     for r in range(4):
         for slot in range(seq_lens[r]):
-            if (r, slot - roots[r]) in unwritten:
-                continue
             block, offset = table[r, slot // block_size].long(), slot % block_size
-            keys[block, offset] = torch.randn(num_kv_heads, head_size)
-            values[block, offset] = torch.randn(num_kv_heads, head_size)
+            if slot < roots[r]:
+                keys[block, offset] = torch.randn(num_kv_heads, head_size)
+                values[block, offset] = torch.randn(num_kv_heads, head_size)
+            elif (r, node := slot - roots[r]) not in unwritten:
+                slots[first[r] + node] = block * block_size + offset
     for r in range(4 if window else 0):
         for block in range(max(roots[r] + 1 - window, 0) // block_size):
             keys[table[r, block].long()] = values[table[r, block].long()] = torch.nan
@@ -222,9 +225,13 @@ def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap,
     masks = [torch.from_numpy(tree.ancestor_masks[:n]) for n in counts]
     query = torch.randn(num_tokens, num_heads, head_size)
     found, expected = torch.zeros_like(query), torch.zeros_like(query)
-    attend_trees(
+    before = cache.clone()
+    store_and_attend(
+        new_keys.numpy(),
+        new_values.numpy(),
+        slots.numpy(),
         query.numpy(),
-        cache.view(20, num_kv_heads, 2, -1).numpy(),
+        *host_views(cache, head_size),
         table.numpy(),
         seq_lens,
         first,
@@ -236,6 +243,11 @@ def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap,
         window,
         found.numpy(),
     )
+    expected_keys, expected_values = cache_views(before)
+    stored = slots[slots >= 0]
+    for there, new in ((expected_keys, new_keys), (expected_values, new_values)):
+        there[stored // block_size, stored % block_size] = new[slots >= 0]
+    torch.testing.assert_close(cache, before, rtol=0, atol=0, equal_nan=True)
     starts = torch.from_numpy(np.append(first, num_tokens).astype(np.int32))
     tree_attention_reference(
         query,

@@ -2,7 +2,8 @@
 """vLLM's CPU attention with tree masks.
 
 The C++ kernel knows causal masks only. It keeps every ordinary token; tree tokens attend in a host
-kernel of ours, over the same paged cache. A batch of trees alone never enters the C++ kernel.
+kernel of ours, over the same paged cache. A batch of trees alone never enters the C++ kernel, nor,
+on one thread, do short chains: a call of it costs more than their arithmetic.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_spechub.attention.visibility import TreeVisibility
-from vllm_spechub.host_kernels.attention import attend_trees
+from vllm_spechub.host_kernels.attention import attend_trees, store_and_attend
+
+MAX_CHAIN = 16
+"""Tokens of a request that attend as a tree without branches."""
 
 
 @dataclass
@@ -46,6 +50,9 @@ class CPUTreeMetadata(CPUAttentionMetadata):
 
 
 class CPUTreeBackend(CPUAttentionBackend):
+    # A separate operation for each layer's cache takes longer than the copy that it makes.
+    forward_includes_kv_cache_update = True
+
     @staticmethod
     def get_impl_cls() -> type["CPUTreeImpl"]:
         return CPUTreeImpl
@@ -69,6 +76,20 @@ def cache_views(
     key = halves[:, :, 0].unflatten(-1, (head_size, block_size)).permute(0, 3, 1, 2)
     value = halves[:, :, 1].unflatten(-1, (block_size, head_size)).permute(0, 2, 1, 3)
     return key, value
+
+
+def host_views(
+    # [num_blocks, num_kv_heads, block_size, 2 * head_size] float32
+    kv_cache: torch.Tensor,
+    head_size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same layout as `attend_trees` takes it: all of the memory with a block's shape of keys,
+    and with that of values."""
+    num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+    halves = kv_cache.view(num_blocks, num_kv_heads, 2, -1)
+    shapes = (head_size, block_size), (block_size, head_size)
+    keys, values = (halves.unflatten(-1, shape).numpy() for shape in shapes)
+    return keys, values
 
 
 FP8 = {
@@ -124,7 +145,10 @@ class CPUTreeMetadataBuilder(CPUAttentionMetadataBuilder):
         fast_build: bool = False,
         tree: TreeVisibility | None = None,
     ) -> CPUAttentionMetadata:
-        rows = None if tree is None else self._tree_rows(common_attn_metadata, tree)
+        if tree is None:
+            rows = self._chain_rows(common_attn_metadata)
+        else:
+            rows = self._tree_rows(common_attn_metadata, tree)
         if rows is None or not rows.whole_batch:
             metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
             if rows is None:
@@ -144,7 +168,42 @@ class CPUTreeMetadataBuilder(CPUAttentionMetadataBuilder):
         )
 
     def _tree_rows(self, common: CommonAttentionMetadata, tree: TreeVisibility) -> TreeRows | None:
-        counts = tree.num_tree_tokens[: common.num_reqs]
+        return self._rows(
+            common,
+            tree.num_tree_tokens[: common.num_reqs],
+            tree.visible_until.numpy(),
+            tree.tree_mask.numpy(),
+        )
+
+    def _chain_rows(self, common: CommonAttentionMetadata) -> TreeRows | None:
+        """A batch of short chains as trees: each one's root is its first token."""
+        # vLLM's kernel shares its work among threads, ours does not
+        if not (1 < common.max_query_len <= MAX_CHAIN and common.causal):
+            return None
+        if torch.get_num_threads() > 1:
+            return None
+        starts = common.query_start_loc_cpu.numpy()[: common.num_reqs + 1]
+        counts = np.diff(starts)
+        roots = common.seq_lens.numpy()[: common.num_reqs] - counts
+        depths = np.arange(starts[-1]) - np.repeat(starts[:-1], counts)
+        return self._rows(
+            common,
+            counts.astype(np.int64),
+            np.repeat(roots, counts).astype(np.int32),
+            np.int64(2) ** (depths + 1) - 1,
+        )
+
+    def _rows(
+        self,
+        common: CommonAttentionMetadata,
+        # [num_reqs]
+        counts: np.ndarray,
+        # [num_tokens]
+        visible_until: np.ndarray,
+        # [num_tokens]
+        tree_mask: np.ndarray,
+    ) -> TreeRows | None:
+        """The last `counts` tokens of every request."""
         reqs = np.flatnonzero(counts)
         if len(reqs) == 0:
             return None
@@ -156,8 +215,8 @@ class CPUTreeMetadataBuilder(CPUAttentionMetadataBuilder):
             seq_lens=seq_lens,
             first_token=common.query_start_loc_cpu.numpy()[reqs + 1] - counts,
             num_tree_tokens=counts,
-            visible_until=tree.visible_until.numpy(),
-            tree_mask=tree.tree_mask.numpy(),
+            visible_until=visible_until,
+            tree_mask=tree_mask,
             whole_batch=int(counts.sum()) == common.num_actual_tokens,
         )
 
@@ -165,6 +224,9 @@ class CPUTreeMetadataBuilder(CPUAttentionMetadataBuilder):
 class CPUTreeImpl(CPUAttentionBackendImpl):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        # the layer's cache, and as the host kernel takes it
+        self._viewed: torch.Tensor | None = None
+        self._views: tuple[np.ndarray, np.ndarray]
         for feature, used in (
             ("ALiBi", self.alibi_slopes is not None),
             ("attention sinks", self.sinks is not None),
@@ -193,8 +255,28 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if attn_metadata is None:  # a profiling run
+            return output
         rows = getattr(attn_metadata, "tree", None)
-        if rows is None or not rows.whole_batch:
+        alone = rows is not None and rows.whole_batch
+        stores = self.kv_sharing_target_layer_name is None
+        if alone and stores and kv_cache.dtype == query.dtype == torch.float32:
+            if self._viewed is not kv_cache:
+                self._viewed, self._views = kv_cache, host_views(kv_cache, self.head_size)
+            store_and_attend(
+                key.contiguous().numpy(),
+                value.contiguous().numpy(),
+                attn_metadata.slot_mapping.numpy(),
+                query.contiguous().numpy(),
+                *self._views,
+                *self._where(rows, rows.block_table),
+                output.numpy(),
+            )
+            return output
+        if stores:
+            slots = attn_metadata.slot_mapping
+            self.do_kv_cache_update(layer, key, value, kv_cache, slots)
+        if not alone:
             super().forward(
                 layer,
                 query,
@@ -210,6 +292,20 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
             self._attend(layer, query, kv_cache, rows, output)
         return output
 
+    def _where(self, rows: TreeRows, block_table: np.ndarray) -> tuple:
+        """What `attend_trees` takes between the cache and the output."""
+        return (
+            block_table,
+            rows.seq_lens,
+            rows.first_token,
+            rows.num_tree_tokens,
+            rows.visible_until,
+            rows.tree_mask,
+            np.float32(self.scale),
+            np.float32(self.logits_soft_cap),
+            max(self.sliding_window, 0),
+        )
+
     def _attend(
         self,
         layer,
@@ -221,10 +317,7 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
         # [num_tokens, num_heads, head_size]
         output: torch.Tensor,
     ) -> None:
-        # [num_blocks, num_kv_heads, 2, block_size * head_size], see `cache_views`
-        cache = kv_cache.view(len(kv_cache), self.num_kv_heads, 2, -1)
-        block_table = rows.block_table
-        attended = output
+        cache, block_table, attended = kv_cache, rows.block_table, output
         if cache.dtype != torch.float32:
             # the host kernel reads float32: convert the blocks in use
             cache = cache[torch.from_numpy(block_table)].flatten(0, 1)
@@ -232,22 +325,15 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
                 cache = cache.view(FP8[self.kv_cache_dtype])
             cache = cache.float()
             if self.is_fp8_kv_cache:
-                cache[:, :, 0] *= layer._k_scale_float
-                cache[:, :, 1] *= layer._v_scale_float
+                halves = cache.view(len(cache), self.num_kv_heads, 2, -1)
+                halves[:, :, 0] *= layer._k_scale_float
+                halves[:, :, 1] *= layer._v_scale_float
             block_table = np.arange(len(cache), dtype=np.int32).reshape(block_table.shape)
             attended = output.float()
         attend_trees(
             query.float().contiguous().numpy(),
-            cache.numpy(),
-            block_table,
-            rows.seq_lens,
-            rows.first_token,
-            rows.num_tree_tokens,
-            rows.visible_until,
-            rows.tree_mask,
-            np.float32(self.scale),
-            np.float32(self.logits_soft_cap),
-            max(self.sliding_window, 0),
+            *host_views(cache, self.head_size),
+            *self._where(rows, block_table),
             attended.numpy(),
         )
         if attended is not output:

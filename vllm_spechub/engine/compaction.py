@@ -5,13 +5,16 @@ The target wrote every tree node to its own slot. The next step, the prefix cach
 all read consecutive slots, so the path moves before anything else can look.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
 
-from vllm_spechub.triton_kernels.compaction import KVCompactor
+if TYPE_CHECKING:
+    from vllm_spechub.triton_kernels.compaction import KVCompactor
 
 
 class PathCompactor:
@@ -25,8 +28,10 @@ class PathCompactor:
         """Take hold of the target's cache tensors once they are allocated."""
         if current_platform.is_cpu():
             from vllm_spechub.attention.cpu_tree import cache_views
+            from vllm_spechub.host_kernels.compaction import HostKVCompactor as Compactor
         else:
             from vllm_spechub.attention.triton_tree import cache_views
+            from vllm_spechub.triton_kernels.compaction import KVCompactor as Compactor
 
         self.block_tables = block_tables
         self.compactors = []
@@ -46,7 +51,7 @@ class PathCompactor:
                 for view in cache_views(layer.kv_cache)
             ]
             if views:
-                self.compactors.append((group_id, KVCompactor(views)))
+                self.compactors.append((group_id, Compactor(views)))
 
     def __call__(
         self,

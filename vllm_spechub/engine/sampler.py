@@ -120,6 +120,8 @@ class TreeRejectionSampler(RejectionSampler):
         draft: DraftBuffers,
     ) -> VerifiedPaths:
         """Verify the requests of every tree in the batch: nearly always there is but one."""
+        if len(self.drafted.trees) == 1:
+            return verify(num_nodes=num_nodes.to(torch.int32), state=draft.states[0])
         tree_index = self.drafted.index[batch.idx_mapping_np]
         first, *others = np.unique(tree_index[batch.num_draft_tokens_per_req > 0])
         if not others:

@@ -7,7 +7,43 @@ pass per request and KV head over the cache in place beats a dozen small PyTorch
 
 import numpy as np
 
-from vllm_spechub.host_kernels.compiled import argmax, exp_row, f32, i32, jit, jit_sums
+from vllm_spechub.host_kernels.compiled import exp_row, f32, i32, jit, jit_sums
+
+# Rows of positions are padded to whole vectors, and every block size is a multiple of one: what is
+# left over by a loop over vectors costs as much as several of them.
+VECTOR = 16
+
+
+@jit
+def _gather_values(
+    # [num_blocks, num_kv_heads, 2, block_size, head_size]
+    value_cache,
+    # [max_blocks]
+    blocks,
+    head,
+    # the first position, at a block's start, the root's, and the first one past the last
+    begin,
+    root,
+    end,
+    # [head_size, num_positions padded], written: zeros past the end
+    values,
+):
+    """One head's values of a request, in rows of positions as its keys are."""
+    head_size = values.shape[0]
+    block_size = value_cache.shape[3]
+    for start in range(begin, end, block_size):
+        stored = value_cache[blocks[start // block_size], head, 1]
+        for s in range(min(block_size, end - start)):
+            for d in range(head_size):
+                values[d, start - begin + s] = stored[s, d]
+    # Below the root a slot may never have been written, and 0 * NaN is NaN.
+    for s in range(root - begin, end - begin):
+        for d in range(head_size):
+            if not np.isfinite(values[d, s]):
+                values[d, s] = f32(0.0)
+    for d in range(head_size):
+        for s in range(end - begin, values.shape[1]):
+            values[d, s] = f32(0.0)
 
 
 @jit
@@ -15,6 +51,7 @@ def _score(
     # [head_size] each, two rows at a time: they share the loads of the keys
     qa,
     qb,
+    softmax_scale,
     # [head_size, block_size]
     keys,
     # [num_keys in the block] each
@@ -25,38 +62,111 @@ def _score(
     row_b[:] = f32(0.0)
     for d in range(0, keys.shape[0], 4):
         k0, k1, k2, k3 = keys[d], keys[d + 1], keys[d + 2], keys[d + 3]
-        a0, a1, a2, a3 = qa[d], qa[d + 1], qa[d + 2], qa[d + 3]
-        b0, b1, b2, b3 = qb[d], qb[d + 1], qb[d + 2], qb[d + 3]
+        a0, a1 = qa[d] * softmax_scale, qa[d + 1] * softmax_scale
+        a2, a3 = qa[d + 2] * softmax_scale, qa[d + 3] * softmax_scale
+        b0, b1 = qb[d] * softmax_scale, qb[d + 1] * softmax_scale
+        b2, b3 = qb[d + 2] * softmax_scale, qb[d + 3] * softmax_scale
         for s in range(row_a.shape[0]):
             row_a[s] += (a0 * k0[s] + a1 * k1[s]) + (a2 * k2[s] + a3 * k3[s])
             row_b[s] += (b0 * k0[s] + b1 * k1[s]) + (b2 * k2[s] + b3 * k3[s])
 
 
 @jit
+def _mask(
+    # [num_positions], -inf where the token sees nothing
+    row,
+    tree_mask,
+    # offsets: where the token's window starts, of the root, and past the last position
+    window_start,
+    root,
+    end,
+    softcap,
+):
+    if softcap > f32(0.0):
+        for s in range(end):
+            row[s] = np.tanh(row[s] / softcap) * softcap
+    for s in range(min(window_start, root)):
+        row[s] = f32(-np.inf)
+    for s in range(root, end):
+        node = s - root
+        if node > 63 or (tree_mask >> np.uint64(node)) & np.uint64(1) == np.uint64(0):
+            row[s] = f32(-np.inf)
+    row[end:] = f32(-np.inf)
+
+
+@jit_sums
+def _exponentials(
+    # [num_positions]
+    row,
+    # [num_positions] each
+    scratch,
+    scratch_bits,
+):
+    """In place, relative to the largest; returns their sum."""
+    top = row[0]
+    for s in range(row.shape[0]):
+        top = top if top > row[s] else row[s]
+    for s in range(row.shape[0]):
+        row[s] -= top
+    exp_row(row, scratch, scratch_bits)
+    total = f32(0.0)
+    for s in range(row.shape[0]):
+        total += row[s]
+    return total
+
+
+@jit_sums
 def _weigh(
-    # [num_keys in the block] each
+    # [num_positions] each
     wa,
     wb,
-    # [block_size, head_size]
+    # what the weights add up to
+    total_a,
+    total_b,
+    # [head_size, num_positions]
     values,
-    # [head_size] each
+    # [head_size] each, written
     out_a,
     out_b,
 ):
-    """Add the weighted values, every one of which is visible."""
-    count = wa.shape[0]
-    for s in range(0, count - 3, 4):
-        v0, v1, v2, v3 = values[s], values[s + 1], values[s + 2], values[s + 3]
-        a0, a1, a2, a3 = wa[s], wa[s + 1], wa[s + 2], wa[s + 3]
-        b0, b1, b2, b3 = wb[s], wb[s + 1], wb[s + 2], wb[s + 3]
-        for d in range(values.shape[1]):
-            out_a[d] += (a0 * v0[d] + a1 * v1[d]) + (a2 * v2[d] + a3 * v3[d])
-            out_b[d] += (b0 * v0[d] + b1 * v1[d]) + (b2 * v2[d] + b3 * v3[d])
-    for s in range(count - count % 4, count):
-        v0 = values[s]
-        for d in range(values.shape[1]):
-            out_a[d] += wa[s] * v0[d]
-            out_b[d] += wb[s] * v0[d]
+    for d in range(0, values.shape[0], 4):
+        v0, v1, v2, v3 = values[d], values[d + 1], values[d + 2], values[d + 3]
+        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = f32(0.0)
+        for s in range(wa.shape[0]):
+            a0 += wa[s] * v0[s]
+            a1 += wa[s] * v1[s]
+            a2 += wa[s] * v2[s]
+            a3 += wa[s] * v3[s]
+            b0 += wb[s] * v0[s]
+            b1 += wb[s] * v1[s]
+            b2 += wb[s] * v2[s]
+            b3 += wb[s] * v3[s]
+        out_a[d], out_a[d + 1] = a0 / total_a, a1 / total_a
+        out_a[d + 2], out_a[d + 3] = a2 / total_a, a3 / total_a
+        out_b[d], out_b[d + 1] = b0 / total_b, b1 / total_b
+        out_b[d + 2], out_b[d + 3] = b2 / total_b, b3 / total_b
+
+
+@jit
+def _store(
+    # [num_tokens, num_kv_heads, head_size] each
+    key,
+    value,
+    # [num_tokens] int64, negative for tokens that are not kept
+    slots,
+    # the two views that `attend_trees` takes
+    key_cache,
+    value_cache,
+):
+    block_size, head_size = value_cache.shape[3:]
+    for t in range(min(key.shape[0], slots.shape[0])):
+        if slots[t] < 0:
+            continue
+        block, offset = slots[t] // block_size, slots[t] % block_size
+        for h in range(key.shape[1]):
+            for d in range(head_size):
+                key_cache[block, h, 0, d, offset] = key[t, h, d]
+                value_cache[block, h, 1, offset, d] = value[t, h, d]
 
 
 @jit
@@ -82,12 +192,14 @@ def _clip_to_window(
     return mask, max(root + num_ancestors - window, np.int64(0))
 
 
-@jit_sums
+@jit
 def attend_trees(
     # [num_tokens, num_heads, head_size] float32
     query,
-    # [num_blocks, num_kv_heads, 2, block_size * head_size] float32: keys transposed, then values
-    cache,
+    # [num_blocks, num_kv_heads, 2, head_size, block_size] float32, keys at 0
+    key_cache,
+    # [num_blocks, num_kv_heads, 2, block_size, head_size] float32, the same memory: values at 1
+    value_cache,
     # [num_tree_reqs, max_blocks] int32
     block_table,
     # [num_tree_reqs] int32, keys that the cache holds
@@ -108,83 +220,61 @@ def attend_trees(
 ):
     """Write the attention of every tree token; other tokens' output is left alone."""
     head_size = query.shape[2]
-    num_kv_heads = cache.shape[1]
-    block_size = cache.shape[3] // head_size
+    num_kv_heads, block_size = value_cache.shape[1], value_cache.shape[3]
     group = query.shape[1] // num_kv_heads
-    # an odd last row is paired with one more, whose results nobody reads
-    scores = np.empty((num_tree_tokens.max() * group + 1, seq_lens.max()), f32)
-    unread = np.empty(head_size, f32)
-    scratch = np.empty(seq_lens.max(), f32)
+    longest = (seq_lens.max() + VECTOR - 1) // VECTOR * VECTOR
+    flat_values = np.empty(head_size * longest, f32)
+    row_a, row_b = np.empty(longest, f32), np.empty(longest, f32)
+    scratch = np.empty(longest, f32)
     scratch_bits = scratch.view(i32)
+    unread = np.empty(head_size, f32)
     masks = np.empty(num_tree_tokens.max(), np.uint64)
     window_starts = np.empty(num_tree_tokens.max(), np.int64)
     for r in range(seq_lens.shape[0]):
-        first, num_rows, length = first_token[r], num_tree_tokens[r] * group, seq_lens[r]
-        num_blocks = (length + block_size - 1) // block_size
-        root = min(np.int64(visible_until[first]), np.int64(length))
+        first, num_rows, end = first_token[r], num_tree_tokens[r] * group, np.int64(seq_lens[r])
+        root = min(np.int64(visible_until[first]), end)
         for t in range(num_tree_tokens[r]):
             masks[t], window_starts[t] = _clip_to_window(
                 tree_mask[first + t], np.int64(visible_until[first]), window
             )
         # blocks that no window reaches are not read: vLLM may have given them away
-        first_block = window_starts[: num_tree_tokens[r]].min() // block_size
-        begin = first_block * block_size
+        begin = window_starts[: num_tree_tokens[r]].min() // block_size * block_size
+        width = (end - begin + VECTOR - 1) // VECTOR * VECTOR
+        a, b, power, bits = row_a[:width], row_b[:width], scratch[:width], scratch_bits[:width]
+        values = flat_values[: head_size * width].reshape(head_size, width)
         for h in range(num_kv_heads):
-            for b in range(first_block, num_blocks):
-                start = b * block_size
-                end = min(start + block_size, length)
-                keys = cache[block_table[r, b], h, 0].reshape(head_size, block_size)
-                for i in range(0, num_rows, 2):
-                    j = min(i + 1, num_rows - 1)
-                    _score(
-                        query[first + i // group, h * group + i % group],
-                        query[first + j // group, h * group + j % group],
-                        keys,
-                        scores[i, start:end],
-                        scores[i + 1, start:end],
-                    )
-            for i in range(num_rows):
-                row = scores[i, begin:length]
-                for s in range(row.shape[0]):
-                    row[s] *= softmax_scale
-                if softcap > f32(0.0):
-                    for s in range(row.shape[0]):
-                        row[s] = np.tanh(row[s] / softcap) * softcap
-                mask = masks[i // group]
-                for s in range(begin, min(window_starts[i // group], root)):
-                    row[s - begin] = f32(-np.inf)
-                for s in range(root, length):
-                    node = s - root
-                    if node > 63 or (mask >> np.uint64(node)) & np.uint64(1) == np.uint64(0):
-                        row[s - begin] = f32(-np.inf)
-                top = row[argmax(row)]
-                for s in range(row.shape[0]):
-                    row[s] -= top
-                exp_row(row, scratch, scratch_bits)
-                total = f32(0.0)
-                for s in range(row.shape[0]):
-                    total += row[s]
-                for s in range(row.shape[0]):
-                    row[s] /= total
+            _gather_values(value_cache, block_table[r], h, begin, root, end, values)
             for i in range(0, num_rows, 2):
+                # an odd last row is paired with itself, into results that nobody reads
                 j = min(i + 1, num_rows - 1)
-                out_a = output[first + i // group, h * group + i % group]
-                out_b = output[first + j // group, h * group + j % group] if j > i else unread
-                out_a[:] = f32(0.0)
-                out_b[:] = f32(0.0)
-                for b in range(first_block, num_blocks):
-                    start = b * block_size
-                    end = min(start + block_size, length)
-                    context = min(max(root, start), end)
-                    values = cache[block_table[r, b], h, 1].reshape(block_size, head_size)
-                    _weigh(
-                        scores[i, start:context], scores[i + 1, start:context], values, out_a, out_b
-                    )
-                    # Below the root a slot may never have been written, and 0 * NaN is NaN.
-                    for s in range(context, end):
-                        if scores[i, s] > f32(0.0):
-                            for d in range(head_size):
-                                out_a[d] += scores[i, s] * values[s - start, d]
-                        if j > i and scores[j, s] > f32(0.0):
-                            for d in range(head_size):
-                                out_b[d] += scores[j, s] * values[s - start, d]
+                ti, tj = i // group, j // group
+                hi, hj = h * group + i % group, h * group + j % group
+                qa, qb = query[first + ti, hi], query[first + tj, hj]
+                for start in range(begin, end, block_size):
+                    stored = key_cache[block_table[r, start // block_size], h, 0]
+                    here = slice(start - begin, min(start - begin + block_size, width))
+                    _score(qa, qb, softmax_scale, stored, a[here], b[here])
+                _mask(a, masks[ti], window_starts[ti] - begin, root - begin, end - begin, softcap)
+                _mask(b, masks[tj], window_starts[tj] - begin, root - begin, end - begin, softcap)
+                total_a = _exponentials(a, power, bits)
+                total_b = _exponentials(b, power, bits)
+                out_b = output[first + tj, hj] if j > i else unread
+                _weigh(a, b, total_a, total_b, values, output[first + ti, hi], out_b)
+
+
+@jit
+def store_and_attend(
+    # [num_tokens, num_kv_heads, head_size] float32 each
+    key,
+    value,
+    # [num_tokens] int64, negative for tokens that are not kept
+    slots,
+    query,
+    key_cache,
+    value_cache,
+    *rest,
+):
+    """Put keys and values in their slots, then `attend_trees` with the other arguments: one call
+    from Python where a layer has small batches."""
+    _store(key, value, slots, key_cache, value_cache)
+    attend_trees(query, key_cache, value_cache, *rest)

@@ -4,7 +4,7 @@
 import numpy as np
 import torch
 
-from vllm_spechub.host_kernels.attention import attend_trees
+from vllm_spechub.host_kernels.attention import store_and_attend
 from vllm_spechub.host_kernels.tree_sampling import sample_children, verify_tree
 from vllm_spechub.topology import TokenTree
 
@@ -36,9 +36,13 @@ def warm_up() -> None:
         )
     query = np.zeros((1, 1, 4), np.float32)
     count = np.ones(1, np.int64)
-    attend_trees(
+    store_and_attend(
         query,
-        np.zeros((1, 1, 2, 64), np.float32),
+        query,
+        count - 1,
+        query,
+        np.zeros((1, 1, 2, 4, 16), np.float32),
+        np.zeros((1, 1, 2, 16, 4), np.float32),
         np.zeros((1, 1), np.int32),
         np.ones(1, np.int32),
         count - 1,

@@ -289,7 +289,8 @@ class _DraftStep:
         if self.dummy_run:
             tokens = torch.zeros_like(positions, dtype=torch.int32)
         else:
-            proposer.unread[batch.idx_mapping] = torch.minimum(end, root)
+            if proposer.schedule.pauses:
+                proposer.unread[batch.idx_mapping] = torch.minimum(end, root)
             read = positions.clamp(max=self.max_model_len - 1)
             all_token_ids = proposer.model_state.req_states.all_token_ids.gpu
             tokens = all_token_ids[batch.idx_mapping[req], read]
@@ -321,22 +322,19 @@ class _DraftStep:
 
     def forward_level(self, depth: int, level: DraftLevel, state: DraftState) -> torch.Tensor:
         """Feed one depth's nodes. Returns hidden states [num_reqs * num_expanded, hidden_size]."""
-        num_expanded = len(level.nodes_np)
-        starts_np = np.arange(self.num_reqs + 1, dtype=np.int32) * num_expanded
-        tokens = state.tokens[self.batch.idx_mapping][:, level.nodes.long() - 1]
-        slots = (self.root_positions.unsqueeze(1) + level.nodes).flatten()
-        root = self.root_positions.repeat_interleave(num_expanded)
+        num_expanded, rows = len(level.nodes_np), level.rows(self.num_reqs)
+        root = self.root_positions[rows.req]
         tree = TreeVisibility(
             visible_until=root.to(torch.int32),
-            tree_mask=level.ancestor_masks.repeat(self.num_reqs),
+            tree_mask=rows.ancestor_masks,
             num_tree_tokens=np.full(self.num_reqs, num_expanded),
         )
         return self._forward(
-            tokens.flatten().to(torch.int32),
+            state.tokens[self.batch.idx_mapping[rows.req], rows.column].to(torch.int32),
             root + depth,
-            slots,
-            async_tensor_h2d(starts_np, device=self.device),
-            starts_np,
+            root + rows.nodes,
+            level.starts[: self.num_reqs + 1],
+            level.starts_np[: self.num_reqs + 1],
             self.root_positions + int(level.nodes_np[-1]) + 1,
             None,
             tree,
@@ -362,31 +360,28 @@ class _DraftStep:
     ) -> torch.Tensor:
         proposer, batch = self.proposer, self.batch
         last = self.max_model_len - 1
-        positions = positions.clamp(max=last)
+        # The bound covers this step's tokens; a new tree adds its root and its nodes.
+        nodes = proposer.schedule.trees[0].num_nodes
+        bound = batch.seq_lens_cpu_upper_bound[: self.num_reqs] + nodes + 1
+        outside = unused
+        if int(bound.max()) > last:
+            # no slots there, and the last one is another token's
+            outside = slots > last if unused is None else unused | (slots > last)
+            positions, slots = positions.clamp(max=last), slots.clamp(max=last)
+            seq_lens, bound = seq_lens.clamp(max=last + 1), bound.clamp(max=last + 1)
         if proposer.draft_vocab_size < proposer.vocab_size:
             tokens = tokens.clamp(max=proposer.draft_vocab_size - 1)  # it has no row for padding
         if self.skip_attn:
             return proposer._run_model(tokens, positions, None, None, None)
         mappings = proposer.block_tables.compute_slot_mappings(
-            batch.idx_mapping, starts, slots.clamp(max=last), len(tokens), out=proposer.slots
+            batch.idx_mapping, starts, slots, len(tokens), out=proposer.slots
         )
-        outside = slots > last  # no slot there, and the last one is another token's
-        if unused is not None:
-            outside |= unused
         if self.dummy_run:
-            outside.fill_(True)
-        mappings.masked_fill_(outside, PAD_SLOT_ID)
-        # The bound covers this step's tokens; a new tree adds its root and its nodes.
-        nodes = proposer.schedule.trees[0].num_nodes
+            mappings.fill_(PAD_SLOT_ID)
+        elif outside is not None:
+            mappings.masked_fill_(outside, PAD_SLOT_ID)
         draft_pass = DraftPass(
-            tokens,
-            positions,
-            mappings,
-            starts,
-            starts_np,
-            seq_lens.clamp(max=self.max_model_len).to(torch.int32),
-            batch.seq_lens_cpu_upper_bound[: self.num_reqs] + nodes + 1,
-            tree,
+            tokens, positions, mappings, starts, starts_np, seq_lens.to(torch.int32), bound, tree
         )
         graphs = proposer.graphs
         graph = graphs.fitting(draft_pass) if graphs and not self.dummy_run else None

@@ -67,7 +67,7 @@ class DraftPass:
             block_tables=[table[:num_reqs] for table in proposer.block_tables.input_block_tables],
             slot_mappings=self.slot_mappings,
             kv_cache_config=proposer.kv_cache_config,
-            seq_lens_cpu_upper_bound=self.seq_lens_bound.clamp(max=longest),
+            seq_lens_cpu_upper_bound=self.seq_lens_bound,
             positions=self.positions,
             is_prefilling=proposer.draft_is_prefilling[:num_reqs],
             model_specific_attn_metadata=None if self.tree is None else TreeAttnMetadata(self.tree),

@@ -34,17 +34,17 @@ class _KernelRule(VerificationRule):
     ) -> None:
         from vllm_spechub.rules import kernels
 
-        num_reqs, num_expanded = len(idx_mapping), len(level.nodes_np)
+        rows = level.rows(len(idx_mapping))
         # drawn from what is stored, which is what verification will see
         logits = logits.to(state.logits.dtype)
         tokens, sample_slots = kernels.sample_children(
             logits,
             temperature,
             seeds,
-            idx_mapping.repeat_interleave(num_expanded),
-            root_positions.repeat_interleave(num_expanded),
-            level.nodes.repeat(num_reqs),
-            level.num_children.repeat(num_reqs),
+            idx_mapping[rows.req],
+            root_positions[rows.req],
+            rows.nodes,
+            rows.num_children,
             rule=self.name,
             max_children=level.max_children,
             sharpening=self.config.sharpening,
