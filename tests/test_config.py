@@ -12,6 +12,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
@@ -205,6 +206,18 @@ def test_min_p_and_logit_bias_are_for_spechub_only():
         with pytest.raises(VLLMValidationError, match="not yet supported with speculative"):
             params.verify(other.model_config, other.speculative_config, None, None)
         params.verify(ours.model_config, ours.speculative_config, None, None)
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_asynchronous_scheduling_is_as_asked(asked):
+    """On by default with trees, on the CPU too, where plain vLLM turns it off."""
+    options = {} if asked is None else {"async_scheduling": asked}
+    scheduler = configured(**options).scheduler_config
+    assert scheduler.async_scheduling is (asked is not False)
+    assert ("Async" in scheduler.get_scheduler_cls().__name__) is scheduler.async_scheduling
+    plain = EngineArgs(model=TARGET, **options).create_engine_config()
+    on_for_plain = asked is not False and not current_platform.is_cpu()
+    assert plain.scheduler_config.async_scheduling is on_for_plain
 
 
 def test_the_v1_runner_cannot_be_forced(monkeypatch):

@@ -17,6 +17,15 @@ import torch
 PAIR = Path(__file__).parents[2] / "scripts" / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
 
+DEFAULTS = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 64 << 20,
+    "enforce_eager": True,
+    "disable_log_stats": False,
+    "async_scheduling": False,
+}
 PROMPTS = [
     "def parse_header(line):\n",
     "x",
@@ -42,15 +51,7 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
     # Plain vLLM runs on its own backend, whatever engine ran here before.
     registry._ATTN_OVERRIDES.pop(registry.AttentionBackendEnum.CPU_ATTN, None)
     selector._cached_get_attn_backend.cache_clear()
-    settings = {
-        "model": model,
-        "dtype": "float32",
-        "max_model_len": 256,
-        "max_num_seqs": 8,
-        "kv_cache_memory_bytes": 64 << 20,
-        "enforce_eager": True,
-        "disable_log_stats": False,
-    }
+    settings = DEFAULTS | {"model": model}
     if tree is not None:
         settings["speculative_config"] = {
             "method": "spechub",
@@ -119,16 +120,8 @@ def _no_grad():
 
 @pytest.fixture
 def async_scheduling(monkeypatch):
-    """vLLM turns it off on the CPU; its placeholders and its scheduler are the same there."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    original = CpuPlatform.check_and_update_config.__func__
-
-    def keep_async(cls, vllm_config):
-        original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_async))
+    """As engines are by default. Other tests look at steps, each of which is to be looked at."""
+    monkeypatch.setitem(DEFAULTS, "async_scheduling", True)
 
 
 @dataclass

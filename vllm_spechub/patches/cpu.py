@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches for a CPU worker that serves a spechub configuration, applied by `SpecHubCPUWorker`."""
+"""Patches for the CPU: of its configuration, and of a worker that serves trees."""
 
 import functools
 import sys
@@ -18,6 +18,34 @@ def _rebind_kernels(original):
 
     return rebind_kernels
 
+
+def _check_and_update_config(original):
+    @functools.wraps(original)
+    def check_and_update_config(cls, vllm_config):
+        from vllm_spechub.config import is_spechub
+
+        scheduler = vllm_config.scheduler_config
+        decided = scheduler.async_scheduling
+        original(cls, vllm_config)
+        if is_spechub(vllm_config):
+            scheduler.async_scheduling = decided
+
+    return check_and_update_config
+
+
+CONFIG_PATCHES = (
+    Patch(
+        symbol="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+        parameters=("cls", "vllm_config"),
+        why="It turns asynchronous scheduling off as not required on the CPU. Without it the "
+        "scheduler takes every drafted token from the worker and hands it back a step later.",
+        how="Calls the original, then restores for spechub configurations what vLLM or the user "
+        "had decided.",
+        upstream="none yet",
+        until="vLLM leaves the choice to its configuration",
+        replace=_check_and_update_config,
+    ),
+)
 
 PATCHES = (
     Patch(

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from vllm_spechub.patches import SUPPORTED_VLLM, Patch, cpu, frontend, grammar, metrics, runner
 
-EVERYWHERE: tuple[Patch, ...] = (*frontend.PATCHES, *grammar.PATCHES, *metrics.PATCHES)
+EVERYWHERE: tuple[Patch, ...] = (
+    *frontend.PATCHES,
+    *cpu.CONFIG_PATCHES,
+    *grammar.PATCHES,
+    *metrics.PATCHES,
+)
 """In every process, when vLLM loads its plugins."""
 WORKER: tuple[Patch, ...] = (*runner.PATCHES, *metrics.WORKER_PATCHES)
 """In a worker that serves trees, before its model runner is built."""
