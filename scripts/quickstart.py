@@ -47,9 +47,8 @@ def measure(llm, prompts: list[str], temperature: float, max_tokens: int) -> Res
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=0)
-    warm_up = params.clone()
-    warm_up.max_tokens = min(16, max_tokens)
-    llm.generate(prompts, warm_up, use_tqdm=False)
+    # Warm: the same steps once before, since each new batch size costs its first step something.
+    llm.generate(prompts, params, use_tqdm=False)
     before = counters(llm)
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
