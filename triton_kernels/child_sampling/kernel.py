@@ -11,21 +11,31 @@ from ..rng_device import CHILD, LABEL, element_hash, exponential, fast_log, row_
 # Stands for the logit -inf, so that masked tokens still rank above empty list entries.
 _LOWEST = tl.constexpr(-3.0e38)
 _EMPTY = tl.constexpr(-3.4e38)
+# What a lane's list begins with, in its order.
+_FIRST = tl.constexpr(-3.1e38)
+_SECOND = tl.constexpr(-3.2e38)
+_THIRD = tl.constexpr(-3.3e38)
 _NO_INDEX = tl.constexpr(2**31 - 1)
 
 NUM_WARPS = 16
 
 
 @triton.jit
-def _insert(value, index, entry_value, entry_index):
-    """Keep the better of a newcomer and a list entry; hand the other one on."""
-    ahead = (value > entry_value) | ((value == entry_value) & (index < entry_index))
+def _push(ahead, value, index, entry_value, entry_index):
+    """What is ahead of an entry takes its place and hands it on, else it is handed on itself."""
     return (
         tl.where(ahead, value, entry_value),
         tl.where(ahead, index, entry_index),
         tl.where(ahead, entry_value, value),
         tl.where(ahead, entry_index, index),
     )
+
+
+@triton.jit
+def _insert(value, index, entry_value, entry_index):
+    """Keep the better of a newcomer and a list entry; hand the other one on."""
+    ahead = (value > entry_value) | ((value == entry_value) & (index < entry_index))
+    return _push(ahead, value, index, entry_value, entry_index)
 
 
 @triton.jit
@@ -110,8 +120,8 @@ def _draw_off_hubs(
     token = best_token
     if random:
         lane = tl.arange(0, BLOCK_SIZE)
-        occupied = masses > 0.0
-        lane_logits = peaks * scale + fast_log(tl.where(occupied, masses, 1.0))
+        occupied = peaks >= _LOWEST
+        lane_logits = peaks * scale + fast_log(masses)
         lane_scores = _race_score(lane_logits, lane, key, 1.0, False)
         own_lane = _best(tl.where(occupied, lane_scores, _EMPTY), lane)[1]
         place = tl.arange(0, LANE_SIZE)
@@ -191,15 +201,16 @@ def _sample_children_kernel(
 
     # Each lane keeps its own MAX_CHILDREN - 1 best tokens. What falls off its list is no hub: it
     # joins the race of rules that rank their children there, else the lane's best token and mass
-    # off the hubs. A lane without any has the peak _LOWEST and no mass.
+    # off the hubs. Tokens come by rising index, and lists are sorted: who is ahead of an entry is
+    # ahead of all that follow, and a tie is behind. A lane's peak below _LOWEST has no mass.
     lane = tl.arange(0, BLOCK_SIZE)
-    hub0 = tl.full([BLOCK_SIZE], _EMPTY, tl.float32)
-    hub1 = hub0
-    hub2 = hub0
+    hub0 = tl.full([BLOCK_SIZE], _FIRST, tl.float32)
+    hub1 = tl.full([BLOCK_SIZE], _SECOND, tl.float32)
+    hub2 = tl.full([BLOCK_SIZE], _THIRD, tl.float32)
+    race = tl.full([BLOCK_SIZE], _EMPTY, tl.float32)
     index0 = tl.full([BLOCK_SIZE], _NO_INDEX, tl.int32)
     index1 = index0
     index2 = index0
-    race = hub0 if RACED else tl.full([BLOCK_SIZE], _LOWEST, tl.float32)
     winner = index0
     mass = tl.zeros([BLOCK_SIZE], tl.float32)
     sharp_mass = mass
@@ -210,17 +221,18 @@ def _sample_children_kernel(
         value = tl.where(valid, tl.maximum(value.to(tl.float32), _LOWEST), _EMPTY)
         if RACED:
             value = _race_score(value, index, key, scale, greedy)
+        newcomer = value
         if MAX_CHILDREN > 1:
-            hub0, index0, value, index = _insert(value, index, hub0, index0)
-            if MAX_CHILDREN > 2:
-                hub1, index1, value, index = _insert(value, index, hub1, index1)
-            if MAX_CHILDREN > 3:
-                hub2, index2, value, index = _insert(value, index, hub2, index2)
+            hub0, index0, value, index = _push(newcomer > hub0, value, index, hub0, index0)
+        if MAX_CHILDREN > 2:
+            hub1, index1, value, index = _push(newcomer > hub1, value, index, hub1, index1)
+        if MAX_CHILDREN > 3:
+            hub2, index2, value, index = _push(newcomer > hub2, value, index, hub2, index2)
         if not RACED:
             mass = _join(value, race, mass, scale)
             if SHARPENED:
                 sharp_mass = _join(value, race, sharp_mass, race_scale)
-        race, winner, _, _ = _insert(value, index, race, winner)
+        race, winner, _, _ = _push(newcomer > race, value, index, race, winner)
 
     # Hubs: the best over all lanes, MAX_CHILDREN - 1 times. A row with fewer children takes fewer.
     row_peak = 0.0

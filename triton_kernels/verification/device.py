@@ -10,6 +10,8 @@ from ..rng_device import element_hash, exponential
 LOWEST = tl.constexpr(-3.0e38)
 MAX_CHILDREN = tl.constexpr(4)
 NO_SLOT = tl.constexpr(4)
+# The peak of a law that is a point mass on the sampled child: beside it no logit has any weight.
+CERTAIN = tl.constexpr(3.0e38)
 _NO_INDEX = tl.constexpr(2**31 - 1)
 
 
@@ -128,6 +130,19 @@ def _is_any(index, tokens):
 
 
 @triton.jit
+def _holds(token, start, size):
+    """Whether a token is one of `size` from `start` on."""
+    return (token >= start) & (token < start + size)
+
+
+@triton.jit
+def _is_near(tokens, start, size):
+    """Whether any of them is. Most blocks hold none, and are spared a comparison per element."""
+    near = _holds(tokens[0], start, size) | _holds(tokens[1], start, size)
+    return near | _holds(tokens[2], start, size) | _holds(tokens[3], start, size)
+
+
+@triton.jit
 def _with(values, value, position: tl.constexpr):
     """A tuple of four with one of them replaced."""
     if position == 0:
@@ -159,13 +174,17 @@ def spechub_children(
 
 
 @triton.jit
-def sample_law(peak, total, draft_temperature, sharpening):
+def sample_scale(draft_temperature, sharpening):
+    return sharpening / tl.where(draft_temperature == 0.0, 1.0, draft_temperature)
+
+
+@triton.jit
+def _sample_law(peak, total, draft_temperature, sharpening):
     """w as `_sample_prob` takes it, from the draft's peak and sum off the hubs."""
-    greedy = draft_temperature == 0.0
-    scale = 1.0 / tl.where(greedy, 1.0, draft_temperature)
     # Nothing off the hubs, or a greedy draft: the sampled child was certain.
-    certain = greedy | (peak == LOWEST)
-    return peak, tl.where(certain, 1.0, total), scale * sharpening, certain
+    certain = (draft_temperature == 0.0) | (peak == LOWEST)
+    peak = tl.where(certain, CERTAIN, peak)
+    return peak, 1.0 / tl.where(certain, 1.0, total), sample_scale(draft_temperature, sharpening)
 
 
 @triton.jit
@@ -187,8 +206,8 @@ def spechub_law(
 ):
     """First pass over a node's rows: `node_rules.draft_law`, and what makes p of the target's.
 
-    Returns p as `_prob` takes it: peak and sum of the target's exponentials, and their scale; w as
-    `_sample_prob` takes it; the masses that the label has on the hubs and off them, and
+    Returns p as `_prob` takes it: peak and inverse sum of the target's exponentials, and their
+    scale; w as `_sample_prob` takes it; the masses that the label has on the hubs and off them, and
     [MAX_CHILDREN] by hub.
     """
     lane = tl.arange(0, BLOCK_SIZE)
@@ -208,7 +227,8 @@ def spechub_law(
         logit = _load(target_ptr, index, vocab_size)
         target_peaks, target_total = _accumulate(logit, target_peaks, target_total, target_scale)
         logit = _load(draft_ptr, index, vocab_size)
-        logit = tl.where(_is_any(index, hubs), float("-inf"), logit)
+        if _is_near(hubs, start, BLOCK_SIZE):
+            logit = tl.where(_is_any(index, hubs), float("-inf"), logit)
         if ORDERED and SHARPENED:
             _, label_total = _accumulate(logit, draft_peaks, label_total, scale)
         draft_peaks, draft_total = _accumulate(logit, draft_peaks, draft_total, scale * sharpening)
@@ -245,22 +265,21 @@ def spechub_law(
         hub_probs /= mass
         hub_mass /= mass
         off_hub_mass /= mass
-    p = (target_peak, target_sum, target_scale)
-    w = sample_law(draft_peak, draft_sum, draft_temperature, sharpening)
+    p = (target_peak, 1.0 / target_sum, target_scale)
+    w = _sample_law(draft_peak, draft_sum, draft_temperature, sharpening)
     return p, w, (hub_mass, off_hub_mass), hub_probs
 
 
 @triton.jit
 def _prob(logit, p):
-    peak, total, scale = p
-    return tl.exp((logit - peak) * scale) / total
+    peak, inverse_sum, scale = p
+    return tl.exp((logit - peak) * scale) * inverse_sum
 
 
 @triton.jit
 def _sample_prob(logit, is_sample, w):
-    peak, total, scale, certain = w
-    prob = tl.exp((logit - peak) * scale) / total
-    return tl.where(certain, tl.where(is_sample, 1.0, 0.0), prob)
+    prob = _prob(logit, w)
+    return tl.where(is_sample, tl.where(w[0] == CERTAIN, 1.0, prob), prob)
 
 
 @triton.jit
@@ -276,12 +295,18 @@ def _spechub_masses(
     w,
     acceptance,
     vocab_size,
+    near,
 ):
-    """T = acceptance * p and w at some tokens, both 0 on the hubs."""
-    is_hub = _is_any(index, hubs)
-    target = acceptance * _prob(_load(target_ptr, index, vocab_size), p)
-    draft = _sample_prob(_load(draft_ptr, index, vocab_size), index == sample, w)
-    return tl.where(is_hub, 0.0, target), tl.where(is_hub, 0.0, draft)
+    """T = acceptance * p and w at some tokens, both 0 on the hubs; `near` says whether the node's
+    children may be among them."""
+    target = _prob(_load(target_ptr, index, vocab_size), (p[0], acceptance * p[1], p[2]))
+    draft = _prob(_load(draft_ptr, index, vocab_size), w)
+    if near:
+        is_hub = _is_any(index, hubs)
+        draft = tl.where(index == sample, tl.where(w[0] == CERTAIN, 1.0, draft), draft)
+        target = tl.where(is_hub, 0.0, target)
+        draft = tl.where(is_hub, 0.0, draft)
+    return target, draft
 
 
 @triton.jit
@@ -311,7 +336,16 @@ def spechub_parts(
     unclaimed = residual_mass
     for start in range(0, vocab_size, BLOCK_SIZE):
         target, draft = _spechub_masses(
-            target_ptr, draft_ptr, start + lane, hubs, sample, p, w, acceptance, vocab_size
+            target_ptr,
+            draft_ptr,
+            start + lane,
+            hubs,
+            sample,
+            p,
+            w,
+            acceptance,
+            vocab_size,
+            _is_near(hubs, start, BLOCK_SIZE) | _holds(sample, start, BLOCK_SIZE),
         )
         residual_mass += tl.maximum(target - draft, 0.0)
         if ORDERED:
@@ -363,7 +397,16 @@ def residual_lanes(
     masses = tl.zeros([BLOCK_SIZE], tl.float32)
     for start in range(0, vocab_size, BLOCK_SIZE):
         target, draft = _spechub_masses(
-            target_ptr, draft_ptr, start + lane, hubs, sample, p, w, acceptance, vocab_size
+            target_ptr,
+            draft_ptr,
+            start + lane,
+            hubs,
+            sample,
+            p,
+            w,
+            acceptance,
+            vocab_size,
+            _is_near(hubs, start, BLOCK_SIZE) | _holds(sample, start, BLOCK_SIZE),
         )
         masses += tl.maximum(target - draft, 0.0)
     return masses
@@ -396,7 +439,7 @@ def emit_residual(
         place = tl.arange(0, LANE_SIZE)
         index = own_lane + place * BLOCK_SIZE
         target, draft = _spechub_masses(
-            target_ptr, draft_ptr, index, hubs, sample, p, w, acceptance, vocab_size
+            target_ptr, draft_ptr, index, hubs, sample, p, w, acceptance, vocab_size, True
         )
         weights = tl.maximum(target - draft, 0.0)
         token = own_lane + BLOCK_SIZE * _drawn_place(place, weights, key, BLOCK_SIZE)
@@ -541,12 +584,13 @@ def verify_recursive(
         logit = _load(target_ptr, index, vocab_size)
         target_peaks, target_total = _accumulate(logit, target_peaks, target_total, target_scale)
         logit = _load(draft_ptr, index, vocab_size)
-        if not REPLACED:
-            logit = tl.where(_is_any(index, tokens), float("-inf"), logit)
+        if not REPLACED:  # noqa: SIM102
+            if _is_near(tokens, start, BLOCK_SIZE):
+                logit = tl.where(_is_any(index, tokens), float("-inf"), logit)
         draft_peaks, draft_total = _accumulate(logit, draft_peaks, draft_total, scale)
     target_peak = tl.max(target_peaks, axis=0)
     target_total *= tl.exp((target_peaks - target_peak) * target_scale)
-    p = (target_peak, tl.sum(target_total, axis=0), target_scale)
+    p = (target_peak, 1.0 / tl.sum(target_total, axis=0), target_scale)
     peak3 = tl.max(draft_peaks, axis=0)
     total3 = tl.sum(draft_total * tl.exp((draft_peaks - peak3) * scale), axis=0)
     peak0, peak1, peak2 = peak3, peak3, peak3

@@ -162,9 +162,9 @@ def traverse_kernel(
     leave = tl.zeros([MAX_NODES], tl.float32)
     # What makes p and w of the rows of a visited node, to emit without another pass for them.
     target_peaks = leave
-    target_sums = leave
+    target_inverses = leave
     draft_peaks = leave
-    draft_sums = leave
+    draft_inverses = leave
     # The best token of the last row that a greedy request read.
     best = tl.full([], -1, tl.int32)
 
@@ -208,9 +208,9 @@ def traverse_kernel(
                         BLOCK_SIZE,
                     )
                     target_peaks = tl.where(nodes == node, p[0], target_peaks)
-                    target_sums = tl.where(nodes == node, p[1], target_sums)
+                    target_inverses = tl.where(nodes == node, p[1], target_inverses)
                     draft_peaks = tl.where(nodes == node, w[0], draft_peaks)
-                    draft_sums = tl.where(nodes == node, w[1], draft_sums)
+                    draft_inverses = tl.where(nodes == node, w[1], draft_inverses)
                 for slot in tl.static_range(MAX_CHILDREN):
                     is_child = (nodes == first + slot) & (slot < count)
                     visit = tl.where(is_child, at(chances, slots, slot), visit)
@@ -253,9 +253,9 @@ def traverse_kernel(
         ).to(tl.int32)
         sample_slot = tl.load(sample_slots_ptr + internal)
         draft_ptr = draft_logits_ptr + internal * draft_logits_node_stride
-        p = (at(target_peaks, nodes, node), at(target_sums, nodes, node), target_scale)
-        peak, total = at(draft_peaks, nodes, node), at(draft_sums, nodes, node)
-        w = device.sample_law(peak, total, draft_temperature, sharpening)
+        p = (at(target_peaks, nodes, node), at(target_inverses, nodes, node), target_scale)
+        scale = device.sample_scale(draft_temperature, sharpening)
+        w = (at(draft_peaks, nodes, node), at(draft_inverses, nodes, node), scale)
         acceptance = at(visit, nodes, node)
         lanes = device.residual_lanes(
             target_ptr,
