@@ -48,6 +48,10 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends import registry
 
+    from vllm_spechub.patches import apply_all, ledger
+
+    # A test that is collected may import Numba, over which a plain engine's start would stumble.
+    apply_all(ledger.CPU_WORKER)
     # Plain vLLM runs on its own backend, whatever engine ran here before.
     registry._ATTN_OVERRIDES.pop(registry.AttentionBackendEnum.CPU_ATTN, None)
     selector._cached_get_attn_backend.cache_clear()

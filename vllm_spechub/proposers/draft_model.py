@@ -135,8 +135,8 @@ class DraftModelProposer(StandaloneARSpeculator):
     def _rows_per_request(self) -> set[int]:
         """The numbers of rows that a request has in the passes of a step, if it has no prompt."""
         states = self.draft_logits.states
-        # of a whole tree what may have been accepted, and the new root
-        rows = {state.tree.depth + 2 for state in states}
+        # of a whole tree what may have been accepted below its root, and the new root
+        rows = {state.tree.depth + 1 for state in states}
         return rows | {len(level.nodes_np) for state in states for level in state.levels[1:]}
 
     def capture(self) -> None:
@@ -260,11 +260,12 @@ class _DraftStep:
     ) -> torch.Tensor:
         """Feed the tokens since the last one that the draft has read, then the new root.
 
-        Of a verified tree only as many rows are fed as can have been accepted, a bound known
-        without waiting for the device. Returns the roots' hidden states, [num_reqs, hidden_size].
+        Of a verified tree only as many rows are fed as can have been accepted below its root, a
+        bound known without waiting for the device. Returns the roots' hidden states,
+        [num_reqs, hidden_size].
         """
         batch, proposer = self.batch, self.proposer
-        lags, counts = self._rows_to_feed()
+        lags, skipped, counts = self._rows_to_feed()
         starts_np = np.zeros(self.num_reqs + 1, dtype=np.int32)
         np.cumsum(counts, out=starts_np[1:])
         req_np = np.repeat(np.arange(self.num_reqs), counts)
@@ -279,11 +280,11 @@ class _DraftStep:
         first_position = batch.positions[query_start]  # [num_reqs]
         self.root_positions = root = first_position + accepted
 
-        begin, end = first_position, first_position + torch.diff(starts)
+        begin = first_position + async_tensor_h2d(skipped, device=self.device)
         if lags.any():
             lags = async_tensor_h2d(lags, device=self.device)
-            begin = torch.where(lags, proposer.unread[batch.idx_mapping], first_position)
-            end = begin + torch.diff(starts)
+            begin = torch.where(lags, proposer.unread[batch.idx_mapping], begin)
+        end = begin + torch.diff(starts)
         positions = begin[req] + local
         unused = positions > root[req]
         if self.dummy_run:
@@ -298,27 +299,30 @@ class _DraftStep:
         # A request that still lags has no root among its rows, and drafts from what it has read.
         return hidden[starts[:-1] + torch.minimum(root, end - 1) - begin]
 
-    def _rows_to_feed(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which requests lag behind, [num_reqs] bool, and how many rows each gets, [num_reqs]."""
+    def _rows_to_feed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which requests lag behind, [num_reqs] bool; how many of their scheduled tokens the draft
+        has read, [num_reqs]; and how many rows each gets, [num_reqs]."""
         batch, proposer = self.batch, self.proposer
         lengths = batch.num_scheduled_tokens[: self.num_reqs].astype(np.int64)
-        behind = np.zeros_like(lengths)
+        skipped = np.zeros_like(lengths)
         if self.dummy_run:
-            return behind > 0, lengths + 1
+            return skipped > 0, skipped, lengths + 1
         drafted, reqs = proposer.model_state.drafted, batch.idx_mapping_np
+        behind = drafted.behind[reqs]
         if batch.num_draft_tokens_per_req is not None:
             drafts = batch.num_draft_tokens_per_req[: self.num_reqs]
             lengths -= np.maximum(drafts - drafted.depths[drafted.index[reqs]], 0)
-        counts = lengths + 1
-        behind = drafted.behind[reqs]
+            # a tree's root was read to draft it; below a prompt's token trees are placeholders
+            skipped += (drafts > 0) & ~batch.is_prefilling_np[: self.num_reqs] & (behind == 0)
+        counts = lengths - skipped + 1
         if proposer.graphs is not None and not (behind.any() or batch.is_prefilling_np.any()):
             # a few rows to spare make the batch uniform, as graphs are
-            counts[:] = drafted.depths[drafted.index[reqs]].max() + 2
+            counts[:] = drafted.depths[drafted.index[reqs]].max() + 1
         # what this step's tokens leave of the buffers, given to those who lag one after the other
         room = proposer.max_num_tokens + proposer.max_num_reqs - counts.sum()
         caught_up = np.clip(room - (np.cumsum(behind) - behind), 0, behind)
         drafted.behind[reqs] = behind - caught_up
-        return behind > 0, counts + caught_up
+        return behind > 0, skipped, counts + caught_up
 
     def forward_level(self, depth: int, level: DraftLevel, state: DraftState) -> torch.Tensor:
         """Feed one depth's nodes. Returns hidden states [num_reqs * num_expanded, hidden_size]."""
