@@ -30,8 +30,9 @@ class LevelRows(NamedTuple):
 class DraftLevel:
     """The internal nodes of one depth: what one draft pass expands."""
 
-    # [num_expanded] int32 on the host
+    # [num_expanded] int32 each, on the host
     nodes_np: np.ndarray
+    num_children_np: np.ndarray
     max_children: int
     # breadth-first numbering makes both contiguous
     internal: slice
@@ -124,6 +125,7 @@ class DraftState:
         starts = np.arange(max_num_reqs + 1, dtype=np.int32) * len(nodes)
         return DraftLevel(
             nodes_np=nodes,
+            num_children_np=counts,
             max_children=max_children,
             internal=slice(first_internal, first_internal + len(nodes)),
             children=slice(first_child - 1, first_child - 1 + int(counts.sum())),

@@ -6,9 +6,14 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from vllm_spechub.drafting import DraftBuffers
 from vllm_spechub.host_kernels import compiled
 from vllm_spechub.host_kernels.attention import store_and_attend
-from vllm_spechub.host_kernels.tree_sampling import sample_children, verify_tree
+from vllm_spechub.host_kernels.tree_sampling import (
+    sample_children,
+    verify_tree,
+    write_children,
+)
 from vllm_spechub.topology import TokenTree
 from vllm_spechub.triton_kernels import rng
 from vllm_spechub.triton_kernels.child_sampling import reference as child_reference
@@ -116,6 +121,26 @@ def test_same_tokens_as_the_references(rule, sharpening, tree):
             rows = (a != b).reshape(drafts.num_reqs, -1).any(1)
             drawn, wrong = drawn + len(rows), wrong + int(rows.sum())
     assert wrong <= max(1, drawn * 1e-3)
+
+
+@pytest.mark.parametrize("tree", ["binary:3", "kary:4:2", [0, 0, 0, 1, 1, 3]])
+def test_children_are_stored_as_the_state_would(tree):
+    tree = TokenTree.parse(tree)
+    ours, theirs = (
+        DraftBuffers([tree], 9, 64, torch.float32, torch.device("cpu")).states[0] for _ in range(2)
+    )
+    reqs = torch.tensor([4, 1, 7])
+    for level in ours.levels:
+        num_rows = len(level.rows(3).nodes)
+        logits = torch.randn(num_rows, 64)
+        tokens = torch.randint(0, 64, (num_rows, level.max_children))
+        slots = torch.randint(0, 4, (num_rows,), dtype=torch.int32)
+        write_children(ours, level, reqs, logits, tokens, slots)
+        theirs.write_children(level, reqs, logits, tokens, slots)
+        assert torch.equal(ours.logits, theirs.logits)
+        assert torch.equal(ours.tokens, theirs.tokens)
+        assert torch.equal(ours.sample_slots, theirs.sample_slots)
+    assert (ours.tokens[reqs] != 0).any()
 
 
 @pytest.mark.parametrize("rule", RULES[:-1])

@@ -11,8 +11,8 @@ from vllm_spechub.triton_kernels.compaction.reference import as_raw_bits
 
 @jit
 def _compact(
-    # [num_blocks, block_size, num_kv_heads, content]
-    view,
+    # each [num_blocks, block_size, num_kv_heads, content]
+    views,
     # [num_reqs, max_num_blocks]
     block_table,
     # [num_reqs]
@@ -20,7 +20,7 @@ def _compact(
     # [num_reqs, max_depth + 1]
     path,
 ):
-    block_size = view.shape[1]
+    block_size = views[0].shape[1]
     for r in range(path.shape[0]):
         for depth in range(1, path.shape[1]):
             node = path[r, depth]
@@ -30,11 +30,12 @@ def _compact(
                 continue
             # nodes ascend and are not below their depth: what is overwritten has moved before
             source, target = root_positions[r] + node, root_positions[r] + depth
-            moved = view[block_table[r, source // block_size], source % block_size]
-            place = view[block_table[r, target // block_size], target % block_size]
-            for head in range(moved.shape[0]):
-                for i in range(moved.shape[1]):
-                    place[head, i] = moved[head, i]
+            for view in views:
+                moved = view[block_table[r, source // block_size], source % block_size]
+                place = view[block_table[r, target // block_size], target % block_size]
+                for head in range(moved.shape[0]):
+                    for i in range(moved.shape[1]):
+                        place[head, i] = moved[head, i]
 
 
 class HostKVCompactor:
@@ -46,7 +47,11 @@ class HostKVCompactor:
         kv_views: Sequence[torch.Tensor],
     ) -> None:
         self.kv_views = [as_raw_bits(view) for view in kv_views]
-        self._arrays = [view.numpy() for view in self.kv_views]
+        # Layers that differ in shape or type are told apart, one call for each kind.
+        kinds: dict[tuple, list] = {}
+        for view in self.kv_views:
+            kinds.setdefault((view.dtype, view.shape[1:]), []).append(view.numpy())
+        self._kinds = [tuple(arrays) for arrays in kinds.values()]
         nothing = torch.zeros(0, 1, dtype=torch.int32)
         self(nothing, torch.zeros(0, dtype=torch.int64), nothing)  # compiled before a step needs it
 
@@ -61,5 +66,5 @@ class HostKVCompactor:
     ) -> None:
         """Copy sequence position `root + path[:, j]` to `root + j` for every depth `j >= 1`."""
         places = block_table.numpy(), root_positions.numpy(), path.numpy()
-        for array in self._arrays:
-            _compact(array, *places)
+        for arrays in self._kinds:
+            _compact(arrays, *places)

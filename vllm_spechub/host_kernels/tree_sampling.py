@@ -8,6 +8,7 @@ at a time: on rows this small a PyTorch operation costs more than the arithmetic
 import numpy as np
 import torch
 
+from vllm_spechub.drafting import DraftLevel, DraftState
 from vllm_spechub.host_kernels.compiled import (
     argmax,
     exp_row,
@@ -627,6 +628,67 @@ def sample_children(
         sample_slots.numpy(),
     )
     return tokens, sample_slots
+
+
+@jit
+def _write_children(
+    # [num_reqs] int64
+    idx_mapping,
+    first_internal,
+    first_child,
+    # [num_expanded] int32
+    num_children,
+    # [num_reqs * num_expanded, vocab_size]
+    logits,
+    # [num_reqs * num_expanded, max_children]
+    tokens,
+    # [num_reqs * num_expanded]
+    sample_slots,
+    # the buffers, written
+    all_logits,
+    all_tokens,
+    all_sample_slots,
+):
+    row = 0
+    for req in idx_mapping:
+        column = first_child
+        for i in range(num_children.shape[0]):
+            all_logits[req, first_internal + i] = logits[row]
+            all_sample_slots[req, first_internal + i] = sample_slots[row]
+            for slot in range(num_children[i]):
+                all_tokens[req, column] = tokens[row, slot]
+                column += 1
+            row += 1
+
+
+def write_children(
+    state: DraftState,
+    level: DraftLevel,
+    # [num_reqs] int64
+    idx_mapping: torch.Tensor,
+    # [num_reqs * num_expanded, vocab_size]
+    logits: torch.Tensor,
+    # [num_reqs * num_expanded, max_children] int64
+    tokens: torch.Tensor,
+    # [num_reqs * num_expanded] int32
+    sample_slots: torch.Tensor,
+) -> None:
+    """`DraftState.write_children` on the CPU."""
+    if logits.dtype == torch.float32 == state.logits.dtype:
+        _write_children(
+            idx_mapping.numpy(),
+            level.internal.start,
+            level.children.start,
+            level.num_children_np,
+            _rows(logits),
+            tokens.numpy(),
+            sample_slots.numpy(),
+            state.logits.numpy(),
+            state.tokens.numpy(),
+            state.sample_slots.numpy(),
+        )
+    else:
+        state.write_children(level, idx_mapping, logits, tokens, sample_slots)
 
 
 def verify_tree(

@@ -4,8 +4,13 @@
 import numpy as np
 import torch
 
+from vllm_spechub.drafting import DraftBuffers
 from vllm_spechub.host_kernels.attention import store_and_attend
-from vllm_spechub.host_kernels.tree_sampling import sample_children, verify_tree
+from vllm_spechub.host_kernels.tree_sampling import (
+    sample_children,
+    verify_tree,
+    write_children,
+)
 from vllm_spechub.topology import TokenTree
 
 
@@ -14,8 +19,12 @@ def warm_up() -> None:
     tables = [torch.from_numpy(t) for t in (tree.first_child, tree.num_children)]
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     logits = torch.zeros(1, 8)
+    (state,) = DraftBuffers([tree], 1, 8, torch.float32, torch.device("cpu")).states
     for rule in ("ordered", "traversal"):
-        sample_children(logits, one, zero, zero, zero, zero, zero + 1, rule=rule, max_children=1)
+        children = sample_children(
+            logits, one, zero, zero, zero, zero, zero + 1, rule=rule, max_children=1
+        )
+        write_children(state, state.levels[0], zero, logits, *children)
         verify_tree(
             logits.expand(2, -1),
             zero,

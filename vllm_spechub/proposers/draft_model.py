@@ -265,7 +265,7 @@ class _DraftStep:
         [num_reqs, hidden_size].
         """
         batch, proposer = self.batch, self.proposer
-        lags, skipped, counts = self._rows_to_feed()
+        lags, skipped, counts = self._rows_to_feed(num_rejected)
         starts_np = np.zeros(self.num_reqs + 1, dtype=np.int32)
         np.cumsum(counts, out=starts_np[1:])
         req_np = np.repeat(np.arange(self.num_reqs), counts)
@@ -299,7 +299,11 @@ class _DraftStep:
         # A request that still lags has no root among its rows, and drafts from what it has read.
         return hidden[starts[:-1] + torch.minimum(root, end - 1) - begin]
 
-    def _rows_to_feed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _rows_to_feed(
+        self,
+        # [num_reqs]
+        num_rejected: torch.Tensor,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which requests lag behind, [num_reqs] bool; how many of their scheduled tokens the draft
         has read, [num_reqs]; and how many rows each gets, [num_reqs]."""
         batch, proposer = self.batch, self.proposer
@@ -311,7 +315,10 @@ class _DraftStep:
         behind = drafted.behind[reqs]
         if batch.num_draft_tokens_per_req is not None:
             drafts = batch.num_draft_tokens_per_req[: self.num_reqs]
-            lengths -= np.maximum(drafts - drafted.depths[drafted.index[reqs]], 0)
+            if self.device.type == "cpu":
+                lengths -= num_rejected.numpy()  # there is no device to wait for
+            else:
+                lengths -= np.maximum(drafts - drafted.depths[drafted.index[reqs]], 0)
             # a tree's root was read to draft it; below a prompt's token trees are placeholders
             skipped += (drafts > 0) & ~batch.is_prefilling_np[: self.num_reqs] & (behind == 0)
         counts = lengths - skipped + 1

@@ -49,7 +49,7 @@ class _KernelRule(VerificationRule):
             max_children=level.max_children,
             sharpening=self.config.sharpening,
         )
-        state.write_children(level, idx_mapping, logits, tokens, sample_slots)
+        kernels.write_children(state, level, idx_mapping, logits, tokens, sample_slots)
 
     def verify(
         self,
