@@ -47,8 +47,9 @@ def measure(llm, prompts: list[str], temperature: float, max_tokens: int) -> Res
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=0)
-    # Warm: the same steps once before, since each new batch size costs its first step something.
-    llm.generate(prompts, params, use_tqdm=False)
+    # Warm: the same steps before, since each new batch size costs its first ones something.
+    for _ in range(2):
+        llm.generate(prompts, params, use_tqdm=False)
     before = counters(llm)
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
