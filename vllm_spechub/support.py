@@ -195,8 +195,11 @@ FEATURES = (
     Row(
         ("asynchronous scheduling",),
         "works",
-        "",
-        ("engine/test_greedy.py::test_async_scheduling",),
+        "on by default, on the CPU too",
+        (
+            "engine/test_greedy.py::test_async_scheduling",
+            "test_config.py::test_asynchronous_scheduling_is_as_asked",
+        ),
     ),
     Row(
         ("trees that follow the load",),
