@@ -109,7 +109,7 @@ def server(plain, tmp_path_factory):
             "verification  traversal",
             "binary:3: 14 nodes, depth 3",
             "├─ 1",
-            "2.4 MiB of draft weights",  # 631,424 parameters, as the card says, in fp32
+            "1.2 MiB of draft weights",  # 320,688 parameters, as the card says, in fp32
             "MiB of draft rows",
             "MiB for rows to verify",
         ):

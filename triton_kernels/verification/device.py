@@ -310,6 +310,28 @@ def _spechub_masses(
 
 
 @triton.jit
+def _block_masses(
+    # [vocab_size]
+    target_ptr,
+    # [vocab_size]
+    draft_ptr,
+    start,
+    hubs,
+    sample,
+    p,
+    w,
+    acceptance,
+    vocab_size,
+    BLOCK_SIZE: tl.constexpr,
+):
+    near = _is_near(hubs, start, BLOCK_SIZE) | _holds(sample, start, BLOCK_SIZE)
+    index = start + tl.arange(0, BLOCK_SIZE)
+    return _spechub_masses(
+        target_ptr, draft_ptr, index, hubs, sample, p, w, acceptance, vocab_size, near
+    )
+
+
+@triton.jit
 def spechub_parts(
     # [vocab_size]
     target_ptr,
@@ -330,22 +352,12 @@ def spechub_parts(
     p, w, masses, hub_probs = law
     hub_mass, off_hub_mass = masses
     hubs, sample = spechub_children(children, sample_slot)
-    lane = tl.arange(0, BLOCK_SIZE)
     slots = tl.arange(0, MAX_CHILDREN)
     residual_mass = tl.zeros([BLOCK_SIZE], tl.float32)
     unclaimed = residual_mass
     for start in range(0, vocab_size, BLOCK_SIZE):
-        target, draft = _spechub_masses(
-            target_ptr,
-            draft_ptr,
-            start + lane,
-            hubs,
-            sample,
-            p,
-            w,
-            acceptance,
-            vocab_size,
-            _is_near(hubs, start, BLOCK_SIZE) | _holds(sample, start, BLOCK_SIZE),
+        target, draft = _block_masses(
+            target_ptr, draft_ptr, start, hubs, sample, p, w, acceptance, vocab_size, BLOCK_SIZE
         )
         residual_mass += tl.maximum(target - draft, 0.0)
         if ORDERED:
@@ -393,20 +405,10 @@ def residual_lanes(
 ):
     """The mass of (acceptance * p - w)+ off the hubs in every lane, [BLOCK_SIZE]."""
     hubs, sample = spechub_children(children, sample_slot)
-    lane = tl.arange(0, BLOCK_SIZE)
     masses = tl.zeros([BLOCK_SIZE], tl.float32)
     for start in range(0, vocab_size, BLOCK_SIZE):
-        target, draft = _spechub_masses(
-            target_ptr,
-            draft_ptr,
-            start + lane,
-            hubs,
-            sample,
-            p,
-            w,
-            acceptance,
-            vocab_size,
-            _is_near(hubs, start, BLOCK_SIZE) | _holds(sample, start, BLOCK_SIZE),
+        target, draft = _block_masses(
+            target_ptr, draft_ptr, start, hubs, sample, p, w, acceptance, vocab_size, BLOCK_SIZE
         )
         masses += tl.maximum(target - draft, 0.0)
     return masses

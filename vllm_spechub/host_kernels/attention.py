@@ -7,7 +7,7 @@ pass per request and KV head over the cache in place beats a dozen small PyTorch
 
 import numpy as np
 
-from vllm_spechub.host_kernels.compiled import exp_row, f32, i32, jit, jit_sums
+from vllm_spechub.host_kernels.compiled import exp_sum, f32, i32, jit, jit_sums
 
 # Rows of positions are padded to whole vectors, and every block size is a multiple of one: what is
 # left over by a loop over vectors costs as much as several of them.
@@ -94,7 +94,7 @@ def _mask(
     row[end:] = f32(-np.inf)
 
 
-@jit_sums
+@jit
 def _exponentials(
     # [num_positions]
     row,
@@ -106,13 +106,7 @@ def _exponentials(
     top = row[0]
     for s in range(row.shape[0]):
         top = top if top > row[s] else row[s]
-    for s in range(row.shape[0]):
-        row[s] -= top
-    exp_row(row, scratch, scratch_bits)
-    total = f32(0.0)
-    for s in range(row.shape[0]):
-        total += row[s]
-    return total
+    return exp_sum(row, top, f32(1.0), scratch, scratch_bits)
 
 
 @jit_sums

@@ -44,6 +44,26 @@ def exp_row(
         row[i] *= power[i]
 
 
+@jit_sums
+def exp_sum(
+    # [size] logits; exp((row - peak) * scale) on return
+    row,
+    peak,
+    scale,
+    # [size] each
+    scratch,
+    scratch_bits,
+):
+    """Exponentials in place; returns what they add up to."""
+    for i in range(row.shape[0]):
+        row[i] = (row[i] - peak) * scale
+    exp_row(row, scratch, scratch_bits)
+    total = f32(0.0)
+    for i in range(row.shape[0]):
+        total += row[i]
+    return total
+
+
 @jit
 def log_row(
     # [size] float32, positive and normal; log of it in place

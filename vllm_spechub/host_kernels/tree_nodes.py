@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from vllm_spechub.host_kernels.compiled import argmax, exp_row, f32, jit, jit_sums
+from vllm_spechub.host_kernels.compiled import argmax, exp_row, exp_sum, f32, jit, jit_sums
 
 # Stands for the peak of logits that are all -inf.
 LOWEST = f32(-3.0e38)
@@ -39,25 +39,6 @@ def softmax(
     for i in range(row.shape[0]):
         row[i] /= total
     return peak
-
-
-@jit_sums
-def _exp_sum(
-    # [size] logits; exp((row - peak) * scale) on return
-    row,
-    peak,
-    scale,
-    # [size] each
-    scratch,
-    scratch_bits,
-):
-    for i in range(row.shape[0]):
-        row[i] = (row[i] - peak) * scale
-    exp_row(row, scratch, scratch_bits)
-    total = f32(0.0)
-    for i in range(row.shape[0]):
-        total += row[i]
-    return total
 
 
 @jit_sums
@@ -99,12 +80,12 @@ def spechub_law(
     else:
         if sharpening != f32(1.0):
             spare[:] = draft
-        weight = _exp_sum(draft, off_peak, scale * sharpening, scratch, scratch_bits)
+        weight = exp_sum(draft, off_peak, scale * sharpening, scratch, scratch_bits)
         for i in range(size):
             draft[i] /= weight
         off_weight = weight
         if sharpening != f32(1.0):
-            off_weight = _exp_sum(spare, off_peak, scale, scratch, scratch_bits)
+            off_weight = exp_sum(spare, off_peak, scale, scratch, scratch_bits)
 
     # the masses on and off the hubs, neither computed as 1 minus the other
     peak = max(top, off_peak)
