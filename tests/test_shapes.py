@@ -118,7 +118,7 @@ def test_auto_of_a_few_nodes():
             r"binary:DEPTH.*auto\[:NODES\[:DEPTH\]\], or a list",
         ),
         ("automatic", "ordered", "is none of"),
-        ("auto", "mine", "no acceptance rates for verification 'mine', only for ordered"),
+        ("auto", "mine", "no acceptance rates for verification 'mine', only for .*rrsw"),
         ([0, 2], "ordered", r"parents\[1\] = 2"),
     ],
 )

@@ -48,9 +48,24 @@ def padded(folder: Path, source: str, vocab_size: int) -> str:
 
 
 def qwen2(folder: Path, source: str) -> str:
-    """The demo model in another family, which has biases."""
+    """The demo model in another family, which has biases, and whose heads are together as wide as
+    its hidden state: silent heads make up for what is missing."""
+    config = json.loads((Path(source) / "config.json").read_text())
+    size, groups = config["head_dim"], config["num_key_value_heads"]
+    heads = config["hidden_size"] // size
+    silent = (heads - config["num_attention_heads"]) // groups
 
-    def with_biases(weights):
+    def padded_heads(weight):
+        """[num_heads * head_size, hidden_size] with silent heads at the end of every group."""
+        by_group = weight.unflatten(0, (groups, -1))
+        return torch.nn.functional.pad(by_group, (0, 0, 0, silent * size)).flatten(0, 1)
+
+    def converted(weights):
+        for name, weight in weights.items():
+            if name.endswith("q_proj.weight"):
+                weights[name] = padded_heads(weight)
+            elif name.endswith("o_proj.weight"):
+                weights[name] = padded_heads(weight.T).T.contiguous()
         biases = {
             name.replace(".weight", ".bias"): torch.zeros(len(weight), dtype=weight.dtype)
             for name, weight in weights.items()
@@ -58,9 +73,8 @@ def qwen2(folder: Path, source: str) -> str:
         }
         return weights | biases
 
-    return edited(
-        folder, source, with_biases, architectures=["Qwen2ForCausalLM"], model_type="qwen2"
-    )
+    family = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    return edited(folder, source, converted, num_attention_heads=heads, **family)
 
 
 def untied(folder: Path, source: str) -> str:

@@ -22,9 +22,9 @@ MIXED = [
     greedy_params(),
     greedy_params(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3),
     greedy_params(stop=["self", "\n"], min_tokens=12),
-    greedy_params(stop_token_ids=[11, 40], bad_words=[" =", "self"]),
+    greedy_params(stop_token_ids=[292, 40], bad_words=[" =", "self"]),
     greedy_params(logprobs=3, frequency_penalty=0.9),
-    greedy_params(stop="b", include_stop_str_in_output=True),
+    greedy_params(stop="99", include_stop_str_in_output=True),
 ]
 SAMPLED = [
     SamplingParams(temperature=1.0, max_tokens=40, seed=1),

@@ -205,7 +205,7 @@ def test_a_draft_of_another_family_and_padding(tmp_path, nodes):
     """Padding that the target emits and the draft has no row for; then the other way round."""
     long, short = (
         models.padded(tmp_path / "target", TARGET, 2112),
-        models.qwen2(tmp_path / "q", DRAFT),
+        models.qwen2(tmp_path / "q", TARGET),
     )
     params = [greedy_params(50, ignore_eos=True, detokenize=False)] * len(PROMPTS)
     with engine("binary:3", model=long, draft=short) as llm:
