@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .. import rng
 from ..rng_device import CHILD, LABEL, element_hash, exponential, fast_log, row_key, uniform
+from ..sums_device import join
 
 # Stands for the logit -inf, so that masked tokens still rank above empty list entries.
 _LOWEST = tl.constexpr(-3.0e38)
@@ -43,14 +44,6 @@ def _race_score(value, index, key, scale, greedy):
     noise = fast_log(exponential(element_hash(key, index)))
     score = tl.maximum(value * scale - tl.where(greedy, 0.0, noise), _LOWEST)
     return tl.where(value == _EMPTY, _EMPTY, score)
-
-
-@triton.jit
-def _join(value, peak, total, scale):
-    """A lane's sum of exponentials, relative to its peak, with one token more."""
-    rise = value - peak
-    decay = tl.exp(-tl.abs(rise) * scale)
-    return tl.where(rise > 0.0, total * decay + 1.0, total + decay)
 
 
 @triton.jit
@@ -229,9 +222,9 @@ def _sample_children_kernel(
         if MAX_CHILDREN > 3:
             hub2, index2, value, index = _push(newcomer > hub2, value, index, hub2, index2)
         if not RACED:
-            mass = _join(value, race, mass, scale)
+            mass = join(value, race, mass, scale)
             if SHARPENED:
-                sharp_mass = _join(value, race, sharp_mass, race_scale)
+                sharp_mass = join(value, race, sharp_mass, race_scale)
         race, winner, _, _ = _push(newcomer > race, value, index, race, winner)
 
     # Hubs: the best over all lanes, MAX_CHILDREN - 1 times. A row with fewer children takes fewer.
@@ -277,9 +270,9 @@ def _sample_children_kernel(
         if rank == 2:
             value, index = hub2, index2
         if not RACED:
-            mass = _join(value, race, mass, scale)
+            mass = join(value, race, mass, scale)
             if SHARPENED:
-                sharp_mass = _join(value, race, sharp_mass, race_scale)
+                sharp_mass = join(value, race, sharp_mass, race_scale)
         race, winner, _, _ = _insert(value, index, race, winner)
     leader, sampled = _best(race, winner)
     if not RACED:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..rng_device import element_hash, exponential
+from ..sums_device import join
 
 # Stands for the peak of logits that are all -inf.
 LOWEST = tl.constexpr(-3.0e38)
@@ -31,11 +32,8 @@ def _lead(score, index, race, winner):
 
 @triton.jit
 def _accumulate(logit, peak, total, scale):
-    """One step of a lane's running maximum and sum of exponentials, with one exponential."""
-    rise = logit - peak
-    decay = tl.exp(-tl.abs(rise) * scale)
-    total = tl.where(rise > 0.0, total * decay + 1.0, total + decay)
-    return tl.maximum(peak, logit), total
+    """One step of a lane's running maximum and sum of exponentials."""
+    return tl.maximum(peak, logit), join(logit, peak, total, scale)
 
 
 @triton.jit
