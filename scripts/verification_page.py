@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_spechub.generated import fill
-from vllm_spechub.simulation.report import (
+from generated import fill
+
+from vllm_spechub.offline.simulation.report import (
     DIFFERENCES_CSV,
     ROWS_CSV,
     STUDY_JSON,
@@ -16,9 +17,9 @@ from vllm_spechub.simulation.report import (
     by_setting,
     read_csv,
 )
-from vllm_spechub.simulation.study import Difference, Row, best_kind
-from vllm_spechub.simulation.yardstick import Yardstick
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.offline.simulation.study import Difference, Row, best_kind
+from vllm_spechub.offline.simulation.yardstick import Yardstick
+from vllm_spechub.trees.tree import TokenTree
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, FIGURES = DOCS / "verification.md", DOCS / "verification"

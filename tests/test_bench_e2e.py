@@ -44,7 +44,7 @@ def test_a_small_run(tmp_path):
 
 
 def test_an_engine_that_does_not_start_says_why(tmp_path):
-    from vllm_spechub.benchmark.engine import EngineFailed, EngineProcess, close_all
+    from vllm_spechub.measure.benchmark.engine import EngineFailed, EngineProcess, close_all
 
     target = str(SCRIPTS / "demo_pair" / "target")
     wrong = {"method": "spechub", "model": target, "tree": "binary:9"}
@@ -60,7 +60,7 @@ LEAVING = """
 import sys
 from pathlib import Path
 import psutil
-from vllm_spechub.benchmark.engine import EngineProcess, close_all
+from vllm_spechub.measure.benchmark.engine import EngineProcess, close_all
 
 options = {"model": sys.argv[1], "max_model_len": 64}
 options |= {"kv_cache_memory_bytes": 16 << 20, "enforce_eager": True}

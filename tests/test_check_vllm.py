@@ -7,11 +7,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import support_tables as support
 import vllm
+from vllm_source import check_source, reader
 
-from vllm_spechub import support
-from vllm_spechub.patches import SUPPORTED_VLLM, Patch, ledger
-from vllm_spechub.patches.wheel import check_source, reader
+from vllm_spechub.integration import patches as ledger
+from vllm_spechub.integration.patch import SUPPORTED_VLLM, Patch
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "check_vllm.py"
 

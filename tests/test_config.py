@@ -17,14 +17,14 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
-from vllm_spechub.config import SpecHubConfig, Unsupported
-from vllm_spechub.proposers import PROPOSERS
-from vllm_spechub.registry import Registry
-from vllm_spechub.rules import RULES, VerificationRule, build_rule
-from vllm_spechub.schedule import TreeSchedule
-from vllm_spechub.shapes import parse_tree
-from vllm_spechub.topology import TokenTree
-from vllm_spechub.tuning.store import keep
+from vllm_spechub.config import SpecHubConfig
+from vllm_spechub.integration.refusals import Unsupported
+from vllm_spechub.registry import PROPOSERS, RULES, Registry
+from vllm_spechub.rules.base import VerificationRule, build_rule
+from vllm_spechub.trees.best_tree import parse_tree
+from vllm_spechub.trees.measured_schedule import keep
+from vllm_spechub.trees.schedule import TreeSchedule
+from vllm_spechub.trees.tree import TokenTree
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
@@ -273,8 +273,8 @@ def test_flags_that_contradict_the_json():
 def test_a_third_party_registers_rules_and_proposers(monkeypatch):
     monkeypatch.setattr(RULES, "_entries", dict(RULES._entries))
     monkeypatch.setattr(PROPOSERS, "_entries", dict(PROPOSERS._entries))
-    RULES.register("mine", "vllm_spechub.rules.builtin:UnorderedSpecHub")
-    RULES.register("mine", "vllm_spechub.rules.builtin:UnorderedSpecHub")  # idempotent
+    RULES.register("mine", "vllm_spechub.rules.kernel_rule:UnorderedSpecHub")
+    RULES.register("mine", "vllm_spechub.rules.kernel_rule:UnorderedSpecHub")  # idempotent
     PROPOSERS.register("mine", "vllm_spechub.proposers.draft_model:DraftModelProposer")
     spec = configured({"verification": "mine", "proposer": "mine"}).speculative_config
     assert (spec.verification, spec.proposer) == ("mine", "mine")

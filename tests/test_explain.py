@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from vllm_spechub import TokenTree
 from vllm_spechub.cli import app
-from vllm_spechub.explain import shown, trace
-from vllm_spechub.simulation.texts import ModelPair
+from vllm_spechub.offline.explain import shown, trace
+from vllm_spechub.offline.simulation.texts import ModelPair
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")

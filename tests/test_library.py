@@ -149,7 +149,7 @@ q = torch.tensor([[0.5, 0.3, 0.2]])
 draft = draft_tree(tree, lambda prefixes: q.expand(len(prefixes), -1), 2, rule="traversal")
 tokens, num_tokens = verify_tree(draft, q.expand(2, 7, 3), rule="traversal")
 print(tuple(tokens.shape), acceptance(q, q, 2, "ordered").node.shape, "vllm" in sys.modules)
-import vllm_spechub.cli, vllm_spechub.simulation.study
+import vllm_spechub.cli, vllm_spechub.offline.simulation.study
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import vllm
 
-from vllm_spechub import patches, plugin
-from vllm_spechub.patches import Patch, PatchMismatch, frontend, ledger
-from vllm_spechub.patches.metrics import FieldType
+from vllm_spechub import plugin
+from vllm_spechub.integration import patch as patches
+from vllm_spechub.integration import patches as ledger
+from vllm_spechub.integration.patch import Patch, PatchMismatch
+from vllm_spechub.integration.patches import frontend
+from vllm_spechub.integration.patches.metrics import FieldType
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 
@@ -108,7 +111,7 @@ def test_help_shows_the_method():
 
 
 def test_docs_show_the_ledger():
-    from vllm_spechub.patches.ledger import render
+    from ledger_page import render
 
     page = Path(__file__).parents[1] / "docs" / "patches.md"
-    assert page.read_text() == render(), "run: python -m vllm_spechub.patches.ledger"
+    assert page.read_text() == render(), "run: python scripts/ledger_page.py"

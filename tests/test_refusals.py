@@ -13,7 +13,8 @@ from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_spechub.config import Unsupported, prepare_engine
+from vllm_spechub.integration.refusals import Unsupported
+from vllm_spechub.integration.select import prepare_engine
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")

@@ -3,8 +3,8 @@
 
 import pytest
 
-from vllm_spechub.schedule import TreeSchedule
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.trees.schedule import TreeSchedule
+from vllm_spechub.trees.tree import TokenTree
 
 
 def test_a_schedule():

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_spechub.shapes import best_shape, expected_accepted, parse_tree, shipped_rates
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.trees.best_tree import best_shape, expected_accepted, parse_tree, shipped_rates
+from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.rules import RULES
 
 

@@ -14,15 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from vllm_spechub.cli import app
-from vllm_spechub.library import DraftTree, verify_tree
-from vllm_spechub.shapes import parse_tree
-from vllm_spechub.simulation import report, study
-from vllm_spechub.simulation.drafts import Law, Plan, Variant, draft_plans
-from vllm_spechub.simulation.reach import Reach
-from vllm_spechub.simulation.study import Difference, Row, Sampling, mean_and_ci, measure
-from vllm_spechub.simulation.texts import ModelPair, Roots, read_prompts, sample_roots
-from vllm_spechub.simulation.yardstick import Yardstick
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.offline.draft_and_verify import DraftTree, verify_tree
+from vllm_spechub.offline.simulation import report, study
+from vllm_spechub.offline.simulation.drafts import Law, Plan, Variant, draft_plans
+from vllm_spechub.offline.simulation.reach import Reach
+from vllm_spechub.offline.simulation.study import Difference, Row, Sampling, mean_and_ci, measure
+from vllm_spechub.offline.simulation.texts import ModelPair, Roots, read_prompts, sample_roots
+from vllm_spechub.offline.simulation.yardstick import Yardstick
+from vllm_spechub.trees.best_tree import parse_tree
+from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.rules import RECURSIVE, RULES
 
 VOCAB = 40

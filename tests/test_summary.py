@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import torch
 
-from vllm_spechub.memory import kv_cache_share, verification_bytes
-from vllm_spechub.summary import draw
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.integration.memory import kv_cache_share, verification_bytes
+from vllm_spechub.integration.startup_summary import draw
+from vllm_spechub.trees.tree import TokenTree
 
 
 def test_a_tree_is_drawn_in_slot_order():

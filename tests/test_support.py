@@ -6,10 +6,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import support_tables as support
 from vllm import SamplingParams
 
-from vllm_spechub import support
-from vllm_spechub.patches import SUPPORTED_VLLM
+from vllm_spechub.integration.patch import SUPPORTED_VLLM
 
 TESTS = Path(__file__).parent
 # set by vLLM itself, not by a request
@@ -35,7 +35,7 @@ def test_every_row_names_tests_that_exist(title):
 
 def test_the_pages_show_the_tables():
     for path, text in support.pages().items():
-        assert path.read_text() == text, "run: python -m vllm_spechub.support"
+        assert path.read_text() == text, "run: python scripts/support_tables.py"
 
 
 def test_one_version_is_supported():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_spechub.topology import MAX_NODES, TokenTree
+from vllm_spechub.trees.tree import MAX_NODES, TokenTree
 
 
 @st.composite

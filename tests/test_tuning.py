@@ -11,15 +11,14 @@ from typer.testing import CliRunner
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
-from vllm_spechub.benchmark import interleaved
-from vllm_spechub.benchmark.decoding import Decoded
-from vllm_spechub.benchmark.engine import EngineFailed
-from vllm_spechub.benchmark.interleaved import Interleaved, Point, Row, Setup, groups
-from vllm_spechub.benchmark.ways import plain, spechub
 from vllm_spechub.cli import app
-from vllm_spechub.topology import TokenTree
-from vllm_spechub.tuning import rates, report, store
-from vllm_spechub.tuning.choose import (
+from vllm_spechub.measure.benchmark import interleaved
+from vllm_spechub.measure.benchmark.decoding import Decoded
+from vllm_spechub.measure.benchmark.engine import EngineFailed
+from vllm_spechub.measure.benchmark.interleaved import Interleaved, Point, Row, Setup, groups
+from vllm_spechub.measure.benchmark.ways import plain, spechub
+from vllm_spechub.measure.tuning import rates, report
+from vllm_spechub.measure.tuning.choose import (
     Curve,
     candidate_trees,
     chain_curves,
@@ -27,8 +26,10 @@ from vllm_spechub.tuning.choose import (
     curve,
     draft_costs,
 )
-from vllm_spechub.tuning.run import Tuned, tree_spec
-from vllm_spechub.tuning.state import State
+from vllm_spechub.measure.tuning.run import Tuned, tree_spec
+from vllm_spechub.measure.tuning.state import State
+from vllm_spechub.trees import measured_schedule as store
+from vllm_spechub.trees.tree import TokenTree
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")

@@ -4,10 +4,10 @@
 vLLM finds the plugin by its entry point. The names here need torch and no vLLM.
 """
 
-from vllm_spechub.library import DraftTree, draft_tree, verify_tree
-from vllm_spechub.node_acceptance import Acceptance, acceptance
-from vllm_spechub.optimal_transport import otm
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.offline.draft_and_verify import DraftTree, draft_tree, verify_tree
+from vllm_spechub.rules.acceptance import Acceptance, acceptance
+from vllm_spechub.rules.optimum import otm
+from vllm_spechub.trees.tree import TokenTree
 
 __version__ = "0.1.0"
 __all__ = [

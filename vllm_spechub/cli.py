@@ -91,7 +91,7 @@ def simulate(
     alike, and what verification would accept is computed from the drafted tree, not tossed.
     """
     with _usage_errors():
-        from vllm_spechub.simulation import report, study, yardstick
+        from vllm_spechub.offline.simulation import report, study, yardstick
 
         variants = _variants(rule)
         _check_nodes(nodes)
@@ -146,19 +146,19 @@ def shape(
     the tree that accepts the most tokens per step by these rates, and simulates it on fresh texts.
     """
     with _usage_errors():
-        from vllm_spechub import shapes
-        from vllm_spechub.simulation import study
-        from vllm_spechub.simulation.drafts import Variant
+        from vllm_spechub.offline.simulation import study
+        from vllm_spechub.offline.simulation.drafts import Variant
+        from vllm_spechub.trees import best_tree
 
         (variant,) = _variants([rule])
         pair, encoded, sampling = _load(
             target, draft, prompts, limit, texts, tokens, seed, depth, device, dtype
         )
         # Its own rates and those that guide it instead; the simulation decides.
-        guide = Variant(shapes.GUIDES.get(variant.rule, variant.rule), variant.sharpening)
+        guide = Variant(best_tree.GUIDES.get(variant.rule, variant.rule), variant.sharpening)
         guides = list(dict.fromkeys([variant, guide]))
         variants = list(dict.fromkeys([*guides, *(_variants(()) if rates_file else [])]))
-        rates: dict[Variant, dict[str, shapes.Rates]] = {}
+        rates: dict[Variant, dict[str, best_tree.Rates]] = {}
         with _progress() as progress:
             for t in temperature:
                 measured = study.measure_rates(
@@ -166,8 +166,10 @@ def shape(
                 )
                 for each, by_slot in measured.items():
                     rates.setdefault(each, {})[f"{t:g}"] = by_slot
-            average = {each: shapes.average_rates(list(rates[each].values())) for each in guides}
-            trees = [shapes.best_shape(by_slot, nodes, depth).tree for by_slot in average.values()]
+            average = {each: best_tree.average_rates(list(rates[each].values())) for each in guides}
+            trees = [
+                best_tree.best_shape(by_slot, nodes, depth).tree for by_slot in average.values()
+            ]
             tree, tokens_per_step = study.pick_tree(
                 pair, encoded, variant, trees, temperature, sampling, progress
             )
@@ -210,9 +212,9 @@ def explain(
     """Each step's tree for one prompt: tokens, their probabilities, what was accepted, and where
     the walk ended. q is the draft's probability below the parent, p the target's."""
     with _usage_errors():
-        from vllm_spechub import explain
-        from vllm_spechub.shapes import parse_tree
-        from vllm_spechub.simulation.load import load_pair
+        from vllm_spechub.offline import explain
+        from vllm_spechub.offline.simulation.load import load_pair
+        from vllm_spechub.trees.best_tree import parse_tree
 
         if out is not None and out.suffix not in (".png", ".html"):
             raise ValueError(f"--out must end in .png or .html, got {out.name!r}")
@@ -269,14 +271,15 @@ def tune(
     Writes a JSON file for --speculative-config, a plot, a CSV and a state file. Interrupt it when
     you like: the same command goes on where it was.
     """
-    from vllm_spechub.benchmark.engine import EngineFailed
+    from vllm_spechub.measure.benchmark.engine import EngineFailed
 
     with _usage_errors():
-        from vllm_spechub.benchmark.machine import provenance
-        from vllm_spechub.benchmark.report import write_csv
-        from vllm_spechub.tuning import report, store
-        from vllm_spechub.tuning.run import Asked, Tuning
-        from vllm_spechub.tuning.state import State
+        from vllm_spechub.measure.benchmark.machine import provenance
+        from vllm_spechub.measure.benchmark.report import write_csv
+        from vllm_spechub.measure.tuning import report
+        from vllm_spechub.measure.tuning.run import Asked, Tuning
+        from vllm_spechub.measure.tuning.state import State
+        from vllm_spechub.trees import measured_schedule
 
         rules = tuple(v.rule for v in _variants(rule) if v.rule != "chain")
         asked = Asked(
@@ -305,7 +308,7 @@ def tune(
     output.print(report.table(tuned))
     report.plot(tuned, out.with_suffix(".png"))
     write_csv(list(state.rows.values()), out.with_suffix(".csv"), about)
-    kept = store.keep(target, draft, tuned.rule, tuned.schedule)
+    kept = measured_schedule.keep(target, draft, tuned.rule, tuned.schedule)
     if not tuned.speculates:
         notes.print("no tree was faster than plain vLLM here: leave speculation off")
         return
@@ -369,7 +372,7 @@ def _progress() -> Iterator:
 
 
 def _variants(rules: list[str]) -> list:
-    from vllm_spechub.simulation.drafts import Variant
+    from vllm_spechub.offline.simulation.drafts import Variant
     from vllm_spechub.triton_kernels.rules import RULES, check_rule
 
     variants = [Variant.parse(text) for text in rules or RULES]
@@ -379,7 +382,7 @@ def _variants(rules: list[str]) -> list:
 
 
 def _check_nodes(nodes: list[int]) -> None:
-    from vllm_spechub.topology import MAX_NODES
+    from vllm_spechub.trees.tree import MAX_NODES
 
     for count in nodes:
         if not 2 <= count <= MAX_NODES:
@@ -387,8 +390,8 @@ def _check_nodes(nodes: list[int]) -> None:
 
 
 def _load(target, draft, prompts, limit, texts, tokens, seed, depth, device, dtype):
-    from vllm_spechub.simulation.load import load
-    from vllm_spechub.simulation.study import Sampling
+    from vllm_spechub.offline.simulation.load import load
+    from vllm_spechub.offline.simulation.study import Sampling
 
     sampling = Sampling(texts=texts, tokens=tokens, roots=4, seed=seed)
     return *load(target, draft, prompts, limit, sampling, depth, device, dtype), sampling

@@ -12,11 +12,13 @@ def register() -> None:
     With another vLLM than the supported one nothing changes for other users: the error is kept
     for whoever asks for spechub.
     """
-    from vllm_spechub.patches import PatchMismatch, apply_all, frontend, ledger
+    from vllm_spechub.integration import patches
+    from vllm_spechub.integration.patch import PatchMismatch, apply_all
+    from vllm_spechub.integration.patches import frontend
 
     try:
         # A worker's own patches are checked there: its modules are costly to import.
-        apply_all(ledger.EVERYWHERE)
+        apply_all(patches.EVERYWHERE)
     except PatchMismatch as mismatch:
         logger.warning("%s; spechub is switched off", mismatch)
         frontend.refuse_spechub(mismatch)

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A registry of classes by name, resolved on first use so that names cost no imports."""
+"""Registries of classes by name, resolved on first use so that names cost no imports."""
 
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from vllm_spechub.proposers import TreeProposer
+    from vllm_spechub.rules.base import VerificationRule
 
 T = TypeVar("T")
+
+METHOD = "spechub"
+"""The name of the method in `--speculative-config`."""
 
 
 class Registry(Generic[T]):
@@ -46,3 +53,19 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
+
+
+RULES: "Registry[VerificationRule]" = Registry(
+    "verification rule",
+    {
+        "ordered": "vllm_spechub.rules.kernel_rule:OrderedSpecHub",
+        "unordered": "vllm_spechub.rules.kernel_rule:UnorderedSpecHub",
+        "traversal": "vllm_spechub.rules.kernel_rule:TraversalSpecHub",
+        "rrs": "vllm_spechub.rules.kernel_rule:RecursiveRejection",
+        "rrsw": "vllm_spechub.rules.kernel_rule:RecursiveRejectionWithoutReplacement",
+        "chain": "vllm_spechub.rules.kernel_rule:ChainRejection",
+    },
+)
+PROPOSERS: "Registry[TreeProposer]" = Registry(
+    "proposer", {"draft_model": "vllm_spechub.proposers.draft_model:DraftModelProposer"}
+)

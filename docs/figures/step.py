@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from vllm_spechub import TokenTree
-from vllm_spechub.explain import Step, node_rows, trace
-from vllm_spechub.simulation.texts import ModelPair
+from vllm_spechub.offline.explain import Step, node_rows, trace
+from vllm_spechub.offline.simulation.texts import ModelPair
 
 ROOT = Path(__file__).parents[2]
 PAIR = ROOT / "scripts" / "demo_pair"

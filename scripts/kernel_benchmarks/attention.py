@@ -15,7 +15,7 @@ import torch
 
 from kernel_benchmarks.measure import TREES, Case, Plot, grid
 from kernel_benchmarks.sampling import DTYPES
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.tree_attention import tree_attention, tree_attention_reference
 
 CHECKED = 2
@@ -101,9 +101,9 @@ class Step:
     def views(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [num_blocks, block_size, num_kv_heads, head_size]"""
         if self.cache.is_cuda:
-            from vllm_spechub.attention.triton_tree import cache_views
+            from vllm_spechub.attention.triton_backend import cache_views
         else:
-            from vllm_spechub.attention.cpu_tree import cache_views
+            from vllm_spechub.attention.cpu_backend import cache_views
         return cache_views(self.cache)
 
 
@@ -157,8 +157,8 @@ def on_cpu(step: Step):
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    from vllm_spechub.attention.cpu_tree import host_views
-    from vllm_spechub.host_kernels.attention import attend_trees
+    from vllm_spechub.attention.cpu_backend import host_views
+    from vllm_spechub.cpu.tree_kernels.attention import attend_trees
 
     num_blocks, num_kv_heads, block_size, _ = step.cache.shape
     num_heads, head_size = step.query.shape[1:]

@@ -12,8 +12,8 @@ import torch
 
 from kernel_benchmarks.measure import TREES, Case, Plot, grid
 from kernel_benchmarks.sampling import DTYPES, Requests, draft_rows
-from vllm_spechub.drafting import DraftBuffers
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.rules.draft_state import DraftBuffers
+from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.child_sampling import reference
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
@@ -39,7 +39,7 @@ PLOT = Plot("batch", "nodes", {"vocab": 128_256, "dtype": "bf16", "temperature":
 def prepare(setting: dict[str, Any], device: torch.device) -> Case:
     from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
-    from vllm_spechub.rules.kernels import sample_children
+    from vllm_spechub.rules.kernel_rule import kernels
 
     batch, vocab, dtype = setting["batch"], setting["vocab"], DTYPES[setting["dtype"]]
     tree = TokenTree(TREES[setting["nodes"]])
@@ -50,7 +50,7 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
     req_idx = requests.batch.idx_mapping[rows.req]
     positions = requests.root_positions[rows.req]
 
-    def sample(sample_rows=sample_children):
+    def sample(sample_rows=kernels().sample_children):
         return sample_rows(
             logits,
             requests.temperature,

@@ -12,7 +12,7 @@ import torch
 
 from kernel_benchmarks.measure import TREES, Case, Plot, grid
 from kernel_benchmarks.sampling import DTYPES
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.compaction import KVCompactor
 
 BLOCK_SIZE = 16

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_spechub.benchmark.machine import commit
+from vllm_spechub.measure.benchmark.machine import commit
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 CPU_SECONDS = 0.1

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from vllm_spechub.drafting import DraftBuffers, DraftState
-from vllm_spechub.schedule import TreeSchedule
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.rules.draft_state import DraftBuffers, DraftState
+from vllm_spechub.trees.schedule import TreeSchedule
+from vllm_spechub.trees.tree import TokenTree
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 POSITION = 1000  # of every root
@@ -20,9 +20,9 @@ def prepare_platform(device: torch.device) -> None:
     if device.type == "cpu":
         import vllm.v1.worker.cpu.shm  # noqa: F401
 
-        from vllm_spechub import host_kernels
+        from vllm_spechub.cpu import vllm_kernels
 
-        host_kernels.register()
+        vllm_kernels.register()
 
 
 def draft_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -61,8 +61,8 @@ class Requests:
         from vllm.v1.worker.gpu.sample.sampler import Sampler
         from vllm.v1.worker.gpu.states import RequestState
 
-        from vllm_spechub.engine.drafted import DraftedTrees
-        from vllm_spechub.engine.history import HistoryProcessors
+        from vllm_spechub.engine.processors import HistoryProcessors
+        from vllm_spechub.engine.request_trees import DraftedTrees
         from vllm_spechub.engine.sampler import TreeRejectionSampler
 
         width = 1 + tree.num_nodes
@@ -124,7 +124,7 @@ class Requests:
     def draft(self, dtype: torch.dtype, rule: str) -> DraftState:
         """Every request's tree, drafted level by level as the engine does."""
         from vllm_spechub.engine.truncation import truncate, truncates
-        from vllm_spechub.rules.kernels import sample_children
+        from vllm_spechub.rules.kernel_rule import kernels
 
         batch, params = self.batch, self.sampler.sampling_states
         reqs = batch.idx_mapping_np
@@ -134,7 +134,7 @@ class Requests:
             rows = level.rows(batch.num_reqs)
             logits = draft_rows((len(rows.nodes), self.vocab), dtype, self.device)
             truncate(logits, params, batch.idx_mapping, reqs, chosen)
-            tokens, slots = sample_children(
+            tokens, slots = kernels().sample_children(
                 logits,
                 self.temperature,
                 self.seeds,

@@ -15,7 +15,7 @@ import torch
 
 from kernel_benchmarks.measure import TREES, Case, Plot, grid
 from kernel_benchmarks.sampling import DTYPES, Requests, disturb
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 from vllm_spechub.triton_kernels.verification import reference
 
@@ -41,7 +41,7 @@ PLOT = Plot("batch", "nodes", {"vocab": 128_256, "dtype": "bf16", "temperature":
 
 
 def prepare(setting: dict[str, Any], device: torch.device) -> Case:
-    from vllm_spechub.rules.kernels import verify_tree
+    from vllm_spechub.rules.kernel_rule import kernels
 
     dtype, rule = DTYPES[setting["dtype"]], setting["rule"]
     tree = TokenTree(TREES[setting["nodes"]])
@@ -54,7 +54,7 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
     tokens = torch.cat([draft.tokens.new_zeros(batch.num_reqs, 1), draft.tokens], dim=1).flatten()
     num_nodes = torch.full_like(requests.row_start, tree.num_nodes)
 
-    def verify(verify_rows=verify_tree, **options):
+    def verify(verify_rows=kernels().verify_tree, **options):
         rows, temperature = requests.tree_sampler.process(logits, batch)
         return verify_rows(
             rows,

@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from vllm_spechub.attention.cpu_tree import cache_views
-from vllm_spechub.host_kernels.compaction import HostKVCompactor
+from vllm_spechub.attention.cpu_backend import cache_views
+from vllm_spechub.cpu.tree_kernels.compaction import HostKVCompactor
 from vllm_spechub.triton_kernels.compaction import compact_reference
 from vllm_spechub.triton_kernels.compaction.reference import as_raw_bits
 

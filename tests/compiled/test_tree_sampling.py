@@ -6,15 +6,15 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from vllm_spechub.drafting import DraftBuffers
-from vllm_spechub.host_kernels import compiled
-from vllm_spechub.host_kernels.attention import store_and_attend
-from vllm_spechub.host_kernels.tree_sampling import (
+from vllm_spechub.cpu.tree_kernels import vector_math
+from vllm_spechub.cpu.tree_kernels.attention import store_and_attend
+from vllm_spechub.cpu.tree_kernels.sampling import (
     sample_children,
     verify_tree,
     write_children,
 )
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.rules.draft_state import DraftBuffers
+from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels import rng
 from vllm_spechub.triton_kernels.child_sampling import reference as child_reference
 from vllm_spechub.triton_kernels.rules import RULES, SPECHUB
@@ -193,23 +193,23 @@ def test_noise_has_the_references_bits():
     key = rng.row_key(torch.tensor([-5]), torch.tensor([77]), 3, rng.CHILD)
     expected = rng.exponential(rng.element_hash(key, 5000))[0].numpy()
     row, scratch, uniforms = (np.empty(5000, np.float32) for _ in range(3))
-    found_key = compiled.row_key(np.int64(-5), np.int64(77), 3, rng.CHILD)
+    found_key = vector_math.row_key(np.int64(-5), np.int64(77), 3, rng.CHILD)
     assert np.uint32(found_key) == key.numpy().view(np.uint32)[0]
-    compiled.exponential_row(found_key, 0, row, row.view(np.int32), scratch, uniforms)
+    vector_math.exponential_row(found_key, 0, row, row.view(np.int32), scratch, uniforms)
     np.testing.assert_allclose(row, expected, rtol=1e-6)
 
 
 def test_exp_and_log_are_accurate():
     x = np.linspace(-86, 0, 9999, dtype=np.float32)
     row, scratch = x.copy(), np.empty_like(x)
-    compiled.exp_row(row, scratch, scratch.view(np.int32))
+    vector_math.exp_row(row, scratch, scratch.view(np.int32))
     np.testing.assert_allclose(row, np.exp(x.astype(np.float64)), rtol=3e-7)
     hidden = np.array([-np.inf, -1000, 0], np.float32)
-    compiled.exp_row(hidden, scratch[:3], scratch[:3].view(np.int32))
+    vector_math.exp_row(hidden, scratch[:3], scratch[:3].view(np.int32))
     assert hidden.tolist() == [0, 0, 1]
     x = np.geomspace(2.0**-33, 20, 9999).astype(np.float32)
     row = x.copy()
-    compiled.log_row(row, row.view(np.int32), scratch)
+    vector_math.log_row(row, row.view(np.int32), scratch)
     np.testing.assert_allclose(row, np.log(x.astype(np.float64)), rtol=3e-7, atol=1e-7)
 
 
@@ -220,7 +220,7 @@ def test_exp_and_log_are_accurate():
 def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap, window):
     """Whole, truncated and one-node trees, stored on the way; slots that nobody may see hold NaN,
     and so do the blocks before the window."""
-    from vllm_spechub.attention.cpu_tree import cache_views, host_views
+    from vllm_spechub.attention.cpu_backend import cache_views, host_views
 
     torch.manual_seed(0)
     tree = TokenTree.parse("binary:3")

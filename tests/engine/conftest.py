@@ -48,7 +48,8 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends import registry
 
-    from vllm_spechub.patches import apply_all, ledger
+    from vllm_spechub.integration import patches as ledger
+    from vllm_spechub.integration.patch import apply_all
 
     # A test that is collected may import Numba, over which a plain engine's start would stumble.
     apply_all(ledger.CPU_WORKER)

@@ -16,7 +16,7 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.trees.tree import TokenTree
 
 TOKENIZER = AutoTokenizer.from_pretrained(TARGET)
 EOS = TOKENIZER.eos_token_id

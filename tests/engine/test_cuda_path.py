@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
 
 from vllm_spechub.attention import cpu_tree, triton_tree
-from vllm_spechub.engine import cpu_worker
+from vllm_spechub.integration import cpu_worker
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 

@@ -199,7 +199,7 @@ def test_a_seed_fixes_the_tokens(tree):
 
 def test_the_checked_entry_points_take_what_the_engine_passes(monkeypatch):
     """On CUDA the engine calls `triton_kernels`, whose references must sample the same tokens."""
-    from vllm_spechub.rules import kernels
+    from vllm_spechub.rules import kernel_rule
     from vllm_spechub.triton_kernels.child_sampling import sample_children
     from vllm_spechub.triton_kernels.verification import verify_tree
 
@@ -207,7 +207,8 @@ def test_the_checked_entry_points_take_what_the_engine_passes(monkeypatch):
     tokens = []
     for calls in ({}, {"sample_children": sample_children, "verify_tree": verify_tree}):
         for name, function in calls.items():
-            monkeypatch.setattr(kernels, name, function)
+            ours = kernel_rule.kernels()._replace(**{name: function})
+            monkeypatch.setattr(kernel_rule, "kernels", lambda ours=ours: ours)
         with engine(WIDE) as llm:
             outputs = llm.generate(PROMPTS, params, use_tqdm=False)
         tokens.append([list(o.outputs[0].token_ids) for o in outputs])

@@ -11,7 +11,7 @@ from test_distribution import LENGTHS, SAMPLES, assert_prefixes_follow
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 
-FIXED_CHAIN = "vllm_spechub.benchmark.fixed_chain"
+FIXED_CHAIN = "vllm_spechub.measure.benchmark.fixed_chain"
 CHAIN = {
     "method": "draft_model",
     "model": DRAFT,

@@ -19,7 +19,7 @@ from grammars import (
     plain_mask,
 )
 
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.trees.tree import TokenTree
 
 CASES = [
     *(("xgrammar", name) for name in GRAMMARS),

@@ -6,8 +6,8 @@ import pytest
 from conftest import engine
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_spechub.engine import worker as worker_module
-from vllm_spechub.memory import tensor_bytes, weight_bytes
+from vllm_spechub.integration import worker as worker_module
+from vllm_spechub.integration.memory import tensor_bytes, weight_bytes
 
 
 def test_what_is_added_is_known_before_the_cache_is_sized(monkeypatch):

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from conftest import PROMPTS, engine, greedy_params, spec_metrics
 
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.trees.tree import TokenTree
 
 TREE = [0, 0, 0, 1, 1, 2, 4, 4]  # unequal subtrees: depths 1 1 1 2 2 2 3 3
 MAX_TOKENS = 30

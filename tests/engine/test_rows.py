@@ -109,7 +109,7 @@ def test_processors_see_each_nodes_own_history(recorded, monkeypatch):
     from vllm import SamplingParams
 
     from vllm_spechub.engine import sampler
-    from vllm_spechub.engine.history import HistoryProcessors
+    from vllm_spechub.engine.processors import HistoryProcessors
 
     nodes, _, _ = recorded
     resolved = []  # the engine's copies: they know the stop tokens and the bad words' tokens

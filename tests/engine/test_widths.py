@@ -18,8 +18,8 @@ from test_metrics import spechub_metrics
 from vllm import SamplingParams
 
 from vllm_spechub.engine.sampler import TreeRejectionSampler
-from vllm_spechub.rules.builtin import OrderedSpecHub
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.rules.kernel_rule import OrderedSpecHub
+from vllm_spechub.trees.tree import TokenTree
 
 SCHEDULE = [[1, 2, "binary:3"], [3, 4, "chain:2"], [5, None, None]]
 # the other way round: wide trees leave most requests out of a tight budget, chains let them in

@@ -57,7 +57,7 @@ interpreter.interpreter_builder.__class__ = _Builder
 from vllm.triton_utils import HAS_TRITON
 from vllm.triton_utils.dispatcher import KernelOverride
 
-from vllm_spechub.host_kernels import HOST_KERNELS
+from vllm_spechub.cpu.vllm_kernels import HOST_KERNELS
 
 assert HAS_TRITON
 

@@ -6,7 +6,7 @@ import sys
 PROGRAM = """
 import torch
 from vllm.triton_utils import HAS_TRITON
-from vllm_spechub.host_kernels import HOST_KERNELS, register
+from vllm_spechub.cpu.vllm_kernels import HOST_KERNELS, register
 
 assert not HAS_TRITON
 register()

@@ -7,7 +7,7 @@ from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample import gumbel, logprob, min_p, prompt_logprob
 
-from vllm_spechub.host_kernels.gumbel import uniform32, uniform64
+from vllm_spechub.cpu.vllm_kernels.gumbel import uniform32, uniform64
 
 SLOTS = 9
 VOCAB = 1283

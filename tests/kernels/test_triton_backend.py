@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_spechub.attention import triton_tree
-from vllm_spechub.attention.triton_tree import TritonTreeBackend, cache_views
+from vllm_spechub.attention.triton_backend import TritonTreeBackend, cache_views
 from vllm_spechub.attention.visibility import TreeAttnMetadata, TreeVisibility
 from vllm_spechub.triton_kernels.tree_attention import CAUSAL, tree_attention_reference
 from vllm_spechub.triton_kernels.tree_attention.kernel import tree_attention_triton

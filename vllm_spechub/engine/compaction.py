@@ -27,10 +27,10 @@ class PathCompactor:
     def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Take hold of the target's cache tensors once they are allocated."""
         if current_platform.is_cpu():
-            from vllm_spechub.attention.cpu_tree import cache_views
-            from vllm_spechub.host_kernels.compaction import HostKVCompactor as Compactor
+            from vllm_spechub.attention.cpu_backend import cache_views
+            from vllm_spechub.cpu.tree_kernels.compaction import HostKVCompactor as Compactor
         else:
-            from vllm_spechub.attention.triton_tree import cache_views
+            from vllm_spechub.attention.triton_backend import cache_views
             from vllm_spechub.triton_kernels.compaction import KVCompactor as Compactor
 
         self.block_tables = block_tables

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.structured_output.utils import strip_speculative_padding
 
-from vllm_spechub.topology import TokenTree
+from vllm_spechub.trees.tree import TokenTree
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,7 +11,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_spechub.attention.visibility import TreeVisibility
-from vllm_spechub.engine.drafted import DraftedTrees
+from vllm_spechub.engine.request_trees import DraftedTrees
 
 
 class TreeLayout:

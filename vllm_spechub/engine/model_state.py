@@ -14,11 +14,11 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_spechub.attention.visibility import TreeAttnMetadata
 from vllm_spechub.engine.compaction import PathCompactor
-from vllm_spechub.engine.drafted import DraftedTrees
-from vllm_spechub.engine.history import HistoryProcessors
 from vllm_spechub.engine.layout import TreeLayout
+from vllm_spechub.engine.processors import HistoryProcessors
+from vllm_spechub.engine.request_trees import DraftedTrees
 from vllm_spechub.engine.sampler import TreeRejectionSampler
-from vllm_spechub.rules import build_rule
+from vllm_spechub.rules.base import build_rule
 
 
 class TreeModelState(DefaultModelState):

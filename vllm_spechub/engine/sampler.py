@@ -24,12 +24,12 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
     get_max_chunk_logits,
 )
 
-from vllm_spechub.drafting import DraftBuffers
 from vllm_spechub.engine.compaction import PathCompactor
-from vllm_spechub.engine.drafted import DraftedTrees
-from vllm_spechub.engine.history import HistoryProcessors, UnrolledRows, unroll
+from vllm_spechub.engine.processors import HistoryProcessors, UnrolledRows, unroll
+from vllm_spechub.engine.request_trees import DraftedTrees
 from vllm_spechub.engine.truncation import truncates
-from vllm_spechub.rules import VerificationRule, VerifiedPaths
+from vllm_spechub.rules.base import VerificationRule, VerifiedPaths
+from vllm_spechub.rules.draft_state import DraftBuffers
 
 
 @dataclass

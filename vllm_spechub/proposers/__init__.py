@@ -8,15 +8,13 @@ plugin with `PROPOSERS.register("name", "package.module:Class")`.
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vllm_spechub.registry import Registry
-
 if TYPE_CHECKING:
     import torch
     from vllm.config import ModelConfig, VllmConfig
 
     from vllm_spechub.config import SpecHubConfig
-    from vllm_spechub.drafting import DraftBuffers
-    from vllm_spechub.rules import VerificationRule
+    from vllm_spechub.rules.base import VerificationRule
+    from vllm_spechub.rules.draft_state import DraftBuffers
 
 
 class TreeProposer(Protocol):
@@ -50,8 +48,3 @@ class TreeProposer(Protocol):
         Raises:
             ValueError: one line that names the key and what is needed.
         """
-
-
-PROPOSERS: Registry[TreeProposer] = Registry(
-    "proposer", {"draft_model": "vllm_spechub.proposers.draft_model:DraftModelProposer"}
-)

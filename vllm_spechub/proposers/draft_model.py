@@ -25,10 +25,10 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from vllm_spechub.attention.visibility import TreeVisibility
-from vllm_spechub.drafting import DraftBuffers, DraftLevel, DraftState
 from vllm_spechub.engine.truncation import truncate, truncates
-from vllm_spechub.proposers.draft_pass import DraftGraphs, DraftPass
-from vllm_spechub.rules import VerificationRule
+from vllm_spechub.proposers.cuda_graphs import DraftGraphs, DraftPass
+from vllm_spechub.rules.base import VerificationRule
+from vllm_spechub.rules.draft_state import DraftBuffers, DraftLevel, DraftState
 
 
 class DraftModelProposer(StandaloneARSpeculator):

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What works with trees, what is refused, and the test that shows it.
+
+`python scripts/support_tables.py` renders the tables into the README and `docs/support.md`; tests
+compare, look every named test up, and want a row for every field of vLLM's `SamplingParams`.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from generated import fill
+
+ROOT = Path(__file__).parents[1]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "support.md"
+CHECKS = ROOT / "docs" / "support.csv"
+"""What `scripts/check_vllm.py VERSION --record` found."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table.
+
+    Attributes:
+        names: fields of `SamplingParams`, or names of features.
+        state: "works", "refused", or what else is true, in a few words.
+        how: what there is to know about it, or nothing.
+        tests: "file::test" of each proof, below `tests/`.
+    """
+
+    names: tuple[str, ...]
+    state: str
+    how: str
+    tests: tuple[str, ...]
+
+
+MIXED = (
+    "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
+    "engine/test_parameters.py::test_greedy_answers_equal_plain_vllm",
+)
+LOGPROBS = (
+    "engine/test_parameters.py::test_logprobs_equal_plain_vllm",
+    "engine/test_random_mixes.py::test_processed_logprobs_equal_plain_vllm",
+)
+
+SAMPLING_PARAMETERS = (
+    Row(
+        ("temperature", "top_k", "top_p", "min_p"),
+        "works",
+        "on the draft too, so that truncation costs no acceptance",
+        (
+            "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
+            "engine/test_distribution.py::test_truncation_costs_no_acceptance",
+            "engine/test_distribution.py::test_truncated_drafts_follow_the_target",
+        ),
+    ),
+    Row(
+        ("seed",),
+        "works",
+        "a request's tokens are its seed's, whatever else is in the batch, as long as neither the "
+        "token budget nor preemption cuts one of its trees",
+        (
+            "engine/test_parameters.py::test_a_seed_fixes_the_answer_in_any_batch",
+            "engine/test_faults.py::test_a_seed_holds_beside_other_requests",
+        ),
+    ),
+    Row(
+        ("n",),
+        "works",
+        "",
+        ("engine/test_parameters.py::test_several_answers_to_one_prompt",),
+    ),
+    Row(
+        (
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+            "bad_words",
+            "min_tokens",
+        ),
+        "works",
+        "on each node's own history; as many bad words and stop tokens as vLLM's buffers hold",
+        (*MIXED, "engine/test_parameters.py::test_what_cannot_be_served_is_refused"),
+    ),
+    Row(
+        ("logit_bias", "allowed_token_ids"),
+        "works",
+        "up to 1024 tokens each, as vLLM's buffers hold; more are refused",
+        (*MIXED, "engine/test_parameters.py::test_what_cannot_be_served_is_refused"),
+    ),
+    Row(
+        ("extra_args",),
+        "works",
+        "custom logits processors of the V2 runner's interface see each node's own history",
+        (
+            "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
+            "engine/test_parameters.py::test_what_was_emitted_could_be",
+        ),
+    ),
+    Row(
+        ("thinking_token_budget",),
+        "works",
+        "with a `reasoning_config`, as in vLLM",
+        MIXED,
+    ),
+    Row(
+        (
+            "stop",
+            "stop_token_ids",
+            "include_stop_str_in_output",
+            "ignore_eos",
+            "max_tokens",
+            "repetition_detection",
+            "detokenize",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+        ),
+        "works",
+        "",
+        MIXED,
+    ),
+    Row(
+        ("logprobs", "prompt_logprobs", "flat_logprobs", "logprob_token_ids"),
+        "works",
+        "raw and processed",
+        LOGPROBS,
+    ),
+    Row(
+        ("prompt_logprob_token_ids", "prompt_logprob_start"),
+        "works",
+        "",
+        ("engine/test_parameters.py::test_scored_prompt_tokens",),
+    ),
+    Row(
+        ("output_kind", "stream_interval"),
+        "works",
+        "",
+        ("test_serve.py::test_streaming_equals_the_whole_answer",),
+    ),
+    Row(
+        ("skip_reading_prefix_cache",),
+        "works",
+        "",
+        LOGPROBS,
+    ),
+    Row(
+        ("structured_outputs",),
+        "works",
+        "one mask per node; drafts themselves are not masked; backends xgrammar, guidance and "
+        "outlines, and lm-format-enforcer refused by vLLM under any speculation; reasoning "
+        "parsers may switch the grammar on within a tree",
+        (
+            "engine/test_grammar.py::test_every_node_is_masked_as_its_path",
+            "engine/test_grammar.py::test_reasoning_that_ends_within_a_tree",
+            "engine/test_structured_outputs.py::test_greedy_tokens",
+            "engine/test_structured_outputs.py::test_asynchronous_scheduling",
+            "engine/test_structured_outputs.py::test_rows",
+            "engine/test_structured_outputs.py::test_prefixes_follow_the_masked_target",
+            "engine/test_structured_outputs.py::test_reasoning_ends_within_a_tree",
+        ),
+    ),
+    Row(
+        ("trace_decode_token_ids",),
+        "refused",
+        "by vLLM, under any speculation",
+        ("engine/test_parameters.py::test_what_cannot_be_served_is_refused",),
+    ),
+    Row(
+        ("watermarking", "routed_experts_prompt_start"),
+        "without effect",
+        "as in vLLM without the engine options they belong to, which are refused at start-up",
+        ("test_config.py::test_unsupported_engines_are_refused",),
+    ),
+)
+
+FEATURES = (
+    Row(
+        ("prefix caching",),
+        "works",
+        "",
+        ("engine/test_greedy.py::test_prefix_cache_reuse",),
+    ),
+    Row(
+        ("chunked prefill", "tight token budgets"),
+        "works",
+        "",
+        ("engine/test_greedy.py::test_tight_budgets_truncate_trees",),
+    ),
+    Row(
+        ("preemption",),
+        "works",
+        "",
+        ("engine/test_greedy.py::test_preemption",),
+    ),
+    Row(
+        ("asynchronous scheduling",),
+        "works",
+        "on by default, on the CPU too",
+        (
+            "engine/test_greedy.py::test_async_scheduling",
+            "test_config.py::test_asynchronous_scheduling_is_as_asked",
+        ),
+    ),
+    Row(
+        ("trees that follow the load",),
+        "works",
+        "with `tree_by_batch_size`; refused with data parallelism, where vLLM varies no widths",
+        (
+            "engine/test_widths.py::test_tokens_while_the_width_changes",
+            "test_refusals.py::test_data_parallel_widths",
+        ),
+    ),
+    Row(
+        ("aborts",),
+        "works",
+        "",
+        ("engine/test_greedy.py::test_aborted_requests",),
+    ),
+    Row(
+        ("KV block sizes",),
+        "works",
+        "any that the platform's attention takes",
+        ("engine/test_greedy.py::test_block_sizes",),
+    ),
+    Row(
+        ("streaming",),
+        "works",
+        "",
+        ("test_serve.py::test_streaming_equals_the_whole_answer",),
+    ),
+    Row(
+        ("priority scheduling",),
+        "works",
+        "",
+        ("engine/test_robustness.py::test_priorities",),
+    ),
+    Row(
+        ("sleep and wake",),
+        "works",
+        "tested on the CPU, which has no sleep mode, by losing by hand what it does not keep",
+        ("engine/test_robustness.py::test_sleep_and_wake",),
+    ),
+    Row(
+        ("tensor parallelism",),
+        "works",
+        "all ranks draw alike, and as one rank does",
+        ("engine/test_parallel.py::test_tensor_parallelism",),
+    ),
+    Row(
+        ("tensor parallelism over Ray's workers",),
+        "works",
+        "refuses to start if a node lacks this package or has another version; tested with workers "
+        "on the CPU, where vLLM by itself refuses Ray",
+        (
+            "ray/test_workers.py::test_two_workers_answer_as_one",
+            "ray/test_workers.py::test_a_node_without_this_version",
+        ),
+    ),
+    Row(
+        ("data parallelism",),
+        "works",
+        "for dense models; refused for mixtures of experts",
+        (
+            "engine/test_parallel.py::test_data_parallelism",
+            "test_refusals.py::test_data_parallel_experts",
+        ),
+    ),
+    Row(
+        ("LoRA",),
+        "works",
+        "on the target, its output matrix included; the draft has no adapter",
+        ("engine/test_features.py::test_lora_adapters_on_the_target",),
+    ),
+    Row(
+        ("fp8 KV cache",),
+        "works",
+        "for target and draft or the draft alone; per-tensor scales, on the CPU with AVX-512",
+        (
+            "engine/test_features.py::test_fp8_cache",
+            "kernels/test_triton_backend.py::test_an_fp8_cache_is_read_with_the_layers_scales",
+        ),
+    ),
+    Row(
+        ("sliding windows", "several KV cache groups"),
+        "works",
+        "in all or some layers of target and draft; a tree's distances count depths",
+        (
+            "engine/test_features.py::test_sliding_windows",
+            "kernels/test_tree_attention.py::test_window_counts_depths",
+        ),
+    ),
+    Row(
+        ("drafts of another family", "vocabulary sizes that differ by padding", "untied models"),
+        "works",
+        "with the target's tokenizer",
+        (
+            "engine/test_features.py::test_a_draft_of_another_family_and_padding",
+            "engine/test_features.py::test_lora_adapters_on_the_target",
+        ),
+    ),
+    Row(
+        ("drafts of another vocabulary", "`use_heterogeneous_vocab`"),
+        "refused",
+        "",
+        (
+            "test_config.py::test_a_draft_with_another_vocabulary_size",
+            "test_config.py::test_a_draft_with_another_tokenizer",
+            "test_config.py::test_refused_options_take_one_line",
+        ),
+    ),
+    Row(
+        ("a worker, a draft folder or numbers that fail", "oversized requests"),
+        "as in plain vLLM",
+        "a NaN ruins its own request alone",
+        (
+            "engine/test_parallel.py::test_tensor_parallelism",
+            "engine/test_robustness.py::test_a_draft_whose_folder_vanishes",
+            "engine/test_robustness.py::test_nans_in_the_target",
+            "engine/test_robustness.py::test_nans_in_the_draft",
+            "engine/test_faults.py::test_a_prompt_too_long_is_refused_and_others_go_on",
+        ),
+    ),
+    Row(
+        (
+            "pipeline and context parallelism",
+            "DBO",
+            "EPLB",
+            "batch-sharded sampling",
+            "KV connectors",
+            "prompt embeddings",
+            "watermarking",
+        ),
+        "refused",
+        "",
+        ("test_refusals.py::test_engines", "test_refusals.py::test_from_an_engines_arguments"),
+    ),
+    Row(
+        (
+            "hybrid or Mamba, M-RoPE, MLA, ALiBi models",
+            "chunked attention",
+            "multimodal, encoder-decoder models",
+        ),
+        "refused",
+        "",
+        ("test_refusals.py::test_models", "test_refusals.py::test_kinds_of_models"),
+    ),
+    Row(
+        ("CUDA",),
+        "not run yet",
+        "kernels are checked under Triton's interpreter and compiled for sm_80, sm_90 and sm_100; "
+        "the attention backend and the use of CUDA graphs are tested in an engine on the CPU, "
+        "where a graph is the captured call made again",
+        (
+            "engine/test_cuda_path.py::test_graphs_replay_what_a_step_needs",
+            "kernels/test_compile.py::test_child_sampling",
+            "kernels/test_compile.py::test_verification",
+        ),
+    ),
+)
+
+VERSIONS = {
+    "0.32.0": ("supported", "the whole test suite", "not run yet, see below"),
+    "0.33.0": ("refused at start-up", "not tried", "not tried"),
+}
+"""By vLLM version: its state, and what ran on the CPU and on CUDA."""
+
+TABLES = {"sampling parameters": SAMPLING_PARAMETERS, "features": FEATURES}
+
+
+def render(rows: tuple[Row, ...], code: bool) -> str:
+    """A table in Markdown; `code` sets the names in code style."""
+    lines = ["| what | state | notes |", "|---|---|---|"]
+    for row in rows:
+        names = ", ".join(f"`{name}`" if code else name for name in row.names)
+        lines.append(f"| {names} | {row.state} | {row.how} |")
+    return "\n".join(lines)
+
+
+def render_versions() -> str:
+    """The matrix by vLLM version, with what `scripts/check_vllm.py` found of each."""
+    lines = ["| vLLM | state | patched symbols as expected | CPU | CUDA |", "|---|---|---|---|---|"]
+    with CHECKS.open(newline="", encoding="utf-8") as file:
+        for check in csv.DictReader(file):
+            found = f"{check['as_expected']} of {check['symbols']}"
+            if check["changed"]:
+                found += f": {check['changed']}"
+            state, *platforms = VERSIONS[check["vllm"]]
+            lines.append(f"| {' | '.join((check['vllm'], state, found, *platforms))} |")
+    return "\n".join(lines)
+
+
+def pages() -> dict[Path, str]:
+    """Every page with tables from here, as it has to be."""
+    tables = {
+        title: render(rows, code=rows is SAMPLING_PARAMETERS) for title, rows in TABLES.items()
+    }
+    return {
+        path: fill(path.read_text(encoding="utf-8"), "scripts/support_tables.py", texts)
+        for path, texts in ((README, tables), (PAGE, {"versions": render_versions()}))
+    }
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")

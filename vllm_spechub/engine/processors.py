@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logits processors that read a token's history, and rows laid out so that they read the right one.
+
+vLLM's penalties, bad words, thinking budgets and custom processors take the rows of a request as
+one chain. A tree is unrolled for them: every root-to-leaf path becomes a chain of rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from vllm.sampling_params import SamplingParams
+from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
+
+from vllm_spechub.trees.tree import TokenTree
+
+
+class HistoryProcessors(LogitsProcessor):
+    """vLLM's processors as one, remembering which requests use any, and which need a history."""
+
+    def __init__(self, processors: list[LogitsProcessor], max_num_reqs: int) -> None:
+        self.processors = processors
+        # [max_num_reqs] rows of these requests are edited
+        self.used = np.zeros(max_num_reqs, dtype=bool)
+        # [max_num_reqs] by something that reads the tokens before a row
+        self.needs_history = np.zeros(max_num_reqs, dtype=bool)
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        # Every processor must hear of the request. Biases, allowed tokens and min_tokens look at
+        # a row's position only; the thinking budget runs outside this list, but reads history.
+        used = [p.add_request(req_idx, sampling_params) for p in self.processors]
+        budget = sampling_params.thinking_token_budget is not None
+        self.needs_history[req_idx] = budget or any(
+            uses and not isinstance(processor, LogitBiasState)
+            for processor, uses in zip(self.processors, used, strict=True)
+        )
+        self.used[req_idx] = budget or any(used)
+        return any(used)
+
+    def apply_staged_writes(self) -> None:
+        for processor in self.processors:
+            processor.apply_staged_writes()
+
+    def apply(self, logits, ctx):
+        for processor in self.processors:
+            logits = processor.apply(logits, ctx)
+        return logits
+
+
+@dataclass(frozen=True)
+class UnrolledRows:
+    """The logits rows of some requests, trees unrolled where a request needs its history."""
+
+    # [num_rows] the tree row that each row copies
+    source: np.ndarray
+    # [num_rows] offset among the rows of its chain
+    local_pos: np.ndarray
+    # [num_rows] depth below the root
+    depth: np.ndarray
+    # [num_reqs + 1] each request's first row, then their number
+    bounds: np.ndarray
+
+    def of(self, start: int, end: int) -> "UnrolledRows":
+        """The rows of the requests `start` to `end - 1`."""
+        rows = slice(self.bounds[start], self.bounds[end])
+        bounds = self.bounds[start : end + 1] - self.bounds[start]
+        return UnrolledRows(self.source[rows], self.local_pos[rows], self.depth[rows], bounds)
+
+
+@lru_cache(maxsize=256)
+def _unrolled_tree(tree: TokenTree, num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes of all root-to-leaf paths of the first `num_nodes` nodes, one after the other, and
+    each one's depth."""
+    kept = range(num_nodes + 1)
+    inner = {tree.parents[node - 1] for node in kept if node}
+    paths = [tree.paths[node] for node in kept if node not in inner]
+    nodes = np.concatenate([np.array(path) for path in paths])
+    depths = np.concatenate([np.arange(len(path)) for path in paths])
+    return nodes, depths
+
+
+def unroll(
+    # [num_reqs]
+    trees: Sequence[TokenTree],
+    # [num_reqs]
+    num_nodes: np.ndarray,
+    # [num_reqs]
+    first_row: np.ndarray,
+    # [num_reqs]
+    needs_history: np.ndarray,
+) -> UnrolledRows:
+    """Lay rows out for vLLM's processors: chains for requests that need their history, else the
+    tree's rows as they are."""
+    sources, local_positions, depths = [], [], []
+    for tree, count, row, history in zip(trees, num_nodes, first_row, needs_history, strict=True):
+        if history:
+            nodes, depth = _unrolled_tree(tree, int(count))
+            local = depth
+        else:
+            nodes = np.arange(count + 1)
+            depth = tree.depths[: count + 1]
+            local = np.zeros(count + 1, dtype=np.int64)
+        sources.append(nodes + row)
+        local_positions.append(local)
+        depths.append(depth)
+    return UnrolledRows(
+        np.concatenate(sources),
+        np.concatenate(local_positions),
+        np.concatenate(depths),
+        np.cumsum([0, *map(len, sources)]),
+    )

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches for the CPU: of its configuration, and of a worker that serves trees."""
+
+import functools
+import sys
+
+from vllm_spechub.integration.patch import Patch
+
+
+def _rebind_kernels(original):
+    @functools.wraps(original)
+    def rebind_kernels(overrides):
+        hidden = {name: sys.modules.pop(name) for name in [*sys.modules] if "llvmlite" in name}
+        try:
+            original(overrides)
+        finally:
+            sys.modules.update(hidden)
+
+    return rebind_kernels
+
+
+def _check_and_update_config(original):
+    @functools.wraps(original)
+    def check_and_update_config(cls, vllm_config):
+        from vllm_spechub.config import is_spechub
+
+        scheduler = vllm_config.scheduler_config
+        decided = scheduler.async_scheduling
+        original(cls, vllm_config)
+        if is_spechub(vllm_config):
+            scheduler.async_scheduling = decided
+
+    return check_and_update_config
+
+
+CONFIG_PATCHES = (
+    Patch(
+        symbol="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+        parameters=("cls", "vllm_config"),
+        why="It turns asynchronous scheduling off as not required on the CPU. Without it the "
+        "scheduler takes every drafted token from the worker and hands it back a step later.",
+        how="Calls the original, then restores for spechub configurations what vLLM or the user "
+        "had decided.",
+        upstream="none yet",
+        until="vLLM leaves the choice to its configuration",
+        replace=_check_and_update_config,
+    ),
+)
+
+PATCHES = (
+    Patch(
+        symbol="vllm.triton_utils.dispatcher:_rebind_kernels",
+        parameters=("overrides",),
+        why="It inspects every attribute of every module and stops at llvmlite's library object, "
+        "whose `__dict__` is no mapping. Our compiled kernels import Numba and so llvmlite.",
+        how="Hides llvmlite's modules, which hold no kernels, while the original runs.",
+        upstream="none yet",
+        until="vLLM guards that look-up",
+        replace=_rebind_kernels,
+    ),
+)

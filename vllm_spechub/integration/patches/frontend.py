@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches for every process: command line, configuration, request checks."""
+
+import functools
+import json
+from typing import Any
+
+from vllm_spechub.integration.patch import Patch, PatchMismatch
+from vllm_spechub.registry import METHOD
+
+HELP = (
+    " Method 'spechub' drafts trees: the word spechub with --spec-model DRAFT, or JSON such as "
+    '{"method": "spechub", "model": "DRAFT", "tree": "binary:3", "verification": "traversal"}.'
+)
+
+
+def parse_speculative_config(text: str) -> dict[str, Any] | None:
+    """The value of `--speculative-config`: JSON, or the method's bare name."""
+    if text == METHOD:
+        return {"method": METHOD}
+    return None if text in ("", "None") else json.loads(text)
+
+
+def _add_cli_args(original):
+    @functools.wraps(original)
+    def add_cli_args(parser):
+        parser = original(parser)
+        for action in parser._actions:
+            if "--speculative-config" in action.option_strings:
+                action.type = parse_speculative_config
+                action.help = f"{action.help}{HELP}"
+            elif "--spec-method" in action.option_strings and action.choices is not None:
+                action.choices = [*action.choices, METHOD]
+        return parser
+
+    return add_cli_args
+
+
+def _create_speculative_config(original):
+    @functools.wraps(original)
+    def create_speculative_config(self, target_model_config, target_parallel_config):
+        options = self.speculative_config
+        if options == METHOD:
+            options = {"method": METHOD}
+        method = (options or {}).get("method")
+        if METHOD not in (method, self.spec_method):
+            return original(self, target_model_config, target_parallel_config)
+        if _mismatch is not None:
+            raise _mismatch
+        from vllm_spechub.config import create_config
+
+        options = {key.replace("-", "_"): value for key, value in (options or {}).items()}
+        for flag, key, value in (
+            ("--spec-method", "method", self.spec_method),
+            ("--spec-model", "model", self.spec_model),
+            ("--spec-tokens", "num_speculative_tokens", self.spec_tokens),
+        ):
+            if value is None:
+                continue
+            if options.get(key) not in (None, value):
+                raise ValueError(
+                    f"{flag} {value} and speculative_config[{key!r}] = {options[key]!r} disagree; "
+                    "give one of them"
+                )
+            options[key] = value
+        return create_config(options, target_model_config, target_parallel_config)
+
+    return create_speculative_config
+
+
+def _use_v2_model_runner(original):
+    @functools.wraps(original.fget)
+    def use_v2_model_runner(self):
+        from vllm_spechub.config import is_spechub
+
+        return True if is_spechub(self) else original.fget(self)
+
+    return property(use_v2_model_runner)
+
+
+def _validate_v2_model_runner(original):
+    @functools.wraps(original)
+    def _validate_v2_model_runner(self):
+        from vllm_spechub.config import is_spechub
+        from vllm_spechub.integration.select import prepare_engine
+
+        if is_spechub(self):
+            prepare_engine(self)
+        else:
+            original(self)
+
+    return _validate_v2_model_runner
+
+
+def _validate_spec_decode(original):
+    @functools.wraps(original)
+    def _validate_spec_decode(self, speculative_config):
+        from vllm_spechub.config import SpecHubConfig
+
+        if not isinstance(speculative_config, SpecHubConfig):
+            original(self, speculative_config)
+
+    return _validate_spec_decode
+
+
+def _process_inputs(original):
+    @functools.wraps(original)
+    def process_inputs(self, *args, **kwargs):
+        from vllm_spechub.config import is_spechub
+
+        request = original(self, *args, **kwargs)
+        if request.sampling_params is not None and is_spechub(self.vllm_config):
+            _check_sizes(request.sampling_params)
+        return request
+
+    return process_inputs
+
+
+def _check_sizes(params) -> None:
+    """Refuse what the V2 runner's buffers cannot hold: its worker would stop the whole engine.
+
+    Raises:
+        VLLMValidationError: one line that names the parameter and the largest size.
+    """
+    import vllm.envs as envs
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.worker.gpu.sample import logit_bias as limits
+
+    stop_tokens = params.all_stop_token_ids if params.min_tokens > 0 else ()
+    bad_words = params.bad_words_token_ids or ()
+    for name, what, size, limit in (
+        (
+            "allowed_token_ids",
+            "tokens",
+            len(params.allowed_token_ids or ()),
+            limits.MAX_NUM_ALLOWED_TOKEN_IDS,
+        ),
+        ("logit_bias", "tokens", len(params.logit_bias or ()), limits.MAX_NUM_LOGIT_BIAS_TOKENS),
+        ("min_tokens", "stop tokens", len(stop_tokens), limits.MAX_NUM_STOP_TOKEN_IDS),
+        ("bad_words", "tokens", sum(map(len, bad_words)), envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS),
+    ):
+        if size > limit:
+            raise VLLMValidationError(
+                f"{name} with {size} {what} is not supported with spechub, at most {limit} are",
+                parameter=name,
+            )
+
+
+PATCHES = (
+    Patch(
+        symbol="vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        parameters=("parser",),
+        why="`--speculative-config` takes JSON only, and `--spec-method` has fixed choices.",
+        how="Lets the one accept the bare word `spechub`, says so in its help, and adds the method "
+        "to the other's choices.",
+        upstream="none yet",
+        until="vLLM lets plugins register speculative methods",
+        replace=_add_cli_args,
+    ),
+    Patch(
+        symbol="vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+        parameters=("self", "target_model_config", "target_parallel_config"),
+        why="`SpeculativeConfig` knows its own methods and keys only.",
+        how="Builds a `SpecHubConfig` where the method is spechub; otherwise calls the original.",
+        upstream="none yet",
+        until="vLLM lets plugins register speculative methods",
+        replace=_create_speculative_config,
+    ),
+    Patch(
+        symbol="vllm.config:VllmConfig.use_v2_model_runner",
+        parameters=("self",),
+        why="Without Triton, as on the CPU, vLLM chooses its old runner, which has no tree hooks.",
+        how="True for spechub configurations; otherwise the original.",
+        upstream="none yet",
+        until="vLLM runs the V2 model runner on the CPU by default",
+        replace=_use_v2_model_runner,
+    ),
+    Patch(
+        symbol="vllm.config:VllmConfig._validate_v2_model_runner",
+        parameters=("self",),
+        why="It refuses the V2 runner without Triton, and is the last check before weights load.",
+        how="For spechub configurations refuses what trees cannot do and names our worker and "
+        "attention backend; otherwise the original.",
+        upstream="none yet",
+        until="vLLM runs the V2 model runner on the CPU, and has a hook for plugins' checks",
+        replace=_validate_v2_model_runner,
+    ),
+    Patch(
+        symbol="vllm.sampling_params:SamplingParams._validate_spec_decode",
+        parameters=("self", "speculative_config"),
+        why="It refuses min_p and logit_bias under any speculation.",
+        how="Lets them through for a spechub configuration, whose sampler applies both to every "
+        "node; otherwise the original.",
+        upstream="none yet",
+        until="vLLM's V2 sampler is trusted with both under speculation",
+        replace=_validate_spec_decode,
+    ),
+    Patch(
+        symbol="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        parameters=(
+            "self",
+            "request_id",
+            "prompt",
+            "params",
+            "supported_tasks",
+            "arrival_time",
+            "lora_request",
+            "tokenization_kwargs",
+            "trace_headers",
+            "priority",
+            "data_parallel_rank",
+            "resumable",
+            "session_id",
+            "kv_hints",
+        ),
+        why="The V2 runner's worker finds out that a request's lists are longer than its buffers "
+        "when it is too late: the error stops the engine.",
+        how="Calls the original, then answers such a request of a spechub engine with an error.",
+        upstream="none yet",
+        until="vLLM checks these sizes when a request comes in",
+        replace=_process_inputs,
+    ),
+)
+
+_mismatch: PatchMismatch | None = None
+
+
+def refuse_spechub(mismatch: PatchMismatch) -> None:
+    """Leave vLLM as it is, and answer a spechub configuration with the mismatch."""
+    global _mismatch
+    _mismatch = mismatch
+    for patch in PATCHES[:2]:
+        patch.check()
+        patch.apply()

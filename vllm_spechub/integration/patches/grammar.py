@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches for every process: structured outputs with trees."""
+
+import functools
+
+from vllm_spechub.integration.patch import Patch
+
+
+def _validate_tokens(original):
+    @functools.wraps(original)
+    def validate_tokens(self, request, spec_tokens):
+        from vllm_spechub.config import is_spechub
+
+        if is_spechub(self.vllm_config):
+            return spec_tokens
+        return original(self, request, spec_tokens)
+
+    return validate_tokens
+
+
+def _grammar_bitmask(original):
+    @functools.wraps(original)
+    def grammar_bitmask(
+        self, requests, structured_output_request_ids, scheduled_spec_decode_tokens
+    ):
+        from vllm_spechub.config import is_spechub
+        from vllm_spechub.engine import grammar
+
+        arguments = (self, requests, structured_output_request_ids, scheduled_spec_decode_tokens)
+        if is_spechub(self.vllm_config):
+            # left there by the scheduler, which knows who drafted what
+            return grammar.grammar_bitmask(*arguments, self.draft_trees)
+        return original(*arguments)
+
+    return grammar_bitmask
+
+
+def _accept_tokens(original):
+    @functools.wraps(original)
+    def accept_tokens(self, request, new_token_ids):
+        from vllm_spechub.config import is_spechub
+        from vllm_spechub.engine import grammar
+
+        if request.use_structured_output and is_spechub(self.vllm_config):
+            return grammar.accept_tokens(original, self, request, new_token_ids)
+        return original(self, request, new_token_ids)
+
+    return accept_tokens
+
+
+MANAGER = "vllm.v1.structured_output:StructuredOutputManager"
+
+PATCHES = (
+    Patch(
+        symbol=f"{MANAGER}.validate_tokens",
+        parameters=("self", "request", "spec_tokens"),
+        why="It cuts drafts at the first token that the grammar refuses, taking them for a chain.",
+        how="Under spechub leaves a tree whole: what the grammar refuses has no probability.",
+        upstream="none yet",
+        until="vLLM verifies trees",
+        replace=_validate_tokens,
+    ),
+    Patch(
+        symbol=f"{MANAGER}.grammar_bitmask",
+        parameters=(
+            "self",
+            "requests",
+            "structured_output_request_ids",
+            "scheduled_spec_decode_tokens",
+        ),
+        why="It fills a request's masks along one chain.",
+        how="Under spechub fills one mask per node, by a depth-first walk with rollback.",
+        upstream="none yet",
+        until="vLLM verifies trees",
+        replace=_grammar_bitmask,
+    ),
+    Patch(
+        symbol=f"{MANAGER}.accept_tokens",
+        parameters=("self", "request", "new_token_ids"),
+        why="It feeds a step's tokens in one call. Grammars and reasoning parsers that end within "
+        "them may then end up in another state than after one call each, as in plain decoding.",
+        how="Under spechub feeds them one by one.",
+        upstream="none yet",
+        until="vLLM feeds them so",
+        replace=_accept_tokens,
+    ),
+)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches that keep vLLM's speculative metrics truthful for trees and add those of trees.
+
+vLLM counts a draft's tokens as a chain's positions. A tree's nodes are not positions: what could
+be accepted is its depth.
+"""
+
+import functools
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+from vllm_spechub.integration.patch import Patch, PatchMismatch
+
+
+@dataclass(frozen=True)
+class FieldType(Patch):
+    """Another type for a dataclass's field, which decides how a message is decoded."""
+
+    def _field(self) -> tuple[Any, str]:
+        owner, attribute = self._resolve()
+        if attribute not in {field.name for field in fields(owner)}:
+            raise AttributeError(f"{owner.__name__} has no field {attribute!r}")
+        return owner, attribute
+
+    def check(self) -> None:
+        try:
+            self._field()
+        except (ImportError, AttributeError) as error:
+            raise PatchMismatch(f"{self.symbol} is gone ({error})") from error
+
+    def apply(self) -> None:
+        owner, attribute = self._field()
+        owner.__annotations__[attribute] = self.replace(owner.__annotations__[attribute])
+
+
+def _tree_config(speculative_config):
+    """The configuration, if it is one of trees."""
+    from vllm_spechub.config import SpecHubConfig
+
+    return speculative_config if isinstance(speculative_config, SpecHubConfig) else None
+
+
+def _tree_stats(_original):
+    from vllm_spechub.integration.tree_metrics import TreeDecodingStats
+
+    return TreeDecodingStats | None
+
+
+def _prom_init(original):
+    @functools.wraps(original)
+    def __init__(self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion=False):
+        config = _tree_config(speculative_config)
+        if config is not None:
+            speculative_config = SimpleNamespace(num_speculative_tokens=config.schedule.depth)
+        original(self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion)
+        self.spechub = None
+        if config is not None:
+            from vllm_spechub.integration.tree_metrics import TreeMetrics
+
+            self.spechub = TreeMetrics(
+                config.schedule, labelnames, per_engine_labelvalues, self._counter_cls
+            )
+
+    return __init__
+
+
+def _prom_observe(original):
+    @functools.wraps(original)
+    def observe(self, spec_decoding_stats, engine_idx=0):
+        original(self, spec_decoding_stats, engine_idx)
+        if self.spechub is not None:
+            self.spechub.observe(spec_decoding_stats, engine_idx)
+
+    return observe
+
+
+def _log_observe(original):
+    @functools.wraps(original)
+    def observe(self, spec_decoding_stats):
+        from vllm_spechub.integration.tree_metrics import TreeDecodingStats, TreeLogging
+
+        # a chain's statistics decode as a tree's that no tree has filled
+        if isinstance(spec_decoding_stats, TreeDecodingStats) and (
+            spec_decoding_stats.accepted_by_slot
+        ):
+            if getattr(self, "spechub", None) is None:
+                self.spechub = TreeLogging()
+            self.spechub.observe(spec_decoding_stats)
+            if not spec_decoding_stats.num_drafts:
+                return
+        original(self, spec_decoding_stats)
+
+    return observe
+
+
+def _log(original):
+    from vllm.v1.spec_decode.metrics import logger
+
+    @functools.wraps(original)
+    def log(self, log_fn=logger.info):
+        original(self, log_fn)
+        if getattr(self, "spechub", None) is not None:
+            self.spechub.log(log_fn)
+
+    return log
+
+
+def _async_output_init(original):
+    @functools.wraps(original)
+    def __init__(self, model_runner_output, sampler_output, *args, **kwargs):
+        # queued before the original's event, so its synchronisation covers this copy too
+        paths = getattr(sampler_output, "accepted_paths", None)
+        if paths is not None:
+            paths = paths.to("cpu", non_blocking=True)
+        self.accepted_paths = paths
+        original(self, model_runner_output, sampler_output, *args, **kwargs)
+
+    return __init__
+
+
+def _async_output_get(original):
+    @functools.wraps(original)
+    def get_output(self):
+        output = original(self)
+        if self.accepted_paths is not None:
+            output.accepted_paths = self.accepted_paths.numpy()
+        return output
+
+    return get_output
+
+
+_DEPTHS = "vLLM's metrics take a draft's tokens for positions; a tree's positions are its depths."
+
+PATCHES = (
+    FieldType(
+        symbol="vllm.v1.metrics.stats:SchedulerStats.spec_decoding_stats",
+        parameters=(),
+        why="The engine's process sends its statistics to the frontend as this declared type.",
+        how="Declares it as `TreeDecodingStats`, which adds fields with defaults.",
+        upstream="none yet",
+        until="vLLM lets speculative methods bring statistics of their own",
+        replace=_tree_stats,
+    ),
+    Patch(
+        symbol="vllm.v1.spec_decode.metrics:SpecDecodingProm.__init__",
+        parameters=(
+            "self",
+            "speculative_config",
+            "labelnames",
+            "per_engine_labelvalues",
+            "is_diffusion",
+        ),
+        why=_DEPTHS,
+        how="For spechub, one position per depth, and the metrics of trees beside.",
+        upstream="none yet",
+        until="vLLM lets speculative methods bring statistics of their own",
+        replace=_prom_init,
+    ),
+    Patch(
+        symbol="vllm.v1.spec_decode.metrics:SpecDecodingProm.observe",
+        parameters=("self", "spec_decoding_stats", "engine_idx"),
+        why="What trees add is not counted.",
+        how="For spechub, counts it too.",
+        upstream="none yet",
+        until="vLLM lets speculative methods bring statistics of their own",
+        replace=_prom_observe,
+    ),
+    Patch(
+        symbol="vllm.v1.spec_decode.metrics:SpecDecodingLogging.observe",
+        parameters=("self", "spec_decoding_stats"),
+        why="What trees add is not logged.",
+        how="Keeps a tree's statistics for the next line.",
+        upstream="none yet",
+        until="vLLM lets speculative methods bring statistics of their own",
+        replace=_log_observe,
+    ),
+    Patch(
+        symbol="vllm.v1.spec_decode.metrics:SpecDecodingLogging.log",
+        parameters=("self", "log_fn"),
+        why="What trees add is not logged.",
+        how="Logs a second line for trees.",
+        upstream="none yet",
+        until="vLLM lets speculative methods bring statistics of their own",
+        replace=_log,
+    ),
+)
+"""In every process: the frontend's."""
+
+WORKER_PATCHES = (
+    Patch(
+        symbol="vllm.v1.worker.gpu.async_utils:AsyncOutput.__init__",
+        parameters=(
+            "self",
+            "model_runner_output",
+            "sampler_output",
+            "num_sampled_tokens",
+            "main_stream",
+            "copy_stream",
+            "check_ep_fault",
+            "pending_aux_output",
+        ),
+        why="A worker returns accepted tokens, from which nobody can tell the accepted nodes.",
+        how="Copies a tree's accepted paths to the host along with the tokens.",
+        upstream="none yet",
+        until="vLLM's sampler output takes extra tensors",
+        replace=_async_output_init,
+    ),
+    Patch(
+        symbol="vllm.v1.worker.gpu.async_utils:AsyncOutput.get_output",
+        parameters=("self",),
+        why="As above.",
+        how="Hands the paths on with the runner's output.",
+        upstream="none yet",
+        until="vLLM's sampler output takes extra tensors",
+        replace=_async_output_get,
+    ),
+)
+"""In a worker that serves trees."""

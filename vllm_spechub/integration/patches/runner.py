@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches for a worker that serves a spechub configuration, applied by `SpecHubWorker`."""
+
+import functools
+
+from vllm_spechub.integration.patch import Patch
+
+
+def _init_speculator(original):
+    @functools.wraps(original)
+    def init_speculator(vllm_config, device, req_states):
+        from vllm_spechub.config import is_spechub
+        from vllm_spechub.registry import PROPOSERS
+        from vllm_spechub.rules.base import build_rule
+
+        if not is_spechub(vllm_config):
+            return original(vllm_config, device, req_states)
+        config = vllm_config.speculative_config
+        rule = build_rule(config)
+        return PROPOSERS.load(config.proposer)(vllm_config, device, rule)
+
+    return init_speculator
+
+
+def _init_model_state(original):
+    @functools.wraps(original)
+    def init_model_state(vllm_config, model, encoder_cache, device):
+        from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+        from vllm_spechub.config import is_spechub
+        from vllm_spechub.engine.model_state import TreeModelState
+
+        if not is_spechub(vllm_config):
+            return original(vllm_config, model, encoder_cache, device)
+        needed = resolve_model_state_cls(vllm_config, model)
+        if needed is not DefaultModelState:
+            raise ValueError(
+                f"spechub: {type(model).__name__} needs {needed.__name__}, which trees do not "
+                "support; only decoder-only text models are supported"
+            )
+        return TreeModelState(vllm_config, model, encoder_cache, device)
+
+    return init_model_state
+
+
+PATCHES = (
+    Patch(
+        symbol="vllm.v1.worker.gpu.model_runner:init_speculator",
+        parameters=("vllm_config", "device", "req_states"),
+        why="It builds vLLM's own speculators by method name.",
+        how="Builds the configured proposer for spechub; otherwise calls the original.",
+        upstream="none yet",
+        until="vLLM lets plugins register speculators",
+        replace=_init_speculator,
+    ),
+    Patch(
+        symbol="vllm.v1.worker.gpu.model_runner:init_model_state",
+        parameters=("vllm_config", "model", "encoder_cache", "device"),
+        why="Tree positions, masks, sampling and compaction hang on the model state.",
+        how="Builds `TreeModelState` for spechub; otherwise calls the original.",
+        upstream="none yet",
+        until="vLLM lets plugins choose the model state",
+        replace=_init_model_state,
+    ),
+)

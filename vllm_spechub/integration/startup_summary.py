@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine says about its trees when it starts, once."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from vllm_spechub.integration.memory import (
+    kv_cache_share,
+    tensor_bytes,
+    verification_bytes,
+    weight_bytes,
+)
+from vllm_spechub.trees.drawing import draw
+from vllm_spechub.trees.schedule import TreeSchedule
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+def summarize(
+    vllm_config: "VllmConfig", speculator: object, kv_cache_config: "KVCacheConfig"
+) -> str:
+    """One readable block: method, tree, rule, draft, memory added, what is off and why."""
+    config = vllm_config.speculative_config
+    draft = config.draft_model_config
+    # a proposer may have no model of its own
+    model = getattr(speculator, "model", None)
+    weights = weight_bytes(model, draft.dtype) if model is not None else 0
+    sharpened = f", sharpening {config.sharpening:g}" if config.sharpening != 1 else ""
+    share = kv_cache_share(kv_cache_config, getattr(speculator, "draft_attn_layer_names", set()))
+    off = switched_off(vllm_config)
+    rows = [
+        ("draft", f"{config.model} ({config.proposer})"),
+        ("verification", f"{config.verification}{sharpened}"),
+        *_trees(config.schedule),
+        ("memory added", f"{weights / 2**20:,.1f} MiB of draft weights"),
+        ("", f"{tensor_bytes(speculator.draft_logits) / 2**20:,.1f} MiB of draft rows"),
+        ("", f"{verification_bytes(vllm_config) / 2**20:,.1f} MiB for rows to verify"),
+        ("", f"{share:.0%} of every KV cache block"),
+        ("off", "; ".join(off) or "nothing"),
+    ]
+    lines = [f"  {name:<14}{text}" for name, text in rows]
+    return "\n".join(["spechub: lossless speculative decoding with draft trees", *lines])
+
+
+def _trees(schedule: TreeSchedule) -> Iterator[tuple[str, str]]:
+    """A row for each range of running requests, with its tree drawn below."""
+    for batch in schedule.ranges:
+        tree, when = batch.tree, ""
+        if len(schedule.ranges) > 1:
+            when = f"for {batch} requests: "
+        if tree is None:
+            yield "tree", f"{when}none"
+            continue
+        yield "tree", f"{when}{tree}: {tree.num_nodes} nodes, depth {tree.depth}"
+        for line in draw(tree).splitlines():
+            yield "", line
+
+
+def switched_off(vllm_config: "VllmConfig") -> list[str]:
+    """What a spechub engine does without, and why."""
+    off = []
+    if not vllm_config.scheduler_config.async_scheduling:
+        off.append("asynchronous scheduling (as vLLM decided for this platform or configuration)")
+    if vllm_config.model_config.enforce_eager:
+        off.append("compilation and CUDA graphs (enforce_eager)")
+    return off

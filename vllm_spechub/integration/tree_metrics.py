@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What trees report: vLLM's speculative counters in their chain meaning, and a few of their own.
+
+The scheduler fills `TreeDecodingStats` once per step; it travels to the frontend inside vLLM's own
+`SchedulerStats`, and there `TreeMetrics` feeds Prometheus and `TreeLogging` the periodic line.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import prometheus_client
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
+from vllm.v1.metrics.utils import create_metric_per_engine
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+from vllm_spechub.trees.schedule import TreeSchedule
+from vllm_spechub.trees.tree import MAX_BRANCHING
+
+FALLBACKS = {
+    "grammar": "its drafts were not known when its grammar was asked",
+    "max_model_len": "it stood at the end of the context",
+    "budget": "no token budget or KV cache was left for drafts",
+    "load": "tree_by_batch_size asks for none in a batch as large as its last",
+}
+"""Why a decoding request had no tree in a step, as the label `reason` names it."""
+
+
+@dataclass
+class TreeDecodingStats(SpecDecodingStats):
+    """One step's figures. What is inherited counts depths, so it means what it means for chains."""
+
+    num_nodes: int = 0
+    """Drafted nodes that were verified, of all requests."""
+    width: int = 0
+    """Drafted nodes of the largest tree, 0 where no request had one."""
+    accepted_by_slot: list[int] = field(default_factory=list)
+    """Accepted nodes by their place among their siblings."""
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    """Decoding requests without a tree, by reason."""
+
+    @classmethod
+    def new(cls, num_spec_tokens: int) -> "TreeDecodingStats":
+        stats = super().new(num_spec_tokens)
+        stats.accepted_by_slot = [0] * MAX_BRANCHING
+        return stats
+
+
+class StepObserver:
+    """Counts the trees of a scheduler's steps."""
+
+    def __init__(self, schedule: TreeSchedule) -> None:
+        self.depth = schedule.depth
+        # of each of the schedule's trees, the depth of every node, root first
+        self.depths = [tree.depths.tolist() for tree in schedule.trees]
+        self._slots = [
+            np.arange(tree.num_nodes + 1) - tree.first_child[np.concatenate([[0], tree.parents])]
+            for tree in schedule.trees
+        ]
+
+    def add_tree(
+        self,
+        stats: TreeDecodingStats | None,
+        tree: int,
+        num_nodes: int,
+        num_accepted: int,
+        # [depth + 1] the accepted node of each depth, 0 first, -1 past the end
+        path: np.ndarray,
+    ) -> TreeDecodingStats:
+        """Add one request's verified tree, given by its place in the schedule. A truncated tree
+        drafts as deep as it still reaches."""
+        stats = stats or TreeDecodingStats.new(self.depth)
+        stats.observe_draft(self.depths[tree][num_nodes], num_accepted)
+        stats.num_nodes += num_nodes
+        stats.width = max(stats.width, num_nodes)
+        for slot in self._slots[tree][path[1 : num_accepted + 1]].tolist():
+            stats.accepted_by_slot[slot] += 1
+        return stats
+
+
+@dataclass
+class TreeRequestMetrics(RequestSpecDecodeMetrics):
+    """vLLM's per-request metrics, told a tree's nodes and counting its depth.
+
+    `depths` are those of the nodes of the tree that is counted next, which may change by step.
+    """
+
+    depths: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, observer: StepObserver) -> "TreeRequestMetrics":
+        return cls.new(observer.depth)
+
+    def observe(self, num_draft_tokens: int, num_accepted: int, detailed: bool = False) -> None:
+        super().observe(self.depths[num_draft_tokens], num_accepted, detailed)
+
+
+class TreeMetrics:
+    """Prometheus metrics of trees, beside vLLM's `vllm:spec_decode_*`."""
+
+    def __init__(
+        self,
+        schedule: TreeSchedule,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+        counter_cls: type = prometheus_client.Counter,
+    ) -> None:
+        def counter(name: str, documentation: str, *labels: str):
+            return counter_cls(
+                name=f"vllm:spechub_{name}",
+                documentation=documentation,
+                labelnames=[*labelnames, *labels],
+            )
+
+        self.labelvalues = per_engine_labelvalues
+        self.nodes = create_metric_per_engine(
+            counter("num_nodes", "Drafted nodes that the target verified."), per_engine_labelvalues
+        )
+        self.accepted_by_slot = counter(
+            "num_accepted_tokens_per_slot", "Accepted nodes by their place among siblings.", "slot"
+        )
+        histogram_cls = prometheus_client.Histogram
+        if counter_cls is not prometheus_client.Counter:
+            from vllm.v1.metrics.ray_wrappers import RayHistogramWrapper as histogram_cls
+        self.emitted = create_metric_per_engine(
+            histogram_cls(
+                name="vllm:spechub_emitted_tokens",
+                documentation="Tokens that a verified tree emitted, the bonus token included.",
+                buckets=list(range(1, schedule.depth + 2)),
+                labelnames=labelnames,
+            ),
+            per_engine_labelvalues,
+        )
+        self.steps = counter(
+            "steps", "Engine steps by the drafted nodes of their largest tree.", "width"
+        )
+        self.fallbacks = counter(
+            "fallback_steps",
+            "Steps of decoding requests without a tree: " + "; ".join(FALLBACKS.values()) + ".",
+            "reason",
+        )
+        self.max_children = schedule.max_children
+        for values in per_engine_labelvalues.values():
+            # What never happens reads 0, not nothing.
+            for slot in range(self.max_children):
+                self.accepted_by_slot.labels(*values, str(slot))
+            for reason in FALLBACKS:
+                self.fallbacks.labels(*values, reason)
+
+    def observe(self, stats: TreeDecodingStats, engine_idx: int = 0) -> None:
+        values = self.labelvalues[engine_idx]
+        self.nodes[engine_idx].inc(stats.num_nodes)
+        for slot, count in enumerate(stats.accepted_by_slot[: self.max_children]):
+            self.accepted_by_slot.labels(*values, str(slot)).inc(count)
+        for tokens, count in enumerate(emitted_histogram(stats), start=1):
+            for _ in range(count):
+                self.emitted[engine_idx].observe(tokens)
+        self.steps.labels(*values, str(stats.width)).inc()
+        for reason, count in stats.fallbacks.items():
+            self.fallbacks.labels(*values, reason).inc(count)
+
+
+def emitted_histogram(stats: SpecDecodingStats) -> list[int]:
+    """Trees that emitted 1, 2, .., depth + 1 tokens."""
+    reached = [stats.num_drafts, *stats.num_accepted_tokens_per_pos, 0]
+    return [a - b for a, b in pairwise(reached)]
+
+
+class TreeLogging:
+    """What the periodic log line adds for trees."""
+
+    def __init__(self) -> None:
+        self.steps: list[TreeDecodingStats] = []
+
+    def observe(self, stats: TreeDecodingStats) -> None:
+        self.steps.append(stats)
+
+    def log(self, log_fn) -> None:
+        steps, self.steps = self.steps, []
+        if not steps:
+            return
+        accepted = np.sum([stats.accepted_by_slot for stats in steps], axis=0)
+        share = accepted / max(accepted.sum(), 1)
+        fallbacks: Counter[str] = Counter()
+        for stats in steps:
+            fallbacks.update(stats.fallbacks)
+        log_fn(
+            "SpecHub metrics: Drafted: %d nodes in %d trees, Accepted by slot: %s, "
+            "Without a tree: %s",
+            sum(stats.num_nodes for stats in steps),
+            sum(stats.num_drafts for stats in steps),
+            ", ".join(f"{value:.3f}" for value in share),
+            ", ".join(f"{count} ({reason})" for reason, count in fallbacks.items()) or "none",
+        )

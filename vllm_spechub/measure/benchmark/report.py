@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measured rows as a table, a CSV file and a plot."""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import median
+
+from rich.table import Table
+
+from vllm_spechub.measure.benchmark.decoding import acceptance_length
+from vllm_spechub.measure.benchmark.interleaved import Point, Row
+from vllm_spechub.measure.benchmark.ways import is_chain
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One way at one point, over its repetitions."""
+
+    way: str
+    point: Point
+    # medians
+    tokens_per_s: float
+    ms_per_output_token: float
+    ms_per_step: float
+    memory_gib: float
+    # over plain vLLM's tokens/s in the same repetition: median, lowest and highest
+    against_plain: float
+    lowest: float
+    highest: float
+    # mean over all verified drafts
+    tokens_per_step: float
+
+
+def summarize(rows: Sequence[Row]) -> dict[Point, dict[str, Summary]]:
+    """By point, then by way."""
+    by_point: dict[Point, dict[str, list[Row]]] = {}
+    for row in rows:
+        by_point.setdefault(row.turn.point, {}).setdefault(row.way, []).append(row)
+    return {
+        point: {way: _summary(way, point, found) for way, found in ways.items()}
+        for point, ways in by_point.items()
+    }
+
+
+def _summary(way: str, point: Point, rows: Sequence[Row]) -> Summary:
+    ratios = [row.against_plain for row in rows]
+    return Summary(
+        way,
+        point,
+        median(row.tokens_per_s for row in rows),
+        median(row.ms_per_output_token for row in rows),
+        median(row.ms_per_step for row in rows),
+        max(row.memory_gib for row in rows),
+        median(ratios),
+        min(ratios),
+        max(ratios),
+        pooled_acceptance_length(rows),
+    )
+
+
+def pooled_acceptance_length(rows: Sequence[Row]) -> float:
+    """`acceptance_length` over several measurements."""
+    accepted = (count for row in rows for count in row.accepted_by_depth)
+    return acceptance_length(sum(row.drafts for row in rows), accepted)
+
+
+def best_chain(found: dict[str, Summary]) -> Summary | None:
+    """The chain with the most tokens per second, if any was measured."""
+    chains = [summary for way, summary in found.items() if is_chain(way)]
+    return max(chains, key=lambda summary: summary.against_plain, default=None)
+
+
+def shown(found: dict[str, Summary]) -> Iterator[tuple[str, Summary]]:
+    """Plain vLLM, its best chain, and everything that is not a chain, with their labels."""
+    best = best_chain(found)
+    for way, summary in found.items():
+        if summary is best:
+            yield f"best chain ({way.split()[-1]})", summary
+        elif not is_chain(way):
+            yield way, summary
+
+
+def table(summaries: dict[Point, dict[str, Summary]]) -> Table:
+    """One section for each temperature and batch."""
+    table = Table(title="Decoding at a constant batch", title_justify="left")
+    for column in ("T", "batch", "way"):
+        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
+    for column in (
+        "tokens/s",
+        "x plain",
+        "lowest-highest",
+        "x chain",
+        "ms/token",
+        "ms/step",
+        "tokens/step",
+        "GiB",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    for point, found in sorted(summaries.items(), key=lambda item: item[0][::-1]):
+        best = best_chain(found)
+        for label, s in shown(found):
+            over_best = f"{s.against_plain / best.against_plain:.2f}" if best else "-"
+            table.add_row(
+                f"{point.temperature:g}",
+                str(point.batch),
+                label,
+                f"{s.tokens_per_s:.0f}",
+                f"{s.against_plain:.2f}",
+                f"{s.lowest:.2f}-{s.highest:.2f}",
+                over_best,
+                f"{s.ms_per_output_token:.2f}",
+                f"{s.ms_per_step:.2f}",
+                f"{s.tokens_per_step:.2f}",
+                f"{s.memory_gib:.1f}",
+            )
+        table.add_section()
+    return table
+
+
+def write_csv(rows: Sequence[Row], path: Path, provenance: Sequence[str]) -> None:
+    """One line for each measurement, below comment lines that say how they came about."""
+    names = [field.name for field in fields(Row)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.writelines(f"# {line}\n" for line in provenance)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        for row in rows:
+            values = [getattr(row, name) for name in names]
+            writer.writerow(
+                json.dumps(v) if isinstance(v, tuple) else f"{v:.5g}" if type(v) is float else v
+                for v in values
+            )
+
+
+def plot(summaries: dict[Point, dict[str, Summary]], path: Path) -> None:
+    """Tokens/s over plain vLLM's by batch: a panel for each temperature."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    temperatures = sorted({point.temperature for point in summaries})
+    size = (3.6 * len(temperatures) + 1.6, 3.4)
+    figure, panels = pyplot.subplots(1, len(temperatures), figsize=size, sharey=True, squeeze=False)
+    for panel, temperature in zip(panels.flat, temperatures, strict=True):
+        lines: dict[str, list[Summary]] = {}
+        for point, found in sorted(summaries.items()):
+            if point.temperature == temperature:
+                for way, summary in shown(found):
+                    lines.setdefault(way.split(" (")[0], []).append(summary)
+        for label, points in lines.items():
+            batches = [s.point.batch for s in points]
+            middle = [s.against_plain for s in points]
+            below = [s.against_plain - s.lowest for s in points]
+            above = [s.highest - s.against_plain for s in points]
+            panel.errorbar(
+                batches, middle, (below, above), fmt="o-", ms=3, lw=1, capsize=2, label=label
+            )
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sorted({p.batch for p in summaries}), minor=False)
+        panel.get_xaxis().set_major_formatter("{x:g}")
+        panel.set_title(f"T = {temperature:g}", fontsize=9)
+        panel.grid(alpha=0.3)
+    figure.supxlabel("requests decoding", fontsize=9)
+    figure.supylabel("tokens/s over plain vLLM", fontsize=9)
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="center right", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1 - 1.6 / size[0], 1))
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tree for how many requests: from measured steps and acceptance to a schedule.
+
+Everything is relative to plain vLLM, measured beside each way: a way's gain is the tokens that its
+steps emit over the time that they take in plain steps.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import median
+
+import numpy as np
+
+from vllm_spechub.measure.benchmark.interleaved import Row
+from vllm_spechub.measure.benchmark.report import pooled_acceptance_length
+from vllm_spechub.trees.best_tree import Rates, best_shape
+from vllm_spechub.trees.tree import TokenTree
+
+MARGIN = 0.02
+"""A range's tree gives way, to another or to none, where that is faster by this much."""
+DEEPEST = 10
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One way over the batches at which it was measured."""
+
+    # acceptance length: it does not depend on the batch
+    tokens_per_step: float
+    # by batch: time of a step over a plain step's
+    step_time: Mapping[int, float]
+
+    def gain(self, batch: int) -> float:
+        """Predicted tokens/s over plain vLLM's; step times are linear between batches."""
+        batches = sorted(self.step_time)
+        times = [self.step_time[b] for b in batches]
+        return self.tokens_per_step / float(np.interp(batch, batches, times))
+
+
+def curve(rows: Sequence[Row]) -> Curve:
+    """One way's curve from its measurements."""
+    ordered = sorted(rows, key=lambda row: row.batch)
+    return Curve(
+        pooled_acceptance_length(rows),
+        {
+            batch: median(row.tokens_per_step / row.against_plain for row in found)
+            for batch, found in groupby(ordered, key=lambda row: row.batch)
+        },
+    )
+
+
+def chain_curves(rows: Sequence[Row], lengths: Sequence[int]) -> dict[int, Curve]:
+    """The curves of vLLM's chains of all lengths up to the longest that was measured.
+
+    A shorter chain drafts as a longer one begins, so acceptance by depth is common to all, and
+    each further token costs the same: step times are linear between lengths.
+
+    Args:
+        rows: of all chains.
+        lengths: those that were measured, ascending.
+    """
+    by_length = {
+        length: curve(found)
+        for length in lengths
+        if (found := [row for row in rows if row.way == f"chain {length}"])
+    }
+    if not by_length:
+        return {}
+    most = max(len(found.step_time) for found in by_length.values())
+    measured = sorted(k for k, found in by_length.items() if len(found.step_time) == most)
+    batches = by_length[measured[0]].step_time
+    curves, emitted = {}, 1.0
+    for length in range(1, measured[-1] + 1):
+        deep = [row for row in rows if int(row.way.split()[-1]) >= length]
+        accepted = sum(sum(row.accepted_by_depth[length - 1 : length]) for row in deep)
+        emitted += accepted / sum(row.drafts for row in deep)
+        times = {
+            batch: float(
+                np.interp(length, measured, [by_length[m].step_time[batch] for m in measured])
+            )
+            for batch in batches
+        }
+        curves[length] = Curve(emitted, times)
+    return curves
+
+
+def draft_costs(chains: Mapping[int, Curve]) -> dict[int, float]:
+    """By batch: what one more level of drafting takes, in plain steps."""
+    shortest, longest = chains[min(chains)], chains[max(chains)]
+    levels = max(len(chains) - 1, 1)
+    return {
+        batch: max(longest.step_time[batch] - time, 0.0) / levels
+        for batch, time in shortest.step_time.items()
+    }
+
+
+def candidate_trees(
+    rates: Rates, node_counts: Sequence[int], costs: Sequence[float]
+) -> list[TokenTree]:
+    """For each number of nodes and cost of a level, the tree that emits the most for its time.
+
+    No two have as many nodes, which a schedule needs: the later one gets fewer.
+
+    Args:
+        rates: acceptance by number of children and slot.
+        node_counts: drafted nodes at most.
+        costs: of one level of drafting, in plain steps.
+    """
+    trees: dict[int, TokenTree] = {}
+    for nodes in node_counts:
+        for cost in costs:
+            for limit in range(nodes, 0, -1):
+                tree = _fastest(rates, limit, cost)
+                if trees.setdefault(tree.num_nodes, tree) == tree:
+                    break
+    return list(trees.values())
+
+
+def _fastest(rates: Rates, nodes: int, cost: float) -> TokenTree:
+    shapes = [best_shape(rates, nodes, depth) for depth in range(1, min(nodes, DEEPEST) + 1)]
+    return max(shapes, key=lambda s: (1 + s.accepted) / (1 + cost * s.tree.depth)).tree
+
+
+def choose(curves: Mapping[str, Curve], max_batch: int) -> list[tuple[int, int | None, str | None]]:
+    """The fastest way for each number of requests, as ranges.
+
+    Args:
+        curves: of all trees, by name.
+        max_batch: the largest batch that was measured; nothing is drafted beyond it.
+
+    Returns:
+        `(first, last, name)`: ranges that begin where the last one ended; a name of None drafts
+        nothing, a last of None has no end.
+    """
+
+    def gain(name: str | None, batch: int) -> float:
+        return 1.0 if name is None else curves[name].gain(batch)
+
+    kept: str | None = None
+    chosen: list[str | None] = []
+    for batch in range(1, max_batch + 1):
+        best = max([None, *curves], key=lambda name: gain(name, batch))
+        slower = gain(kept, batch) < 1.0  # than plain vLLM
+        if slower or gain(best, batch) > (1 + MARGIN) * gain(kept, batch):
+            # none, unless a tree is worth it
+            kept = best if gain(best, batch) > 1 + MARGIN else None
+        chosen.append(kept)
+    chosen.append(None)
+    ranges, first = [], 1
+    for name, run in groupby(chosen):
+        length = len(list(run))
+        ranges.append((first, first + length - 1, name))
+        first += length
+    first, _, name = ranges[-1]
+    ranges[-1] = (first, None, name)
+    return ranges

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draft and verify trees without an engine: any two models, batched, on CPU or CUDA tensors.
+
+The same functions that run inside the engine do the work; here they get distributions instead of
+logits, and a `torch.Generator` instead of request seeds.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from vllm_spechub.rules.acceptance import check_probs
+from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.triton_kernels.child_sampling import sample_children
+from vllm_spechub.triton_kernels.rules import DEFAULT_RULE, check_rule
+
+DraftProbs = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Drafted trees of one shape, and all that verification needs of how they were drafted."""
+
+    tree: TokenTree
+    rule: str
+    sharpening: float
+    # [batch_size, num_nodes] int64: drafted nodes in the tree's order, the root not among them
+    tokens: torch.Tensor
+    # [batch_size, num_internal, vocab_size] float32: what each node's children were drafted from,
+    # as logarithms, for the nodes that have children, in the tree's order
+    logits: torch.Tensor
+    # [batch_size, num_internal] int32: the slot of each node's sampled child
+    sample_slots: torch.Tensor
+
+    @property
+    def batch_size(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.logits.shape[2]
+
+
+def draft_tree(
+    tree: TokenTree,
+    draft_probs_fn: DraftProbs,
+    batch_size: int,
+    *,
+    rule: str = DEFAULT_RULE,
+    generator: torch.Generator | None = None,
+    sharpening: float = 1.0,
+) -> DraftTree:
+    """Draft a tree of tokens for every sequence of a batch.
+
+    Args:
+        tree: the shape.
+        draft_probs_fn: from `prefixes`, int64 [batch_size, t], to the draft's distribution after
+            them, [batch_size, vocab_size], any float dtype. `prefixes` are the drafted tokens on
+            the way from the root to a node, so t = 0 at the root and t = 1 below it. It is called
+            once for every node that has children, in the tree's order; the first call's `prefixes`
+            are on the generator's device (the CPU without one), later calls' on its result's.
+        batch_size: sequences.
+        rule: how children are drafted; `verify_tree` must verify by the same.
+        generator: where the noise comes from; PyTorch's default generator if None. Every call
+            takes one 64-bit seed for each sequence from it, and all draws are functions of that
+            seed, the node and their purpose, so equal generator states give equal trees.
+        sharpening: exponent of the sampled child's law, for the SpecHub rules.
+
+    Returns:
+        The drafted trees.
+
+    Raises:
+        ValueError: names the argument: an unknown rule, a tree that it cannot draft, or rows of
+            `draft_probs_fn` that are misshapen, not finite, negative or do not sum to 1.
+
+    Examples::
+
+        >>> tree = TokenTree.complete(branching=2, depth=3)
+        >>> q = torch.tensor([[0.6, 0.3, 0.1]])
+        >>> draft = draft_tree(tree, lambda prefixes: q.expand(len(prefixes), -1), batch_size=5)
+        >>> tuple(draft.tokens.shape)
+        (5, 14)
+    """
+    if not isinstance(tree, TokenTree):
+        raise ValueError(f"tree must be a TokenTree, got {type(tree).__name__}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer from 1, got {batch_size!r}")
+    most = int(tree.num_children.max())
+    check_rule(rule, sharpening, most)
+    device = generator.device if generator is not None else torch.device("cpu")
+    seeds = _seeds(batch_size, generator)
+    logits, slots = [], []
+    # by node: [batch_size, depth of the node]
+    prefixes = {0: torch.empty(batch_size, 0, dtype=torch.int64, device=device)}
+    for node in tree.internal_nodes.tolist():
+        probs = draft_probs_fn(prefixes[node])
+        shape = (batch_size, logits[0].shape[1]) if logits else None
+        check_probs("draft_probs_fn's result", probs, shape)
+        if probs.dim() != 2 or len(probs) != batch_size or probs.shape[1] < most:
+            raise ValueError(
+                f"draft_probs_fn's result must be [{batch_size}, vocab_size] with at least {most} "
+                f"tokens, not {list(probs.shape)}"
+            )
+        if not logits:
+            seeds = seeds.to(probs.device)
+            temperature = torch.ones(batch_size, device=probs.device)
+            rows = torch.arange(batch_size, device=probs.device)
+            prefixes[0] = prefixes[0].to(probs.device)
+        logits.append(_log(probs))
+        count = int(tree.num_children[node])
+        children, sample_slot = sample_children(
+            logits[-1],
+            temperature,
+            seeds,
+            rows,
+            torch.zeros_like(seeds),
+            torch.full_like(seeds, node, dtype=torch.int32),
+            torch.full_like(seeds, count, dtype=torch.int32),
+            rule=rule,
+            max_children=count,
+            sharpening=sharpening,
+        )
+        slots.append(sample_slot)
+        first = int(tree.first_child[node])
+        for slot, token in enumerate(children.split(1, dim=1)):
+            prefixes[first + slot] = torch.cat([prefixes[node], token], dim=1)
+    tokens = [prefixes[node][:, -1] for node in range(1, tree.num_nodes + 1)]
+    return DraftTree(
+        tree,
+        rule,
+        sharpening,
+        torch.stack(tokens, dim=1),
+        torch.stack(logits, dim=1),
+        torch.stack(slots, dim=1),
+    )
+
+
+def verify_tree(
+    draft: DraftTree,
+    # [batch_size, num_nodes + 1, vocab_size]
+    target_probs: torch.Tensor,
+    *,
+    rule: str | None = None,
+    generator: torch.Generator | None = None,
+    backend: Literal["torch", "triton"] = "torch",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accept a path of every drafted tree and emit one more token, with the target's distribution.
+
+    Args:
+        draft: from `draft_tree`.
+        target_probs: the target's distribution after every node, row 0 the root's and row i that
+            of drafted node i; any float dtype.
+        rule: the rule that `draft` was drafted by, which is also the default.
+        generator: where the noise comes from; see `draft_tree`. It may be in the state that
+            drafting began with: drafting and verification never share noise.
+        backend: "torch" runs anywhere; "triton" runs the kernels, on CUDA tensors, or on CPU
+            tensors under TRITON_INTERPRET=1.
+
+    Returns:
+        tokens: int64 [batch_size, depth + 1], the accepted tokens and then the residual or bonus
+            token; -1 after it.
+        num_tokens: int64 [batch_size], accepted tokens plus one.
+
+    Raises:
+        ValueError: names the argument: a rule that `draft` was not drafted by, rows that are
+            misshapen, not finite, negative or do not sum to 1, or a backend that cannot run.
+
+    Examples::
+
+        >>> tree = TokenTree.chain(2)
+        >>> q = torch.tensor([[0.5, 0.5]])
+        >>> draft = draft_tree(tree, lambda prefixes: q.expand(len(prefixes), -1), 4, rule="chain")
+        >>> tokens, num_tokens = verify_tree(draft, q.expand(4, 3, 2), rule="chain")
+        >>> num_tokens.tolist()  # the draft is the target: all is accepted
+        [3, 3, 3, 3]
+    """
+    if not isinstance(draft, DraftTree):
+        raise ValueError(f"draft must be a DraftTree, got {type(draft).__name__}")
+    rule = draft.rule if rule is None else rule
+    check_rule(rule, sharpening=1.0, max_children=1)
+    if rule != draft.rule:
+        raise ValueError(f"rule is {rule!r}, but draft was drafted by {draft.rule!r}")
+    tree, device = draft.tree, draft.tokens.device
+    num_rows = tree.num_nodes + 1
+    check_probs("target_probs", target_probs, (draft.batch_size, num_rows, draft.vocab_size))
+    if target_probs.device != device:
+        raise ValueError(f"target_probs is on {target_probs.device}, draft on {device}")
+    implementation = _implementation(backend, device)
+
+    def table(array) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    seeds = _seeds(draft.batch_size, generator).to(device)
+    requests = torch.arange(draft.batch_size, device=device)
+    # Every tree's rows one after the other; the root's own token is not read.
+    tokens = torch.cat([draft.tokens.new_zeros(draft.batch_size, 1), draft.tokens], dim=1)
+    ones = torch.ones(draft.batch_size, device=device)
+    emitted, num_emitted, _path = implementation.verify_tree(
+        _log(target_probs).flatten(0, 1),
+        (requests * num_rows).to(torch.int32),
+        torch.full_like(requests, tree.num_nodes, dtype=torch.int32),
+        tokens.flatten(),
+        draft.logits,
+        draft.sample_slots,
+        requests,
+        ones,
+        ones,
+        seeds,
+        torch.zeros_like(requests),
+        table(tree.first_child),
+        table(tree.num_children),
+        table(tree.internal_index),
+        table(tree.subtree_sizes),
+        max_depth=tree.depth,
+        rule=rule,
+        sharpening=draft.sharpening,
+    )
+    return emitted, num_emitted.long()
+
+
+def _log(probs: torch.Tensor) -> torch.Tensor:
+    """float32 logarithms, -inf where a probability is 0. Contiguous."""
+    wide = probs if probs.dtype == torch.float64 else probs.float()
+    return wide.log().float().contiguous()
+
+
+def _seeds(batch_size: int, generator: torch.Generator | None) -> torch.Tensor:
+    """One 64-bit seed for each sequence. [batch_size] int64"""
+    limits = torch.iinfo(torch.int64)
+    return torch.randint(
+        limits.min,
+        limits.max,
+        (batch_size,),
+        generator=generator,
+        device=generator.device if generator is not None else None,
+    )
+
+
+def _implementation(backend: str, device: torch.device) -> ModuleType:
+    if backend == "torch":
+        from vllm_spechub.triton_kernels.verification import reference
+
+        return reference
+    if backend != "triton":
+        raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 on the CPU; draft is on "
+            f"{device}, use backend='torch'"
+        )
+    try:
+        from vllm_spechub.triton_kernels.verification import kernel
+    except ImportError as error:
+        raise ValueError(f"backend 'triton' cannot be imported: {error}") from error
+    return kernel

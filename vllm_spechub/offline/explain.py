@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of draft trees: what was drafted, how likely it was, and what was accepted.
+
+The steps are the library's own (`draft_tree`, `verify_tree`) on a pair of Hugging Face models, so
+no engine is needed; every path is recomputed from its tokens, which suits one prompt.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+from vllm_spechub.offline.draft_and_verify import draft_tree, verify_tree
+from vllm_spechub.offline.simulation.texts import ModelPair
+from vllm_spechub.trees.drawing import node_rows
+from vllm_spechub.trees.tree import TokenTree
+
+ACCEPTED, REFUSED, BONUS = "green", "bright_black", "bold cyan"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A drafted node, with its token's probabilities below its parent."""
+
+    token: str
+    draft_prob: float
+    target_prob: float
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: the tree below a root token, and what came of it."""
+
+    tree: TokenTree
+    root: str
+    nodes: tuple[Node, ...]
+    path: tuple[int, ...]
+    """The root and the accepted nodes."""
+    bonus: str
+    """The last token, which the target alone drew."""
+    bonus_prob: float
+    """Its probability to the target, after the path."""
+
+    @property
+    def ending(self) -> str:
+        """Where the walk ended."""
+        if self.tree.num_children[self.path[-1]] == 0:
+            return "leaf: all of the path was accepted"
+        return f"no child of node {self.path[-1]} was accepted"
+
+
+def trace(
+    pair: ModelPair,
+    # [num_tokens] int64
+    prompt: torch.Tensor,
+    tree: TokenTree,
+    rule: str,
+    temperature: float,
+    num_steps: int,
+    seed: int,
+) -> list[Step]:
+    """Decode some steps from a prompt, and keep what each drafted and accepted.
+
+    Raises:
+        ValueError: the prompt and the steps are longer than the models read, or what
+            `draft_tree` refuses.
+    """
+    longest = len(prompt) + num_steps * (tree.depth + 1)
+    if longest > pair.max_positions:
+        raise ValueError(
+            f"the prompt's {len(prompt)} tokens and {num_steps} steps need {longest} positions, "
+            f"the models read {pair.max_positions}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    steps, text = [], prompt
+    for _ in range(num_steps):
+        step, emitted = _step(pair, text, tree, rule, temperature, generator)
+        steps.append(step)
+        text = torch.cat([text, emitted])
+    return steps
+
+
+def shown(pair: ModelPair, token: int) -> str:
+    """A token's text, with line breaks and the like spelled out."""
+    return repr(pair.tokenizer.decode([token]))[1:-1]
+
+
+@torch.inference_mode()
+def _step(pair, text, tree, rule, temperature, generator) -> tuple[Step, torch.Tensor]:
+    def probs(model, rows: torch.Tensor) -> torch.Tensor:
+        """After each row's last token. [num_rows, vocab_size]"""
+        return torch.softmax(model(input_ids=rows).logits[:, -1].float() / temperature, dim=-1)
+
+    def draft_probs(prefixes: torch.Tensor) -> torch.Tensor:
+        rows = torch.cat([text.unsqueeze(0), prefixes.to(text.device)], dim=1)
+        return probs(pair.draft, rows).cpu()
+
+    draft = draft_tree(tree, draft_probs, 1, rule=rule, generator=generator)
+    tokens = [int(text[-1]), *draft.tokens[0].tolist()]
+    below = [torch.tensor([tokens[n] for n in path[1:]], dtype=text.dtype) for path in tree.paths]
+    target = torch.cat(
+        [probs(pair.target, torch.cat([text, b.to(text.device)]).unsqueeze(0)) for b in below]
+    ).cpu()
+    emitted, num_tokens = verify_tree(draft, target.unsqueeze(0), rule=rule, generator=generator)
+    emitted = emitted[0, : int(num_tokens)]
+
+    path = [0]
+    for token in emitted[:-1].tolist():
+        first = int(tree.first_child[path[-1]])
+        path.append(tokens.index(token, first))  # of equal siblings only the first is accepted
+    spoken = [shown(pair, token) for token in tokens]
+    draft_rows = draft.logits[0].exp()
+    nodes = tuple(
+        Node(
+            spoken[node],
+            float(draft_rows[tree.internal_index[parent], tokens[node]]),
+            float(target[parent, tokens[node]]),
+            node in path,
+        )
+        for node, parent in enumerate(tree.parents, start=1)
+    )
+    bonus = int(emitted[-1])
+    step = Step(
+        tree,
+        spoken[0],
+        nodes,
+        tuple(path),
+        shown(pair, bonus),
+        float(target[path[-1], bonus]),
+    )
+    return step, emitted.to(text.device)
+
+
+def render(steps: list[Step], console: Console) -> None:
+    """Every step as a tree of text. A recording console can save it as HTML."""
+    for number, step in enumerate(steps, start=1):
+        drawn = Tree(Text(step.root, style="bold"), guide_style=REFUSED)
+        branches = {0: drawn}
+        for node, (parent, seen) in enumerate(
+            zip(step.tree.parents, step.nodes, strict=True), start=1
+        ):
+            mark = "✓" if seen.accepted else "·"
+            label = Text(f"{mark} {seen.token}", style=ACCEPTED if seen.accepted else REFUSED)
+            label.append(f"   q {seen.draft_prob:.3f}  p {seen.target_prob:.3f}", style="dim")
+            branches[node] = branches[parent].add(label)
+        branches[step.path[-1]].add(Text(f"+ {step.bonus}   p {step.bonus_prob:.3f}", style=BONUS))
+        console.print(Text(f"step {number} emits {len(step.path)}: {step.ending}"))
+        console.print(drawn)
+
+
+def save_picture(steps: list[Step], path: Path) -> None:
+    """Every step's tree in one PNG, roots on the left."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [node_rows(step.tree) for step in steps]
+    figure, axes = plt.subplots(
+        len(steps),
+        1,
+        figsize=(3.0 * (steps[0].tree.depth + 1.4), sum(0.3 * max(each) + 1.0 for each in rows)),
+        squeeze=False,
+    )
+    for number, (axis, step, heights) in enumerate(zip(axes[:, 0], steps, rows, strict=True), 1):
+        places = [(depth, -row) for depth, row in zip(step.tree.depths, heights, strict=True)]
+        _put(axis, places[0], step.root, "black", "bold")
+        for node, (parent, seen) in enumerate(
+            zip(step.tree.parents, step.nodes, strict=True), start=1
+        ):
+            color = "tab:green" if seen.accepted else "0.6"
+            ends = zip(places[parent], places[node], strict=True)
+            axis.plot(*ends, color=color, linewidth=1, zorder=0)
+            label = f"{seen.token}  q {seen.draft_prob:.2f} p {seen.target_prob:.2f}"
+            _put(axis, places[node], label, color, "bold" if seen.accepted else "normal")
+        axis.set_title(
+            f"step {number} emits {len(step.path)}: {step.ending}; then "
+            f"{step.bonus!r} (p {step.bonus_prob:.2f})",
+            fontsize=9,
+            loc="left",
+        )
+        axis.set_xlim(-0.1, step.tree.depth + 1.2)
+        axis.set_ylim(-max(heights) - 0.8, 0.8)
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _put(axis, place: tuple[float, float], text: str, color: str, weight: str) -> None:
+    axis.text(
+        *place,
+        text,
+        color=color,
+        fontsize=8,
+        weight=weight,
+        verticalalignment="center",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+    )

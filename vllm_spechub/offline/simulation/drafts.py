@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draft the trees of many plans below the same roots, with common noise.
+
+Plans share what they have in common: a node is known by its root and its tokens, both models read
+it once, and its noise is its own, so rules and shapes that draft a node alike get the same
+children, and differences between them are free of most of the noise.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from vllm_spechub.offline.simulation.rows import TreeRows
+from vllm_spechub.offline.simulation.texts import ModelPair, Roots
+from vllm_spechub.trees.tree import MAX_BRANCHING, TokenTree
+from vllm_spechub.triton_kernels.child_sampling import sample_children
+
+# Products stay below 2^63, node numbers below 2^29, of which the noise takes four each.
+HASH_FACTOR, HASH_SIZE = 0x9E3779B1, (1 << 29) - 3
+CHUNK = 1 << 22
+"""Most elements of a matrix of rows that is worked on at once."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A rule and the exponent of its sampled children."""
+
+    rule: str
+    sharpening: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Variant":
+        """ "RULE" or "RULE@SHARPENING"."""
+        rule, _, sharpening = text.partition("@")
+        return cls(rule, float(sharpening) if sharpening else 1.0)
+
+    def __str__(self) -> str:
+        return self.rule if self.sharpening == 1.0 else f"{self.rule}@{self.sharpening:g}"
+
+
+class Plan(NamedTuple):
+    """What to draft and how to verify it."""
+
+    variant: Variant
+    tree: TokenTree
+
+
+class Law(NamedTuple):
+    """What decides a node's children, apart from the node."""
+
+    variant: Variant
+    num_children: int
+
+
+@dataclass
+class Children:
+    """The children that one law drafted."""
+
+    # [num_rows]: the nodes, ascending
+    nodes: torch.Tensor
+    # [num_rows, num_children]
+    tokens: torch.Tensor
+    # [num_rows]
+    sample_slot: torch.Tensor
+
+    def rows(
+        self,
+        # [...]
+        nodes: torch.Tensor,
+    ) -> torch.Tensor:
+        """Where nodes are in these tensors. [...]"""
+        return torch.searchsorted(self.nodes, nodes.contiguous())
+
+
+@dataclass
+class Drafts:
+    """Drafted trees: every node that is internal in some plan, and the children of each."""
+
+    temperature: float
+    # [num_nodes, vocab_size]: the target's distribution
+    target_probs: torch.Tensor
+    # [num_nodes, vocab_size]: the draft's logits, before temperature
+    draft_logits: torch.Tensor
+    # by plan: [num_roots, num_internal], the nodes that stand for the tree's internal ones
+    nodes: dict[Plan, torch.Tensor]
+    children: dict[Law, Children]
+
+
+@torch.inference_mode()
+def draft_plans(
+    pair: ModelPair, roots: Roots, plans: list[Plan], temperature: float, seed: int
+) -> Drafts:
+    """Draft every plan's tree below every root.
+
+    Args:
+        pair: both models.
+        roots: where the trees hang.
+        plans: rules with their trees.
+        temperature: of the target and the draft; 0 is greedy.
+        seed: of the noise; equal seeds give equal trees, whatever the other plans.
+    """
+    forest = _Forest(pair, roots, plans, temperature, seed)
+    while forest.read_level():
+        forest.draft_level()
+    return Drafts(
+        temperature,
+        torch.cat(forest.target_probs),
+        torch.cat(forest.draft_logits),
+        forest.nodes,
+        {law: _join(parts) for law, parts in forest.children.items()},
+    )
+
+
+def _join(parts: list[Children]) -> Children:
+    columns = zip(*((part.nodes, part.tokens, part.sample_slot) for part in parts), strict=True)
+    return Children(*(torch.cat(column) for column in columns))
+
+
+class _Forest:
+    """Nodes are numbered level by level, and by root within a level."""
+
+    def __init__(self, pair, roots, plans, temperature, seed) -> None:
+        num_roots, device = len(roots.text), roots.texts.device
+        self.readers = TreeRows(pair.target, roots), TreeRows(pair.draft, roots)
+        self.plans, self.temperature = plans, temperature
+        self.vocab_size, self.num_roots = pair.vocab_size, num_roots
+        # One stream per root; a hash of its tokens tells a node from the others of a root, so that
+        # trees do not depend on the plans that they are drafted beside.
+        self.seeds = (seed << 20) + torch.arange(num_roots, device=device)
+        self.temperatures = torch.full((num_roots,), float(temperature), device=device)
+        self.depth = 0
+        # by node: its root, and its column in what the readers have read
+        self.root = torch.arange(num_roots, device=device)
+        self.column = torch.zeros_like(self.root)
+        self.num_columns = 1
+        self.path_hash = torch.zeros_like(self.root)
+        # the level's nodes, and what the readers need of them: [num_roots, width]
+        self.level = self.root
+        self.place = self.column
+        self.tokens = roots.texts[roots.text, roots.position].unsqueeze(1)
+        self.parents = torch.zeros_like(self.tokens)
+        self.target_probs: list[torch.Tensor] = []
+        self.draft_logits: list[torch.Tensor] = []
+        self.children: dict[Law, list[Children]] = {}
+        self.nodes = {
+            plan: torch.full((num_roots, len(plan.tree.internal_nodes)), -1, device=device)
+            for plan in plans
+        }
+        for numbers in self.nodes.values():
+            numbers[:, 0] = self.level
+
+    def read_level(self) -> bool:
+        """Read both models at the level's nodes; False if there are none."""
+        if len(self.level) == 0:
+            return False
+        target, draft = (
+            reader.read(self.tokens, self.parents)[self.root[self.level], self.place].float()
+            for reader in self.readers
+        )
+        if self.temperature == 0:
+            best = target.argmax(dim=1, keepdim=True)
+            target = torch.zeros_like(target).scatter_(1, best, 1.0)
+        else:
+            target = torch.softmax(target / self.temperature, dim=1)
+        self.target_probs.append(target)
+        self.draft_logits.append(draft)
+        return True
+
+    def draft_level(self) -> None:
+        """Draft the children of the level's nodes; those that go on are the next level."""
+        # (plan, node of its tree, who stands for it), by law
+        wanted: dict[Law, list[tuple[Plan, int, torch.Tensor]]] = {}
+        for plan in self.plans:
+            if self.depth < plan.tree.depth:
+                for node in plan.tree.internal_levels()[self.depth].tolist():
+                    law = Law(plan.variant, int(plan.tree.num_children[node]))
+                    numbers = self.nodes[plan][:, plan.tree.internal_index[node]]
+                    wanted.setdefault(law, []).append((plan, node, numbers))
+        keys, places = [], []
+        for law, entries in wanted.items():
+            drafted = self._draft(law, torch.cat([numbers for *_, numbers in entries]).unique())
+            # Equal siblings, which independent draws can be, are different nodes.
+            equal = drafted.tokens.unsqueeze(2) == drafted.tokens.unsqueeze(1)
+            twin = equal.tril(-1).sum(dim=2)
+            key = (drafted.nodes.unsqueeze(1) * MAX_BRANCHING + twin) * self.vocab_size
+            key += drafted.tokens
+            for plan, node, numbers in entries:
+                rows = drafted.rows(numbers)
+                for slot in range(law.num_children):
+                    index = int(plan.tree.internal_index[plan.tree.first_child[node] + slot])
+                    if index >= 0:
+                        keys.append(key[rows, slot])
+                        places.append((plan, index))
+        self.depth += 1
+        if not keys:
+            self.level = self.level[:0]
+            return
+        unique, inverse = torch.cat(keys).unique(return_inverse=True)
+        first = len(self.root)
+        for (plan, index), number in zip(places, inverse.split(self.num_roots), strict=True):
+            self.nodes[plan][:, index] = first + number
+
+        parent = unique // (self.vocab_size * MAX_BRANCHING)
+        root = self.root[parent]
+        counts = torch.bincount(root, minlength=self.num_roots)
+        self.level = first + torch.arange(len(unique), device=root.device)
+        self.place = self.level - first - (counts.cumsum(0) - counts)[root]
+        width = int(counts.max())
+        self.tokens = root.new_zeros(self.num_roots, width)
+        self.tokens[root, self.place] = unique % self.vocab_size
+        self.parents = root.new_zeros(self.num_roots, width)
+        self.parents[root, self.place] = self.column[parent]
+        mixed = self.path_hash[parent] * HASH_FACTOR + unique % (self.vocab_size * MAX_BRANCHING)
+        self.path_hash = torch.cat([self.path_hash, (mixed + 1) % HASH_SIZE])
+        self.root = torch.cat([self.root, root])
+        self.column = torch.cat([self.column, self.num_columns + self.place])
+        self.num_columns += width
+
+    def _draft(
+        self,
+        law: Law,
+        # [num_rows], ascending nodes of this level
+        nodes: torch.Tensor,
+    ) -> Children:
+        drafted = []
+        for chunk in nodes.split(max(1, CHUNK // self.vocab_size)):
+            drafted.append(
+                sample_children(
+                    self.draft_logits[-1][chunk - self.level[0]],
+                    self.temperatures,
+                    self.seeds,
+                    self.root[chunk],
+                    torch.zeros_like(chunk),
+                    self.path_hash[chunk].to(torch.int32),
+                    torch.full_like(chunk, law.num_children, dtype=torch.int32),
+                    rule=law.variant.rule,
+                    max_children=law.num_children,
+                    sharpening=law.variant.sharpening,
+                )
+            )
+        tokens, sample_slot = (torch.cat(column) for column in zip(*drafted, strict=True))
+        children = Children(nodes, tokens, sample_slot.long())
+        self.children.setdefault(law, []).append(children)
+        return children

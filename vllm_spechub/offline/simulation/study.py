@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure plans on sampled texts: rates by slot, the best shapes, tokens per step."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from vllm_spechub.offline.simulation.drafts import Plan, Variant, draft_plans
+from vllm_spechub.offline.simulation.reach import Reach
+from vllm_spechub.offline.simulation.texts import ModelPair, Roots, sample_roots
+from vllm_spechub.trees.best_tree import Rates, best_shape
+from vllm_spechub.trees.tree import TokenTree
+
+BASELINES = ("rrs", "rrsw", "ordered")
+PROBE_DEPTH = {2: 4, 3: 3, 4: 2}
+"""Depth of the complete tree on which nodes with k children are measured."""
+ROWS = 1 << 27
+"""Most elements of the rows kept for one batch of roots, at `NODES_PER_ROOT` nodes a root."""
+NODES_PER_ROOT = 256
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is measured, how many prompts are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How texts are sampled from the target and roots chosen in them."""
+
+    # of each prompt
+    texts: int = 40
+    # of each text
+    tokens: int = 48
+    roots: int = 4
+    max_prompt_tokens: int = 256
+    seed: int = 0
+
+
+@dataclass
+class Measured:
+    """One plan's expected tokens per step at every root."""
+
+    # [num_roots] each: tokens per step, and the number of the root's prompt
+    tokens: np.ndarray
+    prompts: np.ndarray
+    # [num_nodes + 1]: mean probability that a node is accepted
+    reach: np.ndarray
+
+
+def measure(
+    pair: ModelPair,
+    prompts: Sequence[torch.Tensor],
+    plans: Sequence[Plan],
+    temperature: float,
+    sampling: Sampling,
+    phase: int = 0,
+    progress: Progress | None = None,
+    label: str = "",
+) -> dict[Plan, Measured]:
+    """Tokens per step of every plan at the same roots, with common noise.
+
+    Args:
+        pair: both models.
+        prompts: tokenised prompts. [num_prompt_tokens] each
+        plans: rules with their trees.
+        temperature: of the target and the draft.
+        sampling: how many texts and roots.
+        phase: texts of different phases are independent.
+        progress: told about every prompt.
+        label: what `progress` is told.
+    """
+    plans = list(dict.fromkeys(plans))
+    tokens: dict[Plan, list[np.ndarray]] = {plan: [] for plan in plans}
+    reach: dict[Plan, list[np.ndarray]] = {plan: [] for plan in plans}
+    of_prompt: list[np.ndarray] = []
+    batch = max(1, min(64, ROWS // (pair.vocab_size * NODES_PER_ROOT)))
+    device = pair.target.device
+    for number, prompt in enumerate(prompts):
+        generator = torch.Generator(device).manual_seed(
+            (sampling.seed * 4096 + number) * 64 + phase
+        )
+        all_roots = sample_roots(
+            pair, prompt, temperature, sampling.texts, sampling.tokens, sampling.roots, generator
+        )
+        for start in range(0, len(all_roots.text), batch):
+            chunk = slice(start, start + batch)
+            used, text = all_roots.text[chunk].unique(return_inverse=True)
+            roots = Roots(all_roots.texts[used], text, all_roots.position[chunk])
+            seed = int(torch.randint(1 << 40, (), generator=generator, device=device))
+            accepted = Reach(draft_plans(pair, roots, plans, temperature, seed))
+            for plan in plans:
+                values = accepted.of(plan).double().cpu().numpy()
+                tokens[plan].append(values.sum(axis=1))
+                reach[plan].append(values.sum(axis=0))
+            of_prompt.append(np.full(len(text), number))
+        if progress:
+            progress(label, number + 1, len(prompts))
+    if not of_prompt:
+        raise ValueError("every sampled text ended before a root: nothing to measure")
+    numbers = np.concatenate(of_prompt)
+    return {
+        plan: Measured(
+            np.concatenate(tokens[plan]), numbers, np.sum(reach[plan], axis=0) / len(numbers)
+        )
+        for plan in plans
+    }
+
+
+def best_kind(max_depth: int) -> str:
+    """What rows of a rule's own best shape under a depth cap are called."""
+    return f"best, depth <= {max_depth}"
+
+
+def probe_plans(variant: Variant, max_depth: int) -> list[Plan]:
+    """Complete trees whose nodes have 1, 2, 3 and 4 children; a chain has one."""
+    plans = [Plan(variant, TokenTree.chain(max_depth))]
+    if variant.rule != "chain":
+        plans += [
+            Plan(variant, TokenTree.complete(k, min(depth, max_depth)))
+            for k, depth in PROBE_DEPTH.items()
+        ]
+    return plans
+
+
+def slot_rates(measured: dict[Plan, Measured], variant: Variant, max_depth: int) -> Rates:
+    """`rates[k][slot]`: of the steps that reach a node with k children, the share that accept the
+    child in that slot, pooled over the nodes of the probe trees.
+
+    A traversal accepts a child more often the more hangs below it, so its rates hold for subtrees
+    like the probes'.
+    """
+    rates = {}
+    for plan in probe_plans(variant, max_depth):
+        tree, reach = plan.tree, measured[plan].reach
+        k = int(tree.num_children[0])
+        first = tree.first_child[tree.internal_nodes]
+        reached = reach[tree.internal_nodes].sum()
+        rates[k] = [float(reach[first + slot].sum() / reached) for slot in range(k)]
+    return rates
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan's tokens per step, with the half width of its 95% confidence interval."""
+
+    temperature: float
+    budget: int
+    kind: str
+    rule: str
+    nodes: int
+    depth: int
+    tokens_per_step: float
+    ci: float
+    roots: int
+    prompts: int
+    tree: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One rule's tokens per step less another's, at the same roots with the same noise."""
+
+    temperature: float
+    budget: int
+    kind: str
+    rule: str
+    baseline: str
+    difference: float
+    ci: float
+
+
+@dataclass
+class Study:
+    """What `simulate` measured."""
+
+    rows: list[Row] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+    # by rule and temperature
+    rates: dict[str, dict[str, Rates]] = field(default_factory=dict)
+
+
+def complete_tree(variant: Variant, budget: int) -> TokenTree:
+    """The largest complete binary tree within the budget; for `chain`, a chain of its depth."""
+    depth = max(1, (budget + 2).bit_length() - 2)
+    return TokenTree.chain(depth) if variant.rule == "chain" else TokenTree.complete(2, depth)
+
+
+def mean_and_ci(
+    # [num_roots]
+    values: np.ndarray,
+    # [num_roots]
+    clusters: np.ndarray,
+) -> tuple[float, float]:
+    """The mean and the half width of its 95% confidence interval.
+
+    Roots of one prompt are not independent, so the interval is Student's t over prompts; NaN with
+    fewer than two.
+    """
+    from scipy.stats import t
+
+    mean = float(values.mean())
+    totals = np.bincount(clusters, weights=values - mean)[np.unique(clusters)]
+    groups = len(totals)
+    if groups < 2:
+        return mean, float("nan")
+    error = np.sqrt(groups / (groups - 1) * (totals**2).sum()) / len(values)
+    return mean, float(t.ppf(0.975, groups - 1) * error)
+
+
+def measure_rates(
+    pair: ModelPair,
+    prompts: Sequence[torch.Tensor],
+    variants: Sequence[Variant],
+    temperature: float,
+    sampling: Sampling,
+    max_depth: int,
+    progress: Progress | None = None,
+) -> dict[Variant, Rates]:
+    """Acceptance by slot of every rule."""
+    probes = [plan for variant in variants for plan in probe_plans(variant, max_depth)]
+    label = f"T={temperature:g}: acceptance by slot"
+    measured = measure(pair, prompts, probes, temperature, sampling, 1, progress, label)
+    return {variant: slot_rates(measured, variant, max_depth) for variant in variants}
+
+
+def pick_tree(
+    pair: ModelPair,
+    prompts: Sequence[torch.Tensor],
+    variant: Variant,
+    trees: Sequence[TokenTree],
+    temperatures: Sequence[float],
+    sampling: Sampling,
+    progress: Progress | None = None,
+) -> tuple[TokenTree, float]:
+    """The tree with the most tokens per step in a simulation, and how many, over temperatures."""
+    plans = [Plan(variant, tree) for tree in trees]
+    tokens = dict.fromkeys(plans, 0.0)
+    for temperature in temperatures:
+        label = f"T={temperature:g}: tokens per step"
+        found = measure(pair, prompts, plans, temperature, sampling, 2, progress, label)
+        for plan in tokens:
+            tokens[plan] += float(found[plan].tokens.mean()) / len(temperatures)
+    best = max(tokens, key=tokens.get)
+    return best.tree, tokens[best]
+
+
+def run_study(
+    pair: ModelPair,
+    prompts: Sequence[torch.Tensor],
+    variants: Sequence[Variant],
+    temperatures: Sequence[float],
+    budgets: Sequence[int],
+    max_depths: Sequence[int],
+    sampling: Sampling,
+    progress: Progress | None = None,
+) -> Study:
+    """Tokens per step of every rule on complete trees and on its own best shapes.
+
+    The shapes to choose from are those that dynamic programming gives for any rule's rates, and
+    the complete tree. Under each depth cap a rule takes the one that does best in a simulation on
+    texts of their own; what is reported is measured on fresh texts.
+    """
+    study = Study()
+    trial = replace(sampling, texts=max(1, sampling.texts // 4))
+    for temperature in temperatures:
+        rates = measure_rates(
+            pair, prompts, variants, temperature, trial, max(max_depths), progress
+        )
+        for variant in variants:
+            study.rates.setdefault(str(variant), {})[f"{temperature:g}"] = rates[variant]
+
+        candidates = {
+            (variant, budget, best_kind(max_depth)): _candidates(variant, budget, rates, max_depth)
+            for variant in variants
+            for budget in budgets
+            for max_depth in max_depths
+        }
+        plans = [Plan(key[0], tree) for key, trees in candidates.items() for tree in trees]
+        label = f"T={temperature:g}: choosing shapes"
+        tried = measure(pair, prompts, plans, temperature, trial, 2, progress, label)
+        chosen = {}
+        for (variant, budget, kind), trees in candidates.items():
+            chosen[variant, budget, "complete"] = Plan(variant, complete_tree(variant, budget))
+            chosen[variant, budget, kind] = max(
+                (Plan(variant, tree) for tree in trees), key=lambda plan: tried[plan].tokens.mean()
+            )
+
+        label = f"T={temperature:g}: tokens per step"
+        final = measure(
+            pair, prompts, list(chosen.values()), temperature, sampling, 3, progress, label
+        )
+        for (variant, budget, kind), plan in chosen.items():
+            mean, ci = mean_and_ci(final[plan].tokens, final[plan].prompts)
+            study.rows.append(
+                Row(
+                    temperature,
+                    budget,
+                    kind,
+                    str(variant),
+                    plan.tree.num_nodes,
+                    plan.tree.depth,
+                    mean,
+                    ci,
+                    len(final[plan].tokens),
+                    len(np.unique(final[plan].prompts)),
+                    plan.tree.parents,
+                )
+            )
+            for baseline in variants:
+                if str(baseline) not in BASELINES or baseline == variant:
+                    continue
+                other = final[chosen[baseline, budget, kind]]
+                study.differences.append(
+                    Difference(
+                        temperature,
+                        budget,
+                        kind,
+                        str(variant),
+                        str(baseline),
+                        *mean_and_ci(final[plan].tokens - other.tokens, other.prompts),
+                    )
+                )
+    return study
+
+
+def _candidates(
+    variant: Variant, budget: int, rates: dict[Variant, Rates], max_depth: int
+) -> list[TokenTree]:
+    if variant.rule == "chain":
+        return [best_shape(rates[variant], budget, max_depth).tree]
+    trees = [
+        best_shape(by_slot, budget, max_depth).tree
+        for other, by_slot in rates.items()
+        if other.rule != "chain"
+    ]
+    complete = complete_tree(variant, budget)
+    if complete.depth <= max_depth:
+        trees.append(complete)
+    return list(dict.fromkeys(trees))

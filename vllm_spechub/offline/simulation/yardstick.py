@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each rule's acceptance at one node beside the linear program's optimum for its own drafts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_spechub.offline.simulation.drafts import Plan, Variant, draft_plans
+from vllm_spechub.offline.simulation.study import Sampling
+from vllm_spechub.offline.simulation.texts import ModelPair, Roots, sample_roots
+from vllm_spechub.rules.acceptance import acceptance
+from vllm_spechub.rules.optimum import otm
+from vllm_spechub.trees.tree import TokenTree
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Means over roots."""
+
+    temperature: float
+    rule: str
+    children: int
+    acceptance: float
+    optimum: float
+    roots: int
+
+
+def small_pairs(
+    pair: ModelPair,
+    prompts: Sequence[torch.Tensor],
+    temperature: float,
+    sampling: Sampling,
+    vocab_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both distributions at one root of each prompt and text, cut down to the tokens with the most
+    mass under both together and normalised again. [num_roots, vocab_size] float64 each"""
+    plan = Plan(Variant("chain"), TokenTree.chain(1))
+    targets, drafts = [], []
+    for number, prompt in enumerate(prompts):
+        generator = torch.Generator(pair.target.device).manual_seed(sampling.seed + number)
+        roots: Roots = sample_roots(
+            pair, prompt, temperature, min(sampling.texts, 8), sampling.tokens, 1, generator
+        )
+        if len(roots.text) == 0:
+            continue
+        drafted = draft_plans(pair, roots, [plan], temperature, sampling.seed)
+        targets.append(drafted.target_probs.double())
+        drafts.append(torch.softmax(drafted.draft_logits.double() / temperature, dim=1))
+    p, q = torch.cat(targets), torch.cat(drafts)
+    kept = (p + q).topk(min(vocab_size, pair.vocab_size), dim=1).indices
+    p, q = p.gather(1, kept), q.gather(1, kept)
+    return p / p.sum(dim=1, keepdim=True), q / q.sum(dim=1, keepdim=True)
+
+
+def run_yardstick(
+    pair: ModelPair,
+    prompts: Sequence[torch.Tensor],
+    variants: Sequence[Variant],
+    temperature: float,
+    sampling: Sampling,
+    vocab_size: int = 8,
+    num_children: Sequence[int] = (2, 3),
+) -> list[Yardstick]:
+    """Acceptance and optimum of every rule at the same small distributions."""
+    p, q = small_pairs(pair, prompts, temperature, sampling, vocab_size)
+    results = []
+    for variant in variants:
+        for k in [1] if variant.rule == "chain" else num_children:
+            options = {"sharpening": variant.sharpening}
+            accepted = acceptance(p, q, k, variant.rule, **options).node.mean().item()
+            best = [otm(*row, k, variant.rule, **options) for row in zip(p, q, strict=True)]
+            optimum = sum(best) / len(best)
+            results.append(Yardstick(temperature, str(variant), k, accepted, optimum, len(best)))
+    return results

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DraftBuffers`, `DraftState`: what verification must know of how a tree was drawn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from vllm_spechub.trees.tree import TokenTree
+
+
+class LevelRows(NamedTuple):
+    """A level's nodes in a batch: a row for each node of each request, a request's side by side."""
+
+    # [num_rows] int64, the row's request, by its place in the batch
+    req: torch.Tensor
+    # [num_rows] int32
+    nodes: torch.Tensor
+    # [num_rows] int32
+    num_children: torch.Tensor
+    # [num_rows] int64, where the node's token is among the request's
+    column: torch.Tensor
+    # [num_rows] int64, bit i stands for tree node i
+    ancestor_masks: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DraftLevel:
+    """The internal nodes of one depth: what one draft pass expands."""
+
+    # [num_expanded] int32 each, on the host
+    nodes_np: np.ndarray
+    num_children_np: np.ndarray
+    max_children: int
+    # breadth-first numbering makes both contiguous
+    internal: slice
+    children: slice
+    # [num_children_in_all] int64, where the children are in a [num_expanded * max_children] row;
+    # None where all nodes have as many
+    select: torch.Tensor | None
+    # of as many requests as there may be
+    all_rows: LevelRows
+    # [max_num_reqs + 1] int32, each request's first row, on the device and on the host
+    starts: torch.Tensor
+    starts_np: np.ndarray
+    _rows: dict[int, LevelRows] = field(default_factory=dict)
+
+    def rows(self, num_reqs: int) -> LevelRows:
+        """Those of a batch of so many requests."""
+        if num_reqs not in self._rows:
+            count = num_reqs * len(self.nodes_np)
+            self._rows[num_reqs] = LevelRows(*(table[:count] for table in self.all_rows))
+        return self._rows[num_reqs]
+
+
+class DraftBuffers:
+    """What requests have drafted, with room for the largest of several trees.
+
+    Args:
+        trees: those that requests may draft.
+        max_num_reqs: request-state slots.
+        vocab_size: width of a draft row.
+        dtype: of the draft logits, kept as the draft model gave them: what is verified must be
+            what was drawn.
+        device: where the buffers live.
+    """
+
+    def __init__(
+        self,
+        trees: Sequence[TokenTree],
+        max_num_reqs: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        num_nodes = max(tree.num_nodes for tree in trees)
+        # only nodes with children have a distribution to remember
+        num_internal = max(len(tree.internal_nodes) for tree in trees)
+        # [max_num_reqs, num_nodes], node i in column i - 1
+        self.tokens = torch.zeros(max_num_reqs, num_nodes, dtype=torch.int64, device=device)
+        # [max_num_reqs, num_internal, vocab_size], truncated, before temperature
+        self.logits = torch.zeros(
+            max_num_reqs, num_internal, vocab_size, dtype=dtype, device=device
+        )
+        # [max_num_reqs, num_internal], the slot that holds the sampled child
+        self.sample_slots = torch.zeros(
+            max_num_reqs, num_internal, dtype=torch.int32, device=device
+        )
+        self.states = [DraftState(tree, self) for tree in trees]
+
+
+class DraftState:
+    """Per-request drafts of a static tree, and the tree's tables on the device.
+
+    Args:
+        tree: the tree that was drafted.
+        buffers: where its drafts are, among those of other trees.
+    """
+
+    def __init__(self, tree: TokenTree, buffers: DraftBuffers) -> None:
+        def table(array) -> torch.Tensor:
+            return torch.tensor(array, device=buffers.tokens.device)
+
+        self.tree = tree
+        # A smaller tree leaves the last columns of each unused.
+        self.tokens, self.logits = buffers.tokens, buffers.logits
+        self.sample_slots = buffers.sample_slots
+        # [num_nodes + 1] each
+        self.first_child = table(tree.first_child)
+        self.num_children = table(tree.num_children)
+        self.internal_index = table(tree.internal_index)
+        self.subtree_sizes = table(tree.subtree_sizes)
+        self.levels = [self._level(nodes, table) for nodes in tree.internal_levels()]
+
+    def _level(self, nodes: np.ndarray, table) -> DraftLevel:
+        tree = self.tree
+        counts = tree.num_children[nodes]
+        max_children = int(counts.max())
+        first_internal = int(tree.internal_index[nodes[0]])
+        first_child = int(tree.first_child[nodes[0]])
+        has_child = np.arange(max_children) < counts[:, None]
+        max_num_reqs = len(self.tokens)
+        starts = np.arange(max_num_reqs + 1, dtype=np.int32) * len(nodes)
+        return DraftLevel(
+            nodes_np=nodes,
+            num_children_np=counts,
+            max_children=max_children,
+            internal=slice(first_internal, first_internal + len(nodes)),
+            children=slice(first_child - 1, first_child - 1 + int(counts.sum())),
+            select=None if has_child.all() else table(np.flatnonzero(has_child)),
+            all_rows=LevelRows(
+                req=table(np.arange(max_num_reqs).repeat(len(nodes))),
+                nodes=table(np.tile(nodes, max_num_reqs)),
+                num_children=table(np.tile(counts, max_num_reqs)),
+                column=table(np.tile(nodes.astype(np.int64) - 1, max_num_reqs)),
+                ancestor_masks=table(np.tile(tree.ancestor_masks[nodes], max_num_reqs)),
+            ),
+            starts=table(starts),
+            starts_np=starts,
+        )
+
+    def write_children(
+        self,
+        level: DraftLevel,
+        # [num_reqs] int64
+        idx_mapping: torch.Tensor,
+        # [num_reqs * num_expanded, vocab_size]
+        logits: torch.Tensor,
+        # [num_reqs * num_expanded, max_children] int64
+        tokens: torch.Tensor,
+        # [num_reqs * num_expanded] int32
+        sample_slots: torch.Tensor,
+    ) -> None:
+        """Store the children of one level's nodes."""
+        num_reqs, num_expanded = len(idx_mapping), len(level.nodes_np)
+        logits = logits.to(self.logits.dtype).view(num_reqs, num_expanded, -1)
+        self.logits[idx_mapping, level.internal] = logits
+        self.sample_slots[idx_mapping, level.internal] = sample_slots.view(num_reqs, num_expanded)
+        tokens = tokens.view(num_reqs, -1)
+        if level.select is not None:
+            tokens = tokens[:, level.select]
+        self.tokens[idx_mapping, level.children] = tokens

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The most that any verification could accept: optimal transport with a membership cost.
+
+For a draft that hands a set S of children to the verification with probability Q(S), a lossless
+verification accepts at most the optimum of a linear program over `pi(S, i)`, the probability that
+S is drafted and its token i accepted (SpecTr, Sun et al., NeurIPS 2023, arXiv 2310.15141):
+
+    maximise  sum of pi(S, i)   over i in S
+    with      sum over i of pi(S, i) <= Q(S),   sum over S of pi(S, i) <= p_i.
+
+The sets are many, so this is a yardstick for small vocabularies, not a verifier.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vllm_spechub.rules.acceptance import check_probs, sampled_law
+from vllm_spechub.trees.tree import MAX_BRANCHING
+from vllm_spechub.triton_kernels.rules import check_rule
+
+MAX_VOCAB_SIZE = 12
+
+
+def draft_sets(
+    q: Sequence[float], k: int, rule: str, *, sharpening: float = 1.0
+) -> dict[frozenset[int], float]:
+    """The law of the set of children that `rule` drafts at a node.
+
+    Args:
+        q: the draft's distribution. [vocab_size]
+        k: children.
+        rule: a verification rule's name.
+        sharpening: exponent of the sampled child's law, for SpecHub drafts.
+
+    Returns:
+        The probability of every set that can be drafted. Independent draws may coincide, so
+        sets of "rrs" have 1 to k tokens; those of the other rules have k.
+    """
+    law: dict[frozenset[int], float] = defaultdict(float)
+    tokens = range(len(q))
+    if rule == "rrs":
+        for draw in itertools.product(tokens, repeat=k):
+            law[frozenset(draw)] += float(np.prod([q[i] for i in draw]))
+    elif rule == "rrsw":
+        ranked = sorted(tokens, key=lambda i: (-q[i], i))
+        for draw in itertools.permutations(tokens, k):
+            prob = 1.0
+            for position, i in enumerate(draw):
+                rest = [j for j in ranked if j not in draw[:position]]
+                free = sum(q[j] for j in rest)
+                prob *= q[i] / free if free > 0 else float(i == rest[0])
+            law[frozenset(draw)] += prob
+    else:
+        sampled = sampled_law(torch.tensor(np.asarray(q)).double().unsqueeze(0), k, sharpening)
+        hubs = sampled.hubs[0].tolist()
+        for x in tokens:
+            law[frozenset([*hubs, x])] += sampled.w[0, x].item()
+    return {tokens: prob for tokens, prob in law.items() if prob > 0}
+
+
+def otm(p: Sequence[float], q: Sequence[float], k: int, rule: str, *, sharpening: float = 1.0):
+    """The most that a lossless verification can accept of `rule`'s drafts at one node.
+
+    Args:
+        p: the target's distribution. [vocab_size], at most 12
+        q: the draft's. [vocab_size]
+        k: children, 1 to 4 and at most vocab_size.
+        rule: whose draft law; how that rule verifies does not matter.
+        sharpening: exponent of the sampled child's law, for SpecHub drafts.
+
+    Returns:
+        The optimum, a float in 0..1.
+
+    Raises:
+        ValueError: names the argument: too large a vocabulary, shapes that differ, no
+            distributions, an unknown rule or a k that it does not take.
+
+    Examples::
+
+        >>> round(otm([0.5, 0.3, 0.2], [0.6, 0.2, 0.2], 2, "rrs"), 3)
+        0.94
+    """
+    from scipy.optimize import linprog
+    from scipy.sparse import csr_array
+
+    check_rule(rule, sharpening, max_children=1)
+    p, q = torch.as_tensor(p), torch.as_tensor(q)
+    for name, probs in (("p", p), ("q", q)):
+        if probs.dim() != 1 or len(probs) > MAX_VOCAB_SIZE:
+            raise ValueError(f"{name} must be [vocab_size] with at most {MAX_VOCAB_SIZE} tokens")
+        check_probs(name, probs)
+    if p.shape != q.shape:
+        raise ValueError(f"q must be {list(p.shape)}, as p is, not {list(q.shape)}")
+    most = 1 if rule == "chain" else min(MAX_BRANCHING, len(p))
+    if not 1 <= k <= most:
+        raise ValueError(f"k must be in 1..{most} for rule {rule!r}, got {k!r}")
+
+    sets = draft_sets(q.double().tolist(), k, rule, sharpening=sharpening)
+    # One variable per (set, member); one bound per set, then one per token.
+    pairs = [(row, token) for row, tokens in enumerate(sets) for token in sorted(tokens)]
+    rows = [row for row, _ in pairs] + [len(sets) + token for _, token in pairs]
+    columns = [*range(len(pairs)), *range(len(pairs))]
+    bounds = csr_array((np.ones(len(rows)), (rows, columns)), (len(sets) + len(p), len(pairs)))
+    limits = np.concatenate([np.fromiter(sets.values(), float), p.double().numpy()])
+    solution = linprog(-np.ones(len(pairs)), A_ub=bounds, b_ub=limits, method="highs")
+    if not solution.success:
+        raise RuntimeError(f"the linear program has no solution: {solution.message}")
+    return float(-solution.fun)

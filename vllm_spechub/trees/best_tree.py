@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The best tree for a node budget and a depth cap, by dynamic programming over slots.
+
+The idea is Sequoia's (Chen et al., 2024, arXiv 2402.12374): with the rate at which the child of
+each slot is accepted, the accepted tokens that a subtree is worth add up over its slots. Here the
+rates depend on how many siblings there are, as SpecHub's do.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib.resources import files
+from typing import NamedTuple
+
+from vllm_spechub.trees.tree import FAMILIES, MAX_BRANCHING, MAX_NODES, TokenTree
+
+Rates = Mapping[int, Sequence[float]]
+"""For each number of children, the acceptance rate of each slot."""
+
+AUTO_NODES = 15
+AUTO_DEPTH = 5
+AUTO_FORM = "auto[:NODES[:DEPTH]]"
+GUIDES = {"traversal": "ordered"}
+"""Rules that take another's rates. A traversal accepts a child more often the more hangs below it,
+so the rates that it has on complete trees mislead on others; it drafts as `ordered` does, whose
+rates gave it the better trees (docs/verification.md)."""
+SHIPPED = "rates.json"
+_AUTO = re.compile(r"auto(?::(\d+)(?::(\d+))?)?")
+
+
+class Shape(NamedTuple):
+    """A tree and what it is expected to be worth."""
+
+    tree: TokenTree
+    # accepted tokens per step, the bonus token not counted
+    accepted: float
+
+
+class _Node(NamedTuple):
+    value: float
+    # subtrees, in slot order
+    children: tuple["_Node", ...] = ()
+
+
+def best_shape(rates: Rates, max_nodes: int, max_depth: int) -> Shape:
+    """The tree with the most accepted tokens, if nodes accept alike wherever they stand.
+
+    Args:
+        rates: `rates[k][slot]`, the probability that a node with k children accepts the child in
+            that slot; k may be missing, and then no node gets k children.
+        max_nodes: drafted nodes, 1 to 63.
+        max_depth: deepest level, from 1; each level costs a draft pass.
+
+    Returns:
+        The tree, never larger than it needs to be, and its expected accepted tokens.
+
+    Raises:
+        ValueError: names the argument.
+
+    Examples::
+
+        >>> best_shape({1: [0.7], 2: [0.7, 0.2]}, max_nodes=4, max_depth=3).tree.parents
+        (0, 0, 1, 3)
+    """
+    if not 1 <= max_nodes <= MAX_NODES:
+        raise ValueError(f"max_nodes must be in 1..{MAX_NODES}, got {max_nodes}")
+    if not 1 <= max_depth <= MAX_NODES:
+        raise ValueError(f"max_depth must be in 1..{MAX_NODES}, got {max_depth}")
+    if not rates or any(
+        not 1 <= k <= MAX_BRANCHING or len(slots) != k or not all(0 <= r <= 1 for r in slots)
+        for k, slots in rates.items()
+    ):
+        raise ValueError(
+            f"rates must hold k acceptance rates in 0..1 for each k in 1..{MAX_BRANCHING}"
+        )
+    leaf = _Node(0.0)
+    # below[n]: the best node with at most n descendants, within the levels left
+    below = [leaf] * (max_nodes + 1)
+    for _ in range(max_depth):
+        best = [leaf] * (max_nodes + 1)
+        for slots in rates.values():
+            # forest[n]: the best subtrees for the slots so far, of exactly n nodes together
+            forest: list[_Node | None] = [leaf] + [None] * max_nodes
+            for rate in slots:
+                longer: list[_Node | None] = [None] * (max_nodes + 1)
+                for used, before in enumerate(forest):
+                    if before is None:
+                        continue
+                    for size in range(1, max_nodes - used + 1):
+                        child = below[size - 1]
+                        value = before.value + rate * (1 + child.value)
+                        kept = longer[used + size]
+                        if kept is None or value > kept.value + 1e-12:
+                            longer[used + size] = _Node(value, (*before.children, child))
+                forest = longer
+            for n, node in enumerate(forest):
+                if node is not None and node.value > best[n].value + 1e-12:
+                    best[n] = node
+        for n in range(1, max_nodes + 1):  # at most n nodes, the fewest that do
+            if best[n - 1].value >= best[n].value - 1e-12:
+                best[n] = best[n - 1]
+        below = best
+    root = below[max_nodes]
+    if not root.children:
+        raise ValueError("rates are all 0: no draft is ever accepted")
+    parents: list[int] = []
+    level = [(0, root)]
+    while level:
+        following = []
+        for number, node in level:
+            for child in node.children:
+                parents.append(number)
+                following.append((len(parents), child))
+        level = following
+    return Shape(TokenTree(tuple(parents)), root.value)
+
+
+def expected_accepted(tree: TokenTree, rates: Rates) -> float:
+    """What `best_shape` maximises, for any tree whose numbers of children `rates` has."""
+    reach = [1.0] * (tree.num_nodes + 1)
+    for node, parent in enumerate(tree.parents, start=1):
+        slot = node - int(tree.first_child[parent])
+        reach[node] = reach[parent] * rates[int(tree.num_children[parent])][slot]
+    return sum(reach[1:])
+
+
+def shipped_rates(rule: str) -> dict[int, list[float]]:
+    """The demo pair's rates for a rule, averaged over the temperatures that were measured.
+
+    Raises:
+        ValueError: none are shipped for this rule.
+    """
+    by_rule = _shipped()["rates"]
+    if rule not in by_rule:
+        raise ValueError(
+            f"'auto' has no acceptance rates for verification {rule!r}, only for "
+            f"{', '.join(by_rule)}; measure a shape with `vllm-spechub shape`"
+        )
+    tables = [{int(k): by_slot for k, by_slot in table.items()} for table in by_rule[rule].values()]
+    return average_rates(tables)
+
+
+def average_rates(tables: Sequence[Rates]) -> dict[int, list[float]]:
+    """The mean of several tables of rates."""
+    return {
+        k: [sum(rates) / len(tables) for rates in zip(*(t[k] for t in tables), strict=True)]
+        for k in tables[0]
+    }
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> dict:
+    return json.loads(files("vllm_spechub.trees").joinpath(SHIPPED).read_text(encoding="utf-8"))
+
+
+def parse_tree(spec: str | Sequence[int] | TokenTree, rule: str) -> TokenTree:
+    """A tree from its configuration: whatever `TokenTree.parse` takes, or "auto".
+
+    Args:
+        spec: "auto", "auto:NODES" or "auto:NODES:DEPTH" for the best tree of at most that many
+            drafted nodes and levels by the shipped rates; otherwise as in `TokenTree.parse`.
+        rule: the verification rule that "auto" is for.
+
+    Raises:
+        ValueError: not a tree, or "auto" out of range.
+    """
+    match = _AUTO.fullmatch(spec.strip()) if isinstance(spec, str) else None
+    if match is None:
+        try:
+            return TokenTree.parse(spec)
+        except ValueError as error:
+            message = str(error).replace(FAMILIES, f"{FAMILIES}, {AUTO_FORM}")
+            raise ValueError(message) from None
+    nodes = int(match[1] or AUTO_NODES)
+    depth = int(match[2] or min(AUTO_DEPTH, nodes))
+    if not (1 <= nodes <= MAX_NODES and 1 <= depth <= MAX_NODES):
+        raise ValueError(f"{spec!r}: NODES and DEPTH must be in 1..{MAX_NODES}")
+    return best_shape(shipped_rates(rule), nodes, depth).tree

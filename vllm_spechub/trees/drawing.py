@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tree as text, and where its nodes stand in a picture."""
+
+from vllm_spechub.trees.tree import TokenTree
+
+
+def draw(tree: TokenTree) -> str:
+    """The tree as text, one line a node, siblings in slot order.
+
+    Examples::
+
+        >>> print(draw(TokenTree((0, 0, 1))))
+        0
+        ├─ 1
+        │  └─ 3
+        └─ 2
+    """
+    lines = ["0"]
+
+    def add_children(node: int, indent: str) -> None:
+        first, count = int(tree.first_child[node]), int(tree.num_children[node])
+        for child in range(first, first + count):
+            last = child == first + count - 1
+            lines.append(f"{indent}{'└─' if last else '├─'} {child}")
+            add_children(child, indent + ("   " if last else "│  "))
+
+    add_children(0, "")
+    return "\n".join(lines)
+
+
+def node_rows(tree: TokenTree) -> list[float]:
+    """A row for every node: leaves in order, parents between their children."""
+    rows = [0.0] * (tree.num_nodes + 1)
+    leaves = 0
+
+    def place(node: int) -> float:
+        nonlocal leaves
+        first, count = int(tree.first_child[node]), int(tree.num_children[node])
+        if count == 0:
+            rows[node] = float(leaves)
+            leaves += 1
+        else:
+            heights = [place(child) for child in range(first, first + count)]
+            rows[node] = (heights[0] + heights[-1]) / 2
+        return rows[node]
+
+    place(0)
+    return rows
