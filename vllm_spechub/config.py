@@ -88,6 +88,14 @@ def is_spechub(vllm_config: "VllmConfig") -> bool:
     return isinstance(vllm_config.speculative_config, SpecHubConfig)
 
 
+def spechub_config(vllm_config: "VllmConfig") -> SpecHubConfig:
+    """The speculative configuration of an engine that `is_spechub`."""
+    config = vllm_config.speculative_config
+    if not isinstance(config, SpecHubConfig):
+        raise TypeError(f"not a spechub configuration: {config!r}")
+    return config
+
+
 def create_config(
     options: dict[str, Any],
     target_model_config: "ModelConfig",

@@ -2,7 +2,9 @@
 """Registries of classes by name, resolved on first use so that names cost no imports."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -18,24 +20,33 @@ METHOD = "spechub"
 class Registry(Generic[T]):
     """Maps names to classes given as "module:Class".
 
+    Args:
+        kind: what the classes are, for error messages.
+        builtin: this package's own classes, by name.
+        group: the entry point group in which other packages list theirs.
+
     Examples::
 
-        >>> RULES.register("mine", "my_package.rules:MyRule")   # doctest: +SKIP
-        >>> RULES.load("mine")                                  # doctest: +SKIP
+        # pyproject.toml of another package
+        [project.entry-points."vllm_spechub.rules"]
+        mine = "my_package.rules:MyRule"
     """
 
-    def __init__(self, kind: str, entries: dict[str, str]) -> None:
+    def __init__(self, kind: str, builtin: dict[str, str], group: str) -> None:
         self._kind = kind
-        self._entries = dict(entries)
+        self._builtin = builtin
+        self._group = group
 
-    def register(self, name: str, target: str) -> None:
-        """Add a class. Registering the same target twice is harmless.
-
-        Raises:
-            ValueError: the name is taken by another class.
-        """
-        if self._entries.setdefault(name, target) != target:
-            raise ValueError(f"{self._kind} {name!r} is already {self._entries[name]}")
+    @cached_property
+    def _entries(self) -> dict[str, str]:
+        entries = dict(self._builtin)
+        for point in entry_points(group=self._group):
+            if entries.setdefault(point.name, point.value) != point.value:
+                raise ValueError(
+                    f"{self._kind} {point.name!r} of {point.value} (entry point group "
+                    f"{self._group}) is already {entries[point.name]}; give it another name"
+                )
+        return entries
 
     def load(self, name: str) -> type[T]:
         """The class of that name.
@@ -65,7 +76,10 @@ RULES: "Registry[VerificationRule]" = Registry(
         "rrsw": "vllm_spechub.rules.kernel_rule:RecursiveRejectionWithoutReplacement",
         "chain": "vllm_spechub.rules.kernel_rule:ChainRejection",
     },
+    "vllm_spechub.rules",
 )
 PROPOSERS: "Registry[TreeProposer]" = Registry(
-    "proposer", {"draft_model": "vllm_spechub.proposers.draft_model:DraftModelProposer"}
+    "proposer",
+    {"draft_model": "vllm_spechub.proposers.draft_model:DraftModelProposer"},
+    "vllm_spechub.proposers",
 )
