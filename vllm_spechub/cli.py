@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
+from vllm_spechub.triton_kernels.rules import DEFAULT_RULE, rates_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -155,7 +155,7 @@ def shape(
             target, draft, prompts, limit, texts, tokens, seed, depth, device, dtype
         )
         # Its own rates and those that guide it instead; the simulation decides.
-        guide = Variant(best_tree.GUIDES.get(variant.rule, variant.rule), variant.sharpening)
+        guide = Variant(rates_of(variant.rule), variant.sharpening)
         guides = list(dict.fromkeys([variant, guide]))
         variants = list(dict.fromkeys([*guides, *(_variants(()) if rates_file else [])]))
         rates: dict[Variant, dict[str, best_tree.Rates]] = {}
@@ -281,7 +281,7 @@ def tune(
         from vllm_spechub.measure.tuning.state import State
         from vllm_spechub.trees import measured_schedule
 
-        rules = tuple(v.rule for v in _variants(rule) if v.rule != "chain")
+        rules = tuple(v.rule for v in _variants(rule) if v.verification.max_children > 1)
         asked = Asked(
             target,
             draft,
@@ -373,11 +373,12 @@ def _progress() -> Iterator:
 
 def _variants(rules: list[str]) -> list:
     from vllm_spechub.offline.simulation.drafts import Variant
-    from vllm_spechub.triton_kernels.rules import RULES, check_rule
+    from vllm_spechub.registry import RULES
+    from vllm_spechub.rules.base import check_rule
 
     variants = [Variant.parse(text) for text in rules or RULES]
     for variant in variants:
-        check_rule(variant.rule, variant.sharpening, 1)
+        check_rule(variant.rule, variant.sharpening)
     return list(dict.fromkeys(variants))
 
 

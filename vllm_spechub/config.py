@@ -59,7 +59,7 @@ class SpecHubConfig(SpeculativeConfig):
     verification: str = DEFAULT_RULE
     """The verification rule, by its registered name."""
     sharpening: float = 1.0
-    """The exponent of the draft's law in the slots that SpecHub samples."""
+    """The exponent of the draft's distribution in the slots that SpecHub samples."""
     proposer: str = "draft_model"
     """What drafts the tree, by its registered name."""
 
@@ -146,7 +146,11 @@ def create_config(
         )
     except (ValidationError, OSError, ValueError) as error:
         raise ValueError(f"speculative_config: {_first_line(error)}") from error
-    RULES.load(spechub.verification).check_config(spechub)
+    try:
+        rule, trees = spechub.verification, spechub.schedule.trees
+        RULES.load(rule).check(rule, spechub.sharpening, trees)
+    except ValueError as error:
+        raise ValueError(f"speculative_config: {error}") from None
     proposer.check_config(spechub)
     return spechub
 

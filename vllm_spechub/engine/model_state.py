@@ -18,6 +18,7 @@ from vllm_spechub.engine.layout import TreeLayout
 from vllm_spechub.engine.processors import HistoryProcessors
 from vllm_spechub.engine.request_trees import DraftedTrees
 from vllm_spechub.engine.sampler import TreeRejectionSampler
+from vllm_spechub.engine.tree_kernels import tree_kernels
 from vllm_spechub.rules.base import build_rule
 
 
@@ -71,7 +72,7 @@ class TreeModelState(DefaultModelState):
         history = HistoryProcessors(sampler.logits_processors, self.max_num_reqs)
         sampler.logits_processors = [history]
         self.sampling_states, self.req_states = sampler.sampling_states, sampler.req_states
-        rule = build_rule(self.config)
+        rule = build_rule(self.config, tree_kernels())
         rejection_sampler = TreeRejectionSampler(
             sampler, self.config, self.device, rule, history, self.drafted, self.compactor
         )

@@ -16,7 +16,7 @@ from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_spechub.trees.schedule import TreeSchedule
-from vllm_spechub.trees.tree import MAX_BRANCHING
+from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
 
 FALLBACKS = {
     "grammar": "its drafts were not known when its grammar was asked",
@@ -43,7 +43,7 @@ class TreeDecodingStats(SpecDecodingStats):
     @classmethod
     def new(cls, num_spec_tokens: int) -> "TreeDecodingStats":
         stats = super().new(num_spec_tokens)
-        stats.accepted_by_slot = [0] * MAX_BRANCHING
+        stats.accepted_by_slot = [0] * MAX_CHILDREN
         return stats
 
 

@@ -29,6 +29,7 @@ from vllm_spechub.engine.truncation import truncate, truncates
 from vllm_spechub.proposers.cuda_graphs import DraftGraphs, DraftPass
 from vllm_spechub.rules.base import VerificationRule
 from vllm_spechub.rules.draft_state import DraftBuffers, DraftLevel, DraftState
+from vllm_spechub.triton_kernels.arguments import Requests
 
 
 class DraftModelProposer(StandaloneARSpeculator):
@@ -218,9 +219,8 @@ class DraftModelProposer(StandaloneARSpeculator):
             if len(truncated):
                 states = self.model_state.sampling_states
                 truncate(logits, states, idx_mapping, reqs, truncated)
-            self.rule.sample_children(
-                logits, level, idx_mapping, step.root_positions, temperature, seeds, state
-            )
+            requests = Requests(idx_mapping, step.root_positions, temperature, seeds)
+            self.rule.sample_children(logits, level, requests, state)
         return buffers.tokens[idx_mapping]
 
     def _may_read_later(self, batch: InputBatch) -> bool:

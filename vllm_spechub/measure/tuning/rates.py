@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from vllm_spechub.triton_kernels.rules import rates_of
+
 REFERENCE_NODES, REFERENCE_DEPTH = 15, 5
 """The size of the tree by which rules are compared, each on its own best shape."""
 PREFERENCE = 0.01
@@ -80,19 +82,21 @@ def _measure(study: Study, progress: Callable[[str, int, int], None]) -> Found:
     from vllm_spechub.offline.simulation.drafts import Variant
     from vllm_spechub.offline.simulation.load import load
     from vllm_spechub.offline.simulation.study import Sampling, measure_rates, pick_tree
-    from vllm_spechub.trees.best_tree import GUIDES, best_shape
+    from vllm_spechub.trees.best_tree import best_shape
 
     sampling = Sampling(texts=study.texts, tokens=study.tokens)
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     models = study.target, study.draft, study.prompts, study.limit
     pair, prompts = load(*models, sampling, REFERENCE_DEPTH, None, dtype)
-    variants = [Variant(rule) for rule in dict.fromkeys([*study.rules, *GUIDES.values()])]
+    variants = [
+        Variant(rule) for rule in dict.fromkeys([*study.rules, *map(rates_of, study.rules)])
+    ]
     rates = measure_rates(
         pair, prompts, variants, study.temperature, sampling, REFERENCE_DEPTH, progress
     )
     simulated = {}
     for rule in study.rules:
-        guides = dict.fromkeys([rule, GUIDES.get(rule, rule)])
+        guides = dict.fromkeys([rule, rates_of(rule)])
         trees = [
             best_shape(rates[Variant(guide)], REFERENCE_NODES, REFERENCE_DEPTH).tree
             for guide in guides
@@ -116,6 +120,4 @@ def best_rule(simulated: dict[str, float], default: str) -> str:
 
 def guide_rates(rates: dict[str, dict[str, Sequence[float]]], rule: str) -> dict[int, list[float]]:
     """The rates that a rule's shapes are made of."""
-    from vllm_spechub.trees.best_tree import GUIDES
-
-    return {int(k): list(slots) for k, slots in rates[GUIDES.get(rule, rule)].items()}
+    return {int(k): list(slots) for k, slots in rates[rates_of(rule)].items()}
