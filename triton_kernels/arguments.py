@@ -20,8 +20,8 @@ class TreeTables(NamedTuple):
     num_children: torch.Tensor
     # [num_tree_nodes] int32: row of each internal node in the draft's tensors; -1 at leaves
     internal_index: torch.Tensor
-    # [num_tree_nodes] integer: nodes in each node's subtree, itself included
-    subtree_sizes: torch.Tensor
+    # [num_tree_nodes] int32: id of each node's parent; 0 for the root
+    parents: torch.Tensor
 
     def to(self, device: torch.device | str) -> "TreeTables":
         return TreeTables(*(table.to(device) for table in self))
@@ -56,8 +56,8 @@ class Children(NamedTuple):
 
     # [num_rows, max_children] int64: -1 past a row's last child and in undrafted rows
     tokens: torch.Tensor
-    # [num_rows] int32: slot of the sampled child, 0 for rules without one; -1 in undrafted rows
-    sample_slots: torch.Tensor
+    # [num_rows] int32: bit s says that the child in slot s was drawn; the others are hubs
+    sampled: torch.Tensor
 
 
 class Drafts(NamedTuple):
@@ -66,9 +66,9 @@ class Drafts(NamedTuple):
     # [max_num_reqs, num_internal, vocab_size] any float dtype: the logits that each internal node's
     # children were drafted from, before temperature; last dimension contiguous
     logits: torch.Tensor
-    # [max_num_reqs, num_internal] int32: which child of each internal node is the sampled one; not
-    # read for rules without one
-    sample_slots: torch.Tensor
+    # [max_num_reqs, num_internal] int32: of each internal node, bit s says that the child in slot s
+    # was drawn; the others are hubs
+    sampled: torch.Tensor
 
 
 class TargetRows(NamedTuple):

@@ -14,9 +14,8 @@ import torch
 # What a number is for. The purposes of one node never share noise: verification is only lossless
 # when its draws are independent of the draft's.
 CHILD = 0  # which off-hub token is drafted
-LABEL = 1  # which child takes slot 0 (ordered rule)
-ACCEPT = 2  # which outcome verification takes
-RESIDUAL = 3  # which token is emitted at the walk's end
+ACCEPT = 2  # whether verification accepts a node
+RESIDUAL = 3  # which token is emitted at the path's end
 
 # Murmur's constants, as unsigned 32-bit integers.
 MIX_FIRST = 0xCC9E2D51
@@ -29,6 +28,8 @@ FINAL_SECOND = 0xC2B2AE35
 # a race each: token i is in lane i % LANES. So a row costs LANES random numbers and a few, not one
 # for each of its tokens, which would cost more than to read them.
 LANES = 2048
+# The elements of a node's next draw begin this much further on.
+DRAW_STRIDE = 1 << 16
 
 # The largest float32 below 1.
 BELOW_ONE = 1.0 - 2.0**-24
@@ -62,9 +63,9 @@ def _finalize(state: torch.Tensor) -> torch.Tensor:
     return state.bitwise_xor_(_shift_right(state, 16))
 
 
-@lru_cache(maxsize=8)
-def _scrambled_range(size: int, device: torch.device) -> torch.Tensor:
-    return _scramble(torch.arange(size, dtype=torch.int32, device=device))
+@lru_cache(maxsize=32)
+def _scrambled_range(first: int, size: int, device: torch.device) -> torch.Tensor:
+    return _scramble(torch.arange(first, first + size, dtype=torch.int32, device=device))
 
 
 def row_key(
@@ -98,9 +99,11 @@ def element_hash(
     # [...]
     key: torch.Tensor,
     size: int,
+    first: int = 0,
 ) -> torch.Tensor:
-    """int32 [..., size]: one hash for each of the elements 0..size-1 under `key` (int32 [...])."""
-    return _finalize(_mix(key.unsqueeze(-1), _scrambled_range(size, key.device)))
+    """int32 [..., size]: one hash for each element from `first` on under `key` (int32 [...])."""
+    elements = _scrambled_range(first, size, key.device)
+    return _finalize(_mix(key.unsqueeze(-1), elements))
 
 
 def uniform(
@@ -150,14 +153,33 @@ def draw(
     weights: torch.Tensor,
     # [num_rows]
     key: torch.Tensor,
+    number: int = 0,
 ) -> torch.Tensor:
-    """int64 [num_rows]: a token in proportion to its weight, 0 where none has any."""
+    """int64 [num_rows]: a token in proportion to its weight, 0 where none has any.
+
+    Args:
+        weights: float32.
+        key: int32, from `row_key`.
+        number: which of the independent draws under the key.
+    """
     by_lane = lanes(weights, 0.0)
     _, depth, num_lanes = by_lane.shape
-    noise = exponential(element_hash(key, num_lanes))
+    first = number * DRAW_STRIDE
+    noise = exponential(element_hash(key, num_lanes, first))
     lane = (by_lane.sum(dim=1) / noise).argmax(dim=1, keepdim=True)
     if depth == 1:
         return lane.squeeze(1)
     own = by_lane.gather(2, lane.unsqueeze(1).expand(-1, depth, 1)).squeeze(2)
-    noise = exponential(element_hash(key, LANES + depth)[:, LANES:])
+    noise = exponential(element_hash(key, depth, first + LANES))
     return ((own / noise).argmax(dim=1, keepdim=True) * num_lanes + lane).squeeze(1)
+
+
+def best(
+    # [num_rows, vocab_size]
+    row: torch.Tensor,
+) -> torch.Tensor:
+    """int64 [num_rows]: the largest element's index; of a tie the first lane's, and its first."""
+    by_lane = lanes(row, -torch.inf)
+    peaks, places = by_lane.max(dim=1)
+    lane = peaks.argmax(dim=1, keepdim=True)
+    return (places.gather(1, lane) * by_lane.shape[2] + lane).squeeze(1)

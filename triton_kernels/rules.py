@@ -2,7 +2,8 @@
 """The table of built-in verification rules. Whatever tells one rule from another is in its row.
 
 How children are drafted and how they are accepted must fit together, so one row describes both.
-The kernels get flags made from a row and never see a name.
+The kernels get flags made from a row and never see a name. All rules share the loop over a node's
+slots that `verification.node` describes.
 """
 
 from collections.abc import Mapping
@@ -17,13 +18,15 @@ class Hubs(StrEnum):
     """Which of a node's k children are its most probable tokens, taken without drawing."""
 
     NONE = "none"
+    CONFIDENT = "those with q > 0.2, 1 to k - 1"
     ALL_BUT_ONE = "k - 1"
+    ALL = "k"
 
 
 class Samples(StrEnum):
-    """How the children that are no hubs are drawn from the draft, given the hubs."""
+    """How the children that are no hubs are drawn from the draft off the hubs."""
 
-    ONE = "one"
+    NONE = "none"
     INDEPENDENT = "independent"
     WITHOUT_REPLACEMENT = "without replacement"
 
@@ -33,6 +36,13 @@ class Direction(StrEnum):
 
     ROOT_TO_LEAF = "root to leaf"
     LEAF_TO_ROOT = "leaf to root"
+
+
+class Subtrees(StrEnum):
+    """Which child gets which subtree: slots are numbered from the largest on in the best trees."""
+
+    BY_KIND = "hubs by rank, then samples as drawn"
+    BY_EXPECTED_ACCEPTANCE = "by expected acceptance"
 
 
 @dataclass(frozen=True)
@@ -46,21 +56,15 @@ class Rule:
     hubs: Hubs
     samples: Samples
     direction: Direction = Direction.ROOT_TO_LEAF
-    ordered_slots: bool = False
-    """Whether slot 0 holds a token that is distributed as the draft; see `sample_children`."""
+    subtrees: Subtrees = Subtrees.BY_KIND
     sharpens: bool = False
-    """Whether `sharpening` changes the distribution of the sampled child."""
+    """Whether `sharpening` changes the distribution of the sampled children."""
     max_children: int = MAX_CHILDREN
     rates_of: str = ""
     """The rule whose acceptance rates choose the tree of `"tree": "auto"`; by default its own."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rates_of", self.rates_of or self.name)
-
-    @property
-    def is_recursive(self) -> bool:
-        """Whether all children are sampled and tried one after the other, slot by slot."""
-        return self.samples is not Samples.ONE
 
     @property
     def replaces(self) -> bool:
@@ -71,45 +75,75 @@ class Rule:
     def is_leaf_to_root(self) -> bool:
         return self.direction is Direction.LEAF_TO_ROOT
 
+    @property
+    def ranks_subtrees(self) -> bool:
+        """Whether children are put into slots by their expected acceptance."""
+        return self.subtrees is Subtrees.BY_EXPECTED_ACCEPTANCE
+
+    def least_hubs(self, num_children: int) -> int:
+        """Children that are hubs whatever the draft."""
+        if self.hubs is Hubs.ALL:
+            return num_children
+        if self.hubs is Hubs.ALL_BUT_ONE:
+            return num_children - 1
+        return int(self.hubs is Hubs.CONFIDENT and num_children > 1)
+
+    def most_hubs(self, num_children: int) -> int:
+        """Children that may be hubs; those above `least_hubs` are if the draft is confident."""
+        if self.hubs is Hubs.CONFIDENT:
+            return num_children - 1
+        return self.least_hubs(num_children)
+
 
 _SPECHUB = "SpecHub (Sun et al., EMNLP 2024, arXiv 2411.05289)"
+_TRAVERSAL = "traversal verification (Weng et al., arXiv 2505.12398)"
 
 BUILTIN_RULES: Mapping[str, Rule] = MappingProxyType(
     {
         rule.name: rule
         for rule in (
             Rule(
+                "traversal",
+                "Hubs and one sample; verified from leaf to root, so a node that verification "
+                "from the root never reaches may still be accepted.",
+                f"{_SPECHUB} with {_TRAVERSAL}",
+                Hubs.ALL_BUT_ONE,
+                Samples.WITHOUT_REPLACEMENT,
+                Direction.LEAF_TO_ROOT,
+                Subtrees.BY_EXPECTED_ACCEPTANCE,
+                sharpens=True,
+                # This rule accepts a child more often the larger its subtree is, so the rates that
+                # it has on complete trees mislead on others. `ordered` drafts alike.
+                rates_of="ordered",
+            ),
+            Rule(
+                "mixed",
+                "As many hubs as the draft is confident of, the other children drawn without "
+                "replacement; verified from leaf to root.",
+                f"{_SPECHUB} with {_TRAVERSAL}",
+                Hubs.CONFIDENT,
+                Samples.WITHOUT_REPLACEMENT,
+                Direction.LEAF_TO_ROOT,
+                Subtrees.BY_EXPECTED_ACCEPTANCE,
+                sharpens=True,
+            ),
+            Rule(
                 "ordered",
-                "Hubs and one sample; a token that is distributed as the draft comes first, which "
-                "pays when the first child has the larger subtree.",
+                "Hubs and one sample, verified from the root; the child that is expected to be "
+                "accepted most often comes first, where the larger subtree is.",
                 _SPECHUB,
                 Hubs.ALL_BUT_ONE,
-                Samples.ONE,
-                ordered_slots=True,
+                Samples.WITHOUT_REPLACEMENT,
+                subtrees=Subtrees.BY_EXPECTED_ACCEPTANCE,
                 sharpens=True,
             ),
             Rule(
                 "unordered",
-                "Hubs by rank, then one sample.",
+                "Hubs by rank, then one sample, verified from the root.",
                 _SPECHUB,
                 Hubs.ALL_BUT_ONE,
-                Samples.ONE,
+                Samples.WITHOUT_REPLACEMENT,
                 sharpens=True,
-            ),
-            Rule(
-                "traversal",
-                "Drafts as `ordered`; verified from leaf to root, so a node that verification "
-                "from the root never reaches may still be accepted.",
-                f"{_SPECHUB} with traversal verification (Weng et al., arXiv 2505.12398)",
-                Hubs.ALL_BUT_ONE,
-                Samples.ONE,
-                Direction.LEAF_TO_ROOT,
-                ordered_slots=True,
-                sharpens=True,
-                # This rule accepts a child more often the larger its subtree is, so the rates that
-                # it has on complete trees mislead on others. `ordered` drafts alike, and its rates
-                # gave the better trees (docs/verification.md).
-                rates_of="ordered",
             ),
             Rule(
                 "rrs",
@@ -130,8 +164,16 @@ BUILTIN_RULES: Mapping[str, Rule] = MappingProxyType(
                 "One child per node, standard rejection sampling.",
                 "speculative decoding (Leviathan et al., ICML 2023, arXiv 2211.17192)",
                 Hubs.NONE,
-                Samples.ONE,
+                Samples.WITHOUT_REPLACEMENT,
                 max_children=1,
+            ),
+            Rule(
+                "match",
+                "The most probable tokens as drafts; the token that plain decoding draws decides at "
+                "every node, so that a seed gives the text that it gives without speculation.",
+                "the target's own draw, as greedy speculative decoding has it",
+                Hubs.ALL,
+                Samples.NONE,
             ),
         )
     }
@@ -140,8 +182,6 @@ BUILTIN_RULES: Mapping[str, Rule] = MappingProxyType(
 
 DEFAULT_RULE = "traversal"
 """The rule that emits most tokens per step, measured in docs/verification.md."""
-
-
 def rates_of(name: str) -> str:
     """The rule whose acceptance rates choose trees for a rule; other packages' rules use theirs."""
     return BUILTIN_RULES[name].rates_of if name in BUILTIN_RULES else name

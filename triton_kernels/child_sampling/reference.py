@@ -5,7 +5,7 @@ import torch
 
 from .. import rng
 from ..arguments import Children, Requests
-from ..constants import LOWEST
+from ..constants import CONFIDENT, FIRST_SAMPLE_LOSS, LOWEST, SAMPLE_SHARES
 from ..rules import BUILTIN_RULES
 
 
@@ -25,157 +25,100 @@ def sample_children(
     """`child_sampling.sample_children` on any device, without argument checks."""
     traits = BUILTIN_RULES[rule]
     req = requests.req_idx.clamp(min=0).long()
-    # Masked tokens still rank above tokens that are taken out, which are -inf.
-    logits = logits.to(torch.float32).clamp(min=LOWEST)
-    # [num_rows, 1]
-    row_temperature = requests.temperature[req].unsqueeze(1)
+    temperature = requests.temperature[req]
+    # Masked tokens rank above those that are taken out, which become -inf.
+    left = logits.to(torch.float32).nan_to_num(LOWEST, -LOWEST, LOWEST).clamp(min=LOWEST)
+    peak = left.amax(dim=1)
     # A row without any possible token is drafted as a greedy one.
-    greedy = (row_temperature == 0) | (logits.amax(dim=1, keepdim=True) == LOWEST)
-    scale = 1.0 / torch.where(row_temperature == 0, 1.0, row_temperature)
-    last_slot = num_children.unsqueeze(1) - 1
-    keys = [
-        rng.row_key(requests.seeds[req], requests.root_positions, node_ids, use)
-        for use in (rng.CHILD, rng.LABEL)
-    ]
-    if traits.is_recursive:
-        tokens = _draw_all(logits, scale, greedy, keys[0], traits.replaces, max_children)
-        tokens.masked_fill_(torch.arange(max_children, device=logits.device) > last_slot, -1)
-        sample_slot = torch.zeros_like(last_slot)
-    else:
-        tokens, sample_slot = _draw_spechub(
-            logits, scale, greedy, keys, last_slot, max_children, sharpening, traits.ordered_slots
+    greedy = (temperature == 0) | (peak == LOWEST)
+    scale = 1.0 / torch.where(temperature == 0, 1.0, temperature)
+    key = rng.row_key(requests.seeds[req], requests.root_positions, node_ids, rng.CHILD)
+    total = _weights(left, peak, scale).sum(dim=1)
+    least, most = _hub_bounds(traits, num_children, max_children)
+
+    # [num_rows] each, one for every child: hubs by rank, then samples as they were drawn
+    tokens, drawn, expected = [], [], []
+    num_hubs = torch.zeros_like(num_children)
+    off_hubs = torch.ones_like(peak)
+    for place in range(max_children):
+        best = rng.best(left)
+        logit = left.gather(1, best.unsqueeze(1)).squeeze(1)
+        prob = torch.exp((logit - peak) * scale) / total
+        hub = greedy | (place < least) | ((place < most) & (prob > CONFIDENT))
+        hub &= num_hubs == place
+        off_hubs = torch.where(
+            num_hubs == place, _weights(left, peak, scale).sum(dim=1) / total, off_hubs
         )
-    undrafted = (requests.req_idx < 0).unsqueeze(1)
-    tokens.masked_fill_(undrafted, -1)
-    sample_slots = sample_slot.masked_fill(undrafted, -1).squeeze(1).to(torch.int32)
-    return Children(tokens, sample_slots)
+        sample = rng.draw(_weights(left, logit, scale * sharpening), key, place)
+        # Where nothing is left to draw from, the next token was chosen without chance.
+        sampled = ~hub & (logit > LOWEST)
+        token = torch.where(sampled, sample, best)
+        share = _sample_acceptance(off_hubs, place - num_hubs)
+        present = place < num_children
+        tokens.append(token.masked_fill(~present, -1))
+        drawn.append(sampled & present)
+        expected.append(torch.where(sampled, share, prob).masked_fill(~present, -1.0))
+        num_hubs = num_hubs + hub.to(num_hubs.dtype)
+        taken = torch.zeros_like(left, dtype=torch.bool).scatter_(1, token.unsqueeze(1), True)
+        if traits.replaces:
+            taken &= ~sampled.unsqueeze(1)
+        left = left.masked_fill(taken, -torch.inf)
+
+    token, drawn = torch.stack(tokens, dim=1), torch.stack(drawn, dim=1)
+    if traits.ranks_subtrees:
+        slots = _by_expectation(torch.stack(expected, dim=1), drawn)
+        token, drawn = token.gather(1, slots), drawn.gather(1, slots)
+    bits = (drawn.to(torch.int32) << torch.arange(max_children, device=drawn.device)).sum(dim=1)
+    undrafted = requests.req_idx < 0
+    token = token.masked_fill(undrafted.unsqueeze(1), -1)
+    return Children(token, bits.masked_fill(undrafted, -1).to(torch.int32))
 
 
-def _race(
+def _weights(
     # [num_rows, vocab_size]
     logits: torch.Tensor,
-    # [num_rows, 1]
-    scale: torch.Tensor,
-    # [num_rows, 1]
-    greedy: torch.Tensor,
-    # [num_rows, vocab_size]
-    bits: torch.Tensor,
-) -> torch.Tensor:
-    """Scores whose largest is a draw from softmax(logits * scale), in descending order draws
-    without replacement. Without noise, or where all tokens are masked, the best-ranked leads."""
-    noise = rng.exponential(bits).log_().masked_fill_(greedy, 0.0)
-    return (logits * scale).sub_(noise).clamp_(min=LOWEST)
-
-
-def _draw_all(
-    # [num_rows, vocab_size]
-    logits: torch.Tensor,
-    # [num_rows, 1]
-    scale: torch.Tensor,
-    # [num_rows, 1]
-    greedy: torch.Tensor,
     # [num_rows]
-    key: torch.Tensor,
-    with_replacement: bool,
-    max_children: int,
-) -> torch.Tensor:
-    """Tokens [num_rows, max_children], drawn from the draft one after the other."""
-    vocab_size = logits.shape[1]
-    # Slot j of independent draws counts on where slot j - 1 ended.
-    bits = rng.element_hash(key, vocab_size * (max_children if with_replacement else 1))
-    bits = bits.unflatten(1, (-1, vocab_size))
-    race = _race(logits, scale, greedy, bits[:, 0])
-    tokens = []
-    for slot in range(max_children):
-        # `max` returns the lowest index of a tie; `topk` promises nothing.
-        token = race.max(dim=1, keepdim=True).indices
-        race.scatter_(1, token, -torch.inf)
-        if with_replacement and slot > 0:
-            drawn = _race(logits, scale, greedy, bits[:, slot]).max(dim=1, keepdim=True).indices
-            token = torch.where(greedy, token, drawn)
-        tokens.append(token)
-    return torch.cat(tokens, dim=1)
-
-
-def _draw_off_hubs(
-    # [num_rows, vocab_size], -inf for the hubs
-    logits: torch.Tensor,
-    # [num_rows, 1]
-    scale: torch.Tensor,
-    # [num_rows, 1]
-    greedy: torch.Tensor,
+    peak: torch.Tensor,
     # [num_rows]
-    key: torch.Tensor,
-) -> torch.Tensor:
-    """A draw from softmax(logits * scale), [num_rows, 1], by lanes as `rng.draw` does it; the
-    best-ranked token of greedy rows and of those where nothing is left."""
-    best, token = logits.max(dim=1, keepdim=True)
-    scaled = (logits * scale).clamp_(min=LOWEST).masked_fill_(logits == -torch.inf, -torch.inf)
-    by_lane = rng.lanes(scaled, -torch.inf)
-    _, depth, num_lanes = by_lane.shape
-    peak = by_lane.amax(dim=1)
-    total = torch.exp(by_lane - peak.clamp(min=LOWEST).unsqueeze(1)).sum(dim=1)
-    noise = rng.exponential(rng.element_hash(key, num_lanes)).log_()
-    lane = (peak + total.log() - noise).max(dim=1, keepdim=True).indices
-    drawn = lane
-    if depth > 1:
-        own = by_lane.gather(2, lane.unsqueeze(1).expand(-1, depth, 1)).squeeze(2)
-        noise = rng.exponential(rng.element_hash(key, rng.LANES + depth)[:, rng.LANES :]).log_()
-        drawn = (own - noise).max(dim=1, keepdim=True).indices * num_lanes + lane
-    return torch.where(greedy | (best == LOWEST), token, drawn)
-
-
-def _draw_spechub(
-    # [num_rows, vocab_size]
-    logits: torch.Tensor,
-    # [num_rows, 1]
     scale: torch.Tensor,
-    # [num_rows, 1]
-    greedy: torch.Tensor,
-    # [num_rows] each: for the sampled child, for the label
-    keys: list[torch.Tensor],
-    # [num_rows, 1]
-    last_slot: torch.Tensor,
+) -> torch.Tensor:
+    """Unnormalised probabilities relative to a logit, 0 for masked tokens. [num_rows, vocab_size]"""
+    weights = torch.exp((logits - peak.unsqueeze(1)) * scale.unsqueeze(1))
+    return weights.masked_fill_(logits <= LOWEST, 0.0)
+
+
+def _hub_bounds(
+    traits,
+    # [num_rows]
+    num_children: torch.Tensor,
     max_children: int,
-    sharpening: float,
-    ordered: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [num_rows, max_children] and the sampled child's slot [num_rows, 1]."""
-    num_rows = len(logits)
-    off_hub = logits
-    # Take out the hubs.
-    hub_logits = []
-    hub_tokens = []
-    for rank in range(max_children - 1):
-        # [num_rows, 1]
-        value, token = off_hub.max(dim=1, keepdim=True)
-        is_hub = rank < last_slot
-        off_hub = off_hub.scatter(1, token, value.masked_fill(is_hub, -torch.inf))
-        hub_logits.append(value.masked_fill(~is_hub, -torch.inf))
-        hub_tokens.append(token.masked_fill(~is_hub, -1))
-    sampled = _draw_off_hubs(off_hub, scale * sharpening, greedy, keys[0])
+    """How many children are hubs whatever the draft, and how many may be. [num_rows] each"""
+    counts = range(max_children + 1)
+    tables = [[bound(k) for k in counts] for bound in (traits.least_hubs, traits.most_hubs)]
+    least, most = torch.tensor(tables, device=num_children.device)[:, num_children.long()]
+    return least, most
 
-    tokens = torch.full((num_rows, max_children), -1, dtype=torch.int64, device=logits.device)
-    sample_slot = last_slot.long()
-    if max_children > 1:
-        # [num_rows, max_children - 1]
-        rank = torch.arange(max_children - 1, device=logits.device)
-        slot = rank.expand(num_rows, -1)
-        hubs = torch.cat(hub_tokens, dim=1)
-        if ordered:
-            # Weights of the labels: the hubs by rank, then everything off the hubs. A row with one
-            # child has no hub, and its label is the sampled child.
-            peak = hub_logits[0].clamp(min=LOWEST)
-            hub_weight = torch.exp((torch.cat(hub_logits, dim=1) - peak) * scale)
-            off_hub_weight = torch.exp((off_hub - peak) * scale).sum(dim=1, keepdim=True)
-            threshold = hub_weight.cumsum(dim=1)
-            draw = rng.uniform(keys[1]).unsqueeze(1) * (threshold[:, -1:] + off_hub_weight)
-            draw.masked_fill_(greedy, 0.0)
-            # [num_rows, 1]: rank of the hub in slot 0; last_slot where the sampled child is.
-            main = ((threshold <= draw) & (rank < last_slot)).sum(dim=1, keepdim=True)
-            slot = torch.where(rank == main, 0, rank + (rank < main))
-            sample_slot = sample_slot.masked_fill(main == last_slot, 0)
-        # Padding ranks write the -1 that is there already.
-        tokens.scatter_(1, torch.where(rank < last_slot, slot, rank + 1), hubs)
-    tokens.scatter_(1, sample_slot, sampled)
-    return tokens, sample_slot
+
+def _sample_acceptance(
+    # [num_rows], z: the draft's mass off the hubs
+    off_hubs: torch.Tensor,
+    # [num_rows], how many samples were drawn before
+    number: torch.Tensor,
+) -> torch.Tensor:
+    """What a sample is expected to be accepted with, whatever its token is. [num_rows]"""
+    shares = torch.tensor(SAMPLE_SHARES, device=off_hubs.device)[number.clamp(min=0).long()]
+    return shares * off_hubs * torch.where(number == 0, 1.0 - FIRST_SAMPLE_LOSS * off_hubs, 1.0)
+
+
+def _by_expectation(
+    # [num_rows, max_children]
+    expected: torch.Tensor,
+    # [num_rows, max_children]
+    drawn: torch.Tensor,
+) -> torch.Tensor:
+    """The child of every slot, [num_rows, max_children]: by falling expectation, of a tie the one
+    that is visited first, which samples are."""
+    samples_first = (~drawn).to(torch.int8).argsort(dim=1, stable=True)
+    by_rank = expected.gather(1, samples_first).argsort(dim=1, descending=True, stable=True)
+    return samples_first.gather(1, by_rank)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tree verification in plain PyTorch: what the kernels must reproduce.
 
-`node_rules` has the mathematics of one node. Here whole trees are verified for all requests at
-once: `_walk` from root to leaf, one node rule at a time, and `_traverse` from leaf to root.
+What a node is visited with depends on the tokens above it, not on what failed before it. So the chances of all
+nodes are computed level by level, `node.node_outcome` at a time. Then coins are tossed in the order of visits.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,46 +12,41 @@ import torch
 from .. import rng
 from ..arguments import Drafts, Requests, TargetRows, TreeTables, VerifiedPaths
 from ..constants import MAX_CHILDREN
-from ..rules import BUILTIN_RULES
-from .node_rules import (
-    RecursiveDistribution,
-    SpecHubDistribution,
-    TraversalOutcome,
-    draft_distribution,
-    node_outcome,
-    traversal_outcome,
-)
+from ..rules import BUILTIN_RULES, Rule
+from .node import NodeOutcome, node_outcome
 
 
-@dataclass
-class _Trees:
-    """The arguments of `verify_tree`; `rows` below are indices of requests."""
+class _Chances(NamedTuple):
+    """What coins are compared with."""
 
+    # [num_reqs, num_tree_nodes]: what a node is visited with; from root to leaf, accepted with
+    visit: torch.Tensor
+    # [num_reqs, num_tree_nodes]: what a node is accepted with once its children have failed
+    leave: torch.Tensor
+
+
+class _Trees(NamedTuple):
     target: TargetRows
     drafts: Drafts
     requests: Requests
-    tree: TreeTables
-    rule: str
+    tables: TreeTables
+    rule: Rule
     sharpening: float
 
     def target_probs(
         self,
-        # [num_rows]
+        # [num_rows], places in the batch
         rows: torch.Tensor,
         # [num_rows]
         nodes: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The target's distribution [num_rows, vocab_size], a point mass for greedy requests; its
-        best token [num_rows, 1]; which requests are greedy [num_rows, 1]."""
-        target = self.target
-        temperature = target.temperature[self.requests.req_idx[rows]].unsqueeze(1)
+    ) -> torch.Tensor:
+        """[num_rows, vocab_size], a point mass for greedy requests."""
+        temperature = self.target.temperature[self.requests.req_idx[rows]].unsqueeze(1)
         greedy = temperature == 0
-        logits = target.logits[target.row_start[rows] + nodes].to(torch.float32)
+        logits = self.target.logits[self.target.row_start[rows] + nodes].to(torch.float32)
         probs = torch.softmax(logits * (1.0 / torch.where(greedy, 1.0, temperature)), dim=1)
         best = logits.argmax(dim=1, keepdim=True)
-        probs.masked_fill_(greedy, 0.0)
-        probs.scatter_add_(1, best, greedy.to(torch.float32))
-        return probs, best, greedy
+        return torch.where(greedy, torch.zeros_like(probs).scatter_(1, best, 1.0), probs)
 
     def has_children(
         self,
@@ -61,49 +55,37 @@ class _Trees:
         # [num_rows]
         nodes: torch.Tensor,
     ) -> torch.Tensor:
-        """Which nodes have all their children among the nodes verified. [num_rows]"""
-        count = self.tree.num_children[nodes]
-        last_child = self.tree.first_child[nodes] + count - 1
-        return (count > 0) & (last_child <= self.target.num_nodes[rows])
+        """Which nodes have all their children among the nodes verified. [num_rows] bool"""
+        count = self.tables.num_children[nodes]
+        last = self.tables.first_child[nodes] + count - 1
+        return (count > 0) & (last <= self.target.num_nodes[rows])
 
-    def drafted(
+    def outcome(
         self,
         # [num_rows]
         rows: torch.Tensor,
         # [num_rows]
         nodes: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, SpecHubDistribution | RecursiveDistribution]:
-        """The children [num_rows, MAX_CHILDREN] of nodes that have them, -1 past the last, the
-        sampled child's slot [num_rows], and what they were drafted from."""
+        # [num_rows]
+        acceptance: torch.Tensor,
+    ) -> NodeOutcome:
+        """Of nodes that have children."""
         slots = torch.arange(MAX_CHILDREN, device=rows.device)
-        target, tree = self.target, self.tree
-        child_rows = (target.row_start[rows] + tree.first_child[nodes]).unsqueeze(1) + slots
-        children = target.node_tokens[child_rows.clamp_(max=len(target.node_tokens) - 1)].long()
-        children.masked_fill_(slots >= tree.num_children[nodes].unsqueeze(1), -1)
-        req = self.requests.req_idx[rows]
-        state = (req, tree.internal_index[nodes])
-        sample_slot = self.drafts.sample_slots[state].long()
-        distribution = draft_distribution(
-            self.drafts.logits[state].to(torch.float32),
-            self.requests.temperature[req],
+        tokens = self.target.node_tokens
+        places = (self.target.row_start[rows] + self.tables.first_child[nodes]).unsqueeze(1) + slots
+        children = tokens[places.clamp_(max=len(tokens) - 1)].long()
+        children.masked_fill_(slots >= self.tables.num_children[nodes].unsqueeze(1), -1)
+        req, inner = self.requests.req_idx[rows], self.tables.internal_index[nodes]
+        temperature = self.requests.temperature[req]
+        scale = self.sharpening / torch.where(temperature == 0, 1.0, temperature)
+        return node_outcome(
+            self.target_probs(rows, nodes),
+            self.drafts.logits[req, inner].to(torch.float32) * scale.unsqueeze(1),
             children,
-            sample_slot,
-            rule=self.rule,
-            sharpening=self.sharpening,
+            (self.drafts.sampled[req, inner].unsqueeze(1) >> slots) % 2 == 1,
+            acceptance,
+            replaced=self.rule.replaces,
         )
-        return children, sample_slot, distribution
-
-    def draw(
-        self,
-        # [num_rows]
-        rows: torch.Tensor,
-        # broadcasts with [num_rows]
-        nodes: torch.Tensor,
-    ) -> torch.Tensor:
-        """The uniform number that decides at each node. [num_rows]"""
-        seeds = self.requests.seeds[self.requests.req_idx[rows]]
-        positions = self.requests.root_positions[rows]
-        return rng.uniform(rng.row_key(seeds, positions, nodes, rng.ACCEPT))
 
 
 def verify_tree(
@@ -115,36 +97,24 @@ def verify_tree(
     max_depth: int,
     rule: str,
     sharpening: float = 1.0,
-    # [num_reqs, num_tree_nodes]
-    visited: torch.Tensor | None = None,
 ) -> VerifiedPaths:
-    """`verification.verify_tree` on any device, without argument checks.
+    """`verification.verify_tree` on any device, without argument checks."""
+    trees = _Trees(target, drafts, requests, tree, BUILTIN_RULES[rule], sharpening)
+    num_reqs, device = len(target.row_start), target.logits.device
+    chances = _chances(trees)
+    last_node = _last_nodes(trees, chances)
 
-    Args:
-        visited: bool, set where the outcome depends on a node's rows: a kernel may read no others.
-            The rows are the target's, and above temperature 0 the draft's of a node with children.
-    """
-    num_reqs, device = target.row_start.shape[0], target.logits.device
-    if visited is None:
-        visited = torch.empty(num_reqs, len(tree.first_child), dtype=torch.bool, device=device)
-    visited.zero_()
-    trees = _Trees(target, drafts, requests, tree, rule, sharpening)
-    path = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int32, device=device)
-    path[:, 0] = 0
-    verify = _traverse if BUILTIN_RULES[rule].is_leaf_to_root else _walk
-    residual = verify(trees, path, visited)
-
-    # [num_reqs, max_depth + 1]
-    following = path.roll(-1, dims=1)
-    following[:, -1] = -1
-    tokens = target.node_tokens[target.row_start.unsqueeze(1) + following.clamp(min=0)].long()
-    tokens.masked_fill_(following < 0, -1)
-    num_accepted = (following >= 0).sum(dim=1)
-    last_node = path.gather(1, num_accepted.unsqueeze(1)).squeeze(1)
-    seeds = requests.seeds[requests.req_idx]
-    key = rng.row_key(seeds, requests.root_positions, last_node, rng.RESIDUAL)
-    tokens.scatter_(1, num_accepted.unsqueeze(1), rng.draw(residual, key).unsqueeze(1))
-    return VerifiedPaths(tokens, num_accepted.to(torch.int32) + 1, path)
+    everyone = torch.arange(num_reqs, device=device)
+    weights = trees.target_probs(everyone, last_node)
+    (inner,) = trees.has_children(everyone, last_node).nonzero(as_tuple=True)
+    if len(inner):
+        at = last_node[inner]
+        acceptance = torch.ones_like(weights[inner, 0])
+        if trees.rule.is_leaf_to_root:
+            acceptance = chances.visit[inner, at]
+        weights[inner] = trees.outcome(inner, at, acceptance).residual
+    key = rng.row_key(requests.seeds[requests.req_idx], requests.root_positions, last_node, rng.RESIDUAL)
+    return _paths(trees, last_node, rng.draw(weights, key), max_depth)
 
 
 def reach(
@@ -164,208 +134,124 @@ def reach(
         float32 [num_reqs, num_tree_nodes], 1 for the root. The sum over a row is the expected
         number of emitted tokens, the bonus token included.
     """
-    trees = _Trees(target, drafts, requests, tree, rule, sharpening)
-    if BUILTIN_RULES[rule].is_leaf_to_root:
-        return _reach_leaf_to_root(trees)
-    everyone = torch.arange(len(target.row_start), device=target.logits.device)
-    reached = torch.zeros(len(everyone), len(tree.first_child), device=everyone.device)
-    reached[:, 0] = 1.0
-    for node, count in enumerate(tree.num_children.tolist()):
-        (rows,) = trees.has_children(everyone, torch.full_like(everyone, node)).nonzero(
-            as_tuple=True
-        )
-        if rows.numel() == 0:
-            continue
-        at = torch.full_like(rows, node)
-        probs, best, greedy = trees.target_probs(rows, at)
-        children, sample_slot, distribution = trees.drafted(rows, at)
-        accept = node_outcome(probs, distribution, children, sample_slot, rule=rule).accept
-        # A greedy target accepts the first child that holds its best token, whatever the draft.
-        match = (children == best).float()
-        match *= match.cumsum(dim=1) == 1
-        accept = torch.where(greedy, match, accept)[:, :count]
-        first = int(tree.first_child[node])
-        reached[rows, first : first + count] = reached[rows, node].unsqueeze(1) * accept
+    trees = _Trees(target, drafts, requests, tree, BUILTIN_RULES[rule], sharpening)
+    chances, turn, parents = _chances(trees), _turns(trees), tree.parents.tolist()
+    if not trees.rule.is_leaf_to_root:
+        reached = torch.ones_like(chances.visit)
+        for node in range(1, len(parents)):
+            siblings = [n for n in range(1, len(parents)) if parents[n] == parents[node]]
+            before = turn[:, siblings] < turn[:, node : node + 1]
+            failed = (1.0 - chances.visit[:, siblings] * before).prod(dim=1)
+            reached[:, node] = reached[:, parents[node]] * failed * chances.visit[:, node]
+        return reached
+    # A node is accepted if all that had their turn before it failed, and the path may end there or below.
+    order = _finish(parents, turn).argsort(dim=1)
+    leave = chances.leave.gather(1, order)
+    failed = (1.0 - leave).cumprod(dim=1).roll(1, dims=1)
+    failed[:, 0] = 1.0
+    reached = torch.zeros_like(leave).scatter_(1, order, failed * leave)
+    for node in range(len(parents) - 1, 0, -1):
+        reached[:, parents[node]] += reached[:, node]
     return reached
 
 
-def _walk(
-    trees: _Trees,
-    # [num_reqs, max_depth + 1], written: the accepted node of each depth after the root's
-    path: torch.Tensor,
-    # [num_reqs, num_tree_nodes] bool, written
-    visited: torch.Tensor,
-) -> torch.Tensor:
-    """From the root to the first node that accepts no child. Returns what each request's last token
-    is drawn from, unnormalised: [num_reqs, vocab_size]."""
-    num_reqs, device = len(path), path.device
-    residual = torch.empty(num_reqs, trees.target.logits.shape[1], device=device)
-    node = torch.zeros(num_reqs, dtype=torch.int64, device=device)
-    # Requests still walking. All of these lose the requests that stop.
-    walking = torch.arange(num_reqs, device=device)
-    for depth in range(path.shape[1]):
-        at = node[walking]
-        visited[walking, at] = True
-        probs, best, greedy = trees.target_probs(walking, at)
-        residual[walking] = probs  # what a leaf emits from
-        (kept,) = trees.has_children(walking, at).nonzero(as_tuple=True)
-        if kept.numel() == 0:
-            break
-        walking, at, probs, best, greedy = (v[kept] for v in (walking, at, probs, best, greedy))
-        children, sample_slot, distribution = trees.drafted(walking, at)
-        outcome = node_outcome(probs, distribution, children, sample_slot, rule=trees.rule)
-        residual[walking] = torch.where(greedy, probs, outcome.residual)
-
-        threshold = outcome.accept.cumsum(dim=1)
-        total = threshold[:, -1] + outcome.reject
-        draw = trees.draw(walking, at) * total
-        # Slots passed over; all of them on rejection.
-        slot = (threshold <= draw.unsqueeze(1)).sum(dim=1)
-        # A greedy target accepts the first child that holds its best token, whatever the draft.
-        missed = (children != best).cumprod(dim=1).sum(dim=1)
-        slot = torch.where(greedy.squeeze(1), missed, slot)
-        (kept,) = (slot < MAX_CHILDREN).nonzero(as_tuple=True)
-        if kept.numel() == 0:
-            break
-        walking, slot = walking[kept], slot[kept]
-        child = trees.tree.first_child[at[kept]] + slot
-        node[walking] = child
-        path[walking, depth + 1] = child.to(torch.int32)
-    return residual
-
-
-def _traverse(
-    trees: _Trees,
-    # [num_reqs, max_depth + 1], written: the accepted node of each depth after the root's
-    path: torch.Tensor,
-    # [num_reqs, num_tree_nodes] bool, written
-    visited: torch.Tensor,
-) -> torch.Tensor:
-    """Depth first, each node after its children, until one is accepted.
-
-    What a node is visited with depends on the tokens above it, not on what failed before it. So
-    every node's chance is computed from the root down, and the first of the visiting order whose
-    draw falls below it is accepted. Returns what each request's last token is drawn from,
-    unnormalised: [num_reqs, vocab_size].
-    """
-    device = path.device
-    everyone = torch.arange(len(path), device=device)
-    visit, leave, start, finish = _visits(trees)
-    parents = _parents(trees.tree)
-
-    nodes = torch.arange(len(parents), device=device)
-    draws = trees.draw(everyone.unsqueeze(1), nodes)
-    accepted = finish.masked_fill(draws >= leave, len(parents) + 1).argmin(dim=1)
-    # A leaf is visited with a chance that its parent gave, and read only to emit from it.
-    read = (visit > 0) & trees.has_children(everyone.unsqueeze(1), nodes)
-    read &= start < finish.gather(1, accepted.unsqueeze(1))
-    visited.copy_(read | (nodes == accepted.unsqueeze(1)))
-
-    residual, _, greedy = trees.target_probs(everyone, accepted)
-    (rows,) = trees.has_children(everyone, accepted).nonzero(as_tuple=True)
-    if rows.numel() > 0:
-        at = accepted[rows]
-        _, outcome = _visit_node(trees, rows, at, visit[rows, at], ordered=False)
-        residual[rows] = torch.where(greedy[rows], residual[rows], outcome.residual)
-    depths = [0] * len(parents)
-    for node, parent in enumerate(parents[1:], start=1):
-        depths[node] = depths[parent] + 1
-    above, depth = torch.tensor(parents, device=device), torch.tensor(depths, device=device)
-    for _ in range(1, path.shape[1]):
-        path[everyone, depth[accepted]] = accepted.to(torch.int32)
-        accepted = above[accepted]
-    return residual
-
-
-class _Visits(NamedTuple):
-    """A leaf-to-root visit of every request's tree. [num_reqs, num_tree_nodes] each"""
-
-    # the path acceptance that a node is visited with
-    visit: torch.Tensor
-    # the probability of accepting a node once its children have failed
-    leave: torch.Tensor
-    # how many nodes are left before a node's subtree is visited, and when the node itself is left
-    start: torch.Tensor
-    finish: torch.Tensor
-
-
-def _parents(tree: TreeTables) -> list[int]:
-    """Each node's parent, 0 for the root."""
-    parents = [0] * len(tree.first_child)
-    pairs = zip(tree.first_child.tolist(), tree.num_children.tolist(), strict=True)
-    for node, (first, count) in enumerate(pairs):
-        parents[first : first + count] = [node] * count
-    return parents
-
-
-def _visits(trees: _Trees) -> _Visits:
-    num_reqs, device = len(trees.target.row_start), trees.target.logits.device
-    first_child = trees.tree.first_child.tolist()
-    num_children = trees.tree.num_children.tolist()
-    sizes = trees.tree.subtree_sizes.tolist()
-    everyone = torch.arange(num_reqs, device=device)
-    visit = torch.zeros(num_reqs, len(sizes), device=device)
+def _chances(trees: _Trees) -> _Chances:
+    """Every node's, from the root down."""
+    num_reqs, num_nodes = len(trees.target.row_start), len(trees.tables.first_child)
+    device = trees.target.logits.device
+    visit = torch.zeros(num_reqs, num_nodes, device=device)
     visit[:, 0] = 1.0
-    leave = torch.zeros_like(visit)
-    start = torch.zeros(num_reqs, len(sizes), dtype=torch.int64, device=device)
-    for node, count in enumerate(num_children):
-        leave[:, node] = visit[:, node]
+    leave = torch.ones_like(visit)
+    everyone = torch.arange(num_reqs, device=device)
+    for node in range(num_nodes):
         at = torch.full_like(everyone, node)
+        if trees.rule.is_leaf_to_root:
+            leave[:, node] = visit[:, node]
         (rows,) = (trees.has_children(everyone, at) & (visit[:, node] > 0)).nonzero(as_tuple=True)
-        if rows.numel() == 0:
+        if len(rows) == 0:
             continue
-        first = first_child[node]
-        ordered = len(set(sizes[first : first + count])) > 1
-        sample_slot, outcome = _visit_node(trees, rows, at[rows], visit[rows, node], ordered)
-        leave[rows, node] = outcome.leave
+        outcome = trees.outcome(rows, at[rows], leave[rows, node])
+        first, count = int(trees.tables.first_child[node]), int(trees.tables.num_children[node])
         visit[rows, first : first + count] = outcome.visit[:, :count]
-        # The sampled child's subtree comes first, the others' follow by slot.
-        slots = torch.arange(count, device=device)
-        size = torch.tensor(sizes[first : first + count], device=device)
-        is_sample = slots == sample_slot.unsqueeze(1)
-        before = (size * ~is_sample).cumsum(dim=1) - size + size[sample_slot].unsqueeze(1)
-        start[rows, first : first + count] = start[rows, node : node + 1] + before.masked_fill(
-            is_sample, 0
-        )
-    return _Visits(visit, leave, start, start + torch.tensor(sizes, device=device))
+        if trees.rule.is_leaf_to_root:
+            leave[rows, node] = outcome.leave
+    leave[:, 0] = 1.0
+    return _Chances(visit, leave)
 
 
-def _reach_leaf_to_root(trees: _Trees) -> torch.Tensor:
-    visits = _visits(trees)
-    # The root is accepted if all else has failed.
-    visits.leave[:, 0] = 1.0
-    # A node is accepted if all that was left before it failed. Nodes below one that is not visited
-    # have no chance, whenever their turn is.
-    order = visits.finish.argsort(dim=1, stable=True)
-    in_order = visits.leave.gather(1, order)
-    failed = (1 - in_order).cumprod(dim=1).roll(1, dims=1)
-    failed[:, 0] = 1.0
-    ends = torch.zeros_like(visits.leave).scatter_(1, order, failed * in_order)
-    # The accepted path has a node if it ends there or below.
-    for node, parent in reversed([*enumerate(_parents(trees.tree))][1:]):
-        ends[:, parent] += ends[:, node]
-    return ends
+def _turns(trees: _Trees) -> torch.Tensor:
+    """Of every node among its siblings: samples by slot, then hubs by slot. [num_reqs, num_tree_nodes]"""
+    tree, req = trees.tables, trees.requests.req_idx.unsqueeze(1)
+    parents = tree.parents.long()
+    slots = torch.arange(len(parents), device=parents.device) - tree.first_child[parents]
+    sampled = (trees.drafts.sampled[req, tree.internal_index[parents]] >> slots) % 2 == 1
+    return torch.where(sampled, slots, slots + MAX_CHILDREN)
 
 
-def _visit_node(
+def _finish(
+    parents: list[int],
+    # [num_reqs, num_tree_nodes]
+    turn: torch.Tensor,
+) -> torch.Tensor:
+    """When each node's turn comes, depth first, each after its children. [num_reqs, num_tree_nodes]"""
+    sizes = [1] * len(parents)
+    for node in range(len(parents) - 1, 0, -1):
+        sizes[parents[node]] += sizes[node]
+    begin = torch.zeros_like(turn)
+    for node in range(1, len(parents)):
+        siblings = [n for n in range(1, len(parents)) if parents[n] == parents[node]]
+        size = torch.tensor([sizes[n] for n in siblings], device=turn.device)
+        before = size * (turn[:, siblings] < turn[:, node : node + 1])
+        begin[:, node] = begin[:, parents[node]] + before.sum(dim=1)
+    return begin + torch.tensor(sizes, device=turn.device)
+
+
+def _last_nodes(trees: _Trees, chances: _Chances) -> torch.Tensor:
+    """The node at which each request's path ends. [num_reqs]"""
+    parents = trees.tables.parents.long()
+    nodes = torch.arange(len(parents), device=parents.device)
+    seeds = trees.requests.seeds[trees.requests.req_idx].unsqueeze(1)
+    positions = trees.requests.root_positions.unsqueeze(1)
+    coins = rng.uniform(rng.row_key(seeds, positions, nodes, rng.ACCEPT))
+    turn = _turns(trees)
+    if trees.rule.is_leaf_to_root:
+        finish = _finish(parents.tolist(), turn)
+        return finish.masked_fill(coins >= chances.leave, len(parents) + 1).argmin(dim=1)
+    accepted = (coins < chances.visit) & (nodes > 0)
+    node = torch.zeros_like(trees.requests.root_positions)
+    for _ in nodes:
+        children = accepted & (parents == node.unsqueeze(1))
+        going = children.any(dim=1)
+        if not going.any():
+            break
+        next_node = turn.masked_fill(~children, 2 * MAX_CHILDREN).argmin(dim=1)
+        node = torch.where(going, next_node, node)
+    return node
+
+
+def _paths(
     trees: _Trees,
-    # [num_rows]
-    rows: torch.Tensor,
-    # [num_rows]
-    nodes: torch.Tensor,
-    # [num_rows]
-    path_acceptance: torch.Tensor,
-    ordered: bool,
-) -> tuple[torch.Tensor, TraversalOutcome]:
-    probs, best, greedy = trees.target_probs(rows, nodes)
-    children, sample_slot, distribution = trees.drafted(rows, nodes)
-    outcome = traversal_outcome(
-        probs, distribution, children, sample_slot, path_acceptance, ordered=ordered
-    )
-    # A greedy target accepts the child that holds its best token, whatever the draft.
-    match = (children == best).to(torch.float32)
-    outcome = outcome._replace(
-        visit=torch.where(greedy, match, outcome.visit),
-        leave=torch.where(greedy.squeeze(1), path_acceptance, outcome.leave),
-    )
-    return sample_slot, outcome
+    # [num_reqs]
+    last_node: torch.Tensor,
+    # [num_reqs]
+    last_token: torch.Tensor,
+    max_depth: int,
+) -> VerifiedPaths:
+    target, parents = trees.target, trees.tables.parents.long()
+    num_reqs, device = len(last_node), last_node.device
+    # from the last node up to the root, then turned around
+    above = [last_node]
+    for _ in range(max_depth):
+        above.append(parents[above[-1]])
+    depth = sum((node > 0).long() for node in above)
+    path = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int32, device=device)
+    tokens = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int64, device=device)
+    everyone = torch.arange(num_reqs, device=device)
+    for up, node in enumerate(above):
+        (rows,) = (depth >= up).nonzero(as_tuple=True)
+        path[rows, depth[rows] - up] = node[rows].to(torch.int32)
+        (rows,) = (depth > up).nonzero(as_tuple=True)
+        accepted = target.node_tokens[target.row_start[rows] + node[rows]].long()
+        tokens[rows, depth[rows] - up - 1] = accepted
+    tokens[everyone, depth] = last_token
+    return VerifiedPaths(tokens, depth.to(torch.int32) + 1, path)

@@ -12,12 +12,11 @@ import torch
 
 from vllm_spechub.cpu.tree_kernels.node import (
     LOWEST,
-    choose_recursive,
-    choose_spechub,
+    MAX_CHILDREN,
+    is_sampled,
+    next_slot,
     softmax,
-    spechub_distribution,
-    spechub_parts,
-    visit_spechub,
+    visit_children,
 )
 from vllm_spechub.cpu.tree_kernels.vector_math import (
     argmax,
@@ -27,12 +26,11 @@ from vllm_spechub.cpu.tree_kernels.vector_math import (
     i32,
     jit,
     jit_sums,
-    log_row,
     row_key,
     uniform,
 )
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
-from vllm_spechub.triton_kernels import rng
+from vllm_spechub.triton_kernels import constants, rng
 from vllm_spechub.triton_kernels.arguments import (
     Children,
     Drafts,
@@ -41,15 +39,18 @@ from vllm_spechub.triton_kernels.arguments import (
     TreeTables,
     VerifiedPaths,
 )
-from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES, Rule
+
+CONFIDENT = f32(constants.CONFIDENT)
+FIRST_SAMPLE_LOSS = f32(constants.FIRST_SAMPLE_LOSS)
+SAMPLE_SHARES = np.array(constants.SAMPLE_SHARES, f32)
 
 
 class Scratch(NamedTuple):
-    """Rows to work in. [size] each; the second field is the first one's memory, as int32."""
+    """Rows to work in. [size] each; `noise_bits` and `spare_bits` are their rows' memory as int32."""
 
-    race: np.ndarray
-    race_bits: np.ndarray
+    noise: np.ndarray
+    noise_bits: np.ndarray
     spare: np.ndarray
     spare_bits: np.ndarray
     uniforms: np.ndarray
@@ -58,174 +59,161 @@ class Scratch(NamedTuple):
 class Traits(NamedTuple):
     """What the compiled loops must know of a rule; see `triton_kernels.rules`."""
 
-    recursive: bool
+    # [MAX_CHILDREN + 1] by number of children: those that are hubs whatever the draft, and that may be
+    least_hubs: np.ndarray
+    most_hubs: np.ndarray
     replaces: bool
-    ordered: bool
+    ranks_subtrees: bool
+    leaf_to_root: bool
     sharpening: np.float32
 
 
 @jit
 def _scratch(size):
-    race, spare = np.empty(size, f32), np.empty(size, f32)
-    return Scratch(race, race.view(i32), spare, spare.view(i32), np.empty(size, f32))
+    noise, spare = np.empty(size, f32), np.empty(size, f32)
+    return Scratch(noise, noise.view(i32), spare, spare.view(i32), np.empty(size, f32))
 
 
 @jit
-def _first(scratch, size):
-    """The first `size` elements of every row."""
-    return Scratch(
-        scratch.race[:size],
-        scratch.race_bits[:size],
-        scratch.spare[:size],
-        scratch.spare_bits[:size],
-        scratch.uniforms[:size],
+def _exponentials(key, start, count, work):
+    """The first `count` elements of `work.noise`: `rng.exponential` of the hashes from `start` on."""
+    exponential_row(
+        key,
+        start,
+        work.noise[:count],
+        work.noise_bits[:count],
+        work.spare[:count],
+        work.uniforms[:count],
     )
 
 
-@jit_sums
-def _race(
-    # [size]
-    logits,
-    scale,
-    key,
-    start,
-    # of [size]; on return `race` has scores whose largest is a draw from softmax(logits * scale)
-    scratch,
-):
-    race = scratch.race
-    exponential_row(key, start, race, scratch.race_bits, scratch.spare, scratch.uniforms)
-    log_row(race, scratch.race_bits, scratch.spare)
-    for i in range(logits.shape[0]):
-        race[i] = max(logits[i] * scale - race[i], LOWEST)
-
-
 @jit
-def _draw_all(
-    # [size]; used up
-    logits,
-    scale,
-    greedy,
+def _draw(
+    # [size] unnormalised probabilities
+    weights,
     key,
-    replaces,
-    # [num_children], written
-    children,
-    # of [size]
-    scratch,
+    number,
+    work,
 ):
-    """Children drawn from the draft one after the other: independently or without replacement."""
-    size, race = logits.shape[0], scratch.race
-    if greedy or logits[argmax(logits)] == LOWEST:
-        race[:] = logits
-        replaces = False
-    else:
-        _race(logits, scale, key, 0, scratch)
-    for slot in range(children.shape[0]):
-        if replaces and slot > 0:
-            _race(logits, scale, key, slot * size, scratch)
-        children[slot] = argmax(race)
-        race[children[slot]] = -np.inf
-
-
-@jit
-def _draw_off_hubs(
-    # [size], -inf for the hubs
-    logits,
-    scale,
-    key,
-    # of [size]
-    scratch,
-):
-    """A draw from softmax(logits * scale), by lanes as in `rng.draw`."""
-    size, race = logits.shape[0], scratch.race
+    """`rng.draw`: a token drawn from the weights."""
+    size = weights.shape[0]
     lanes = min(size, rng.LANES)
     depth = (size + lanes - 1) // lanes
-    # [lanes] each, as if a lane were a token with its mass
-    peaks, masses = logits, race[:0]
+    first = number * rng.DRAW_STRIDE
+    masses = weights
     if depth > 1:
-        peaks, masses = np.full(lanes, -np.inf, f32), np.zeros(lanes, f32)
-        for i in range(size):
-            peaks[i % lanes] = max(peaks[i % lanes], logits[i])
-        for i in range(size):
-            if logits[i] > -np.inf:
-                masses[i % lanes] += np.exp((logits[i] - peaks[i % lanes]) * scale)
-        for lane in range(lanes):
-            if masses[lane] > f32(0.0):
-                peaks[lane] += np.log(masses[lane]) / scale
-    _race(peaks, scale, key, 0, _first(scratch, lanes))
+        masses = np.zeros(lanes, f32)
+        for start in range(0, size, lanes):
+            for lane in range(min(lanes, size - start)):
+                masses[lane] += weights[start + lane]
+    _exponentials(key, first, lanes, work)
     for lane in range(lanes):
-        if peaks[lane] == -np.inf:
-            race[lane] = -np.inf
-    lane = argmax(race[:lanes])
+        work.noise[lane] = masses[lane] / work.noise[lane]
+    lane = argmax(work.noise[:lanes])
     if depth == 1:
         return lane
-    own = np.full(depth, -np.inf, f32)
-    for place in range((size - lane + lanes - 1) // lanes):
-        own[place] = logits[lane + place * lanes]
-    _race(own, scale, key, rng.LANES, _first(scratch, depth))
-    for place in range(depth):
-        if own[place] == -np.inf:
-            race[place] = -np.inf
-    return lane + lanes * argmax(race[:depth])
+    places = (size - lane + lanes - 1) // lanes
+    _exponentials(key, first + rng.LANES, places, work)
+    for place in range(places):
+        work.noise[place] = weights[lane + place * lanes] / work.noise[place]
+    return lane + lanes * argmax(work.noise[:places])
+
+
+@jit
+def _best(
+    # [size]
+    row,
+):
+    """`rng.best`: the largest element, of a tie the first lane's, and its first."""
+    size = row.shape[0]
+    lanes = min(size, rng.LANES)
+    top = row[argmax(row)]
+    for lane in range(lanes):
+        for i in range(lane, size, lanes):
+            if row[i] == top:
+                return i
+    return 0
 
 
 @jit_sums
-def _draw_spechub(
-    # [size]; used up
-    logits,
+def _weigh(
+    # [size] logits, -inf for what is taken out
+    row,
+    peak,
     scale,
-    greedy,
-    sharpening,
-    child_key,
-    label_key,
-    ordered,
+    # [size], written: exp((row - peak) * scale), 0 for masked tokens
+    weights,
+    work,
+):
+    """Returns what the weights add up to."""
+    for i in range(row.shape[0]):
+        weights[i] = (row[i] - peak) * scale
+    exp_row(weights, work.spare, work.spare_bits)
+    total = f32(0.0)
+    for i in range(row.shape[0]):
+        total += weights[i]
+    return total
+
+
+@jit
+def _draft_node(
+    # [size] logits, LOWEST for masked tokens; used up
+    row,
+    temperature,
+    key,
+    num_children,
+    traits,
     # [num_children], written
     children,
-    # of [size]
-    scratch,
+    # [size]
+    weights,
+    work,
 ):
-    """The hubs and one token sampled off them; returns the sampled one's slot."""
-    size, num_hubs, race = logits.shape[0], children.shape[0] - 1, scratch.race
-    hub_logits = np.empty(MAX_CHILDREN, f32)
-    for rank in range(num_hubs):
-        hub = argmax(logits)
-        hub_logits[rank] = logits[hub]
-        children[rank] = hub
-        logits[hub] = -np.inf
-    if greedy:
-        sample = argmax(logits)
-    else:
-        sample = argmax(logits)
-        if logits[sample] > LOWEST:
-            sample = _draw_off_hubs(logits, scale * sharpening, child_key, scratch)
-    children[num_hubs] = sample
-    if not ordered or num_hubs == 0:
-        return num_hubs
-
-    main = 0
-    if not greedy and hub_logits[0] > LOWEST:
-        peak = hub_logits[0]
-        for i in range(size):
-            race[i] = (logits[i] - peak) * scale
-        exp_row(race, scratch.spare, scratch.spare_bits)
-        total = f32(0.0)
-        for i in range(size):
-            total += race[i]
-        for rank in range(num_hubs):
-            total += np.exp((hub_logits[rank] - peak) * scale)
-        draw = uniform(label_key) * total
-        threshold = f32(0.0)
-        main = num_hubs
-        for rank in range(num_hubs):
-            threshold += np.exp((hub_logits[rank] - peak) * scale)
-            if draw < threshold:
-                main = rank
-                break
-    # those before the main child move back by one to let it in front
-    front = children[main]
-    for slot in range(main, 0, -1):
-        children[slot] = children[slot - 1]
-    children[0] = front
-    return 0 if main == num_hubs else num_hubs
+    """One row of `child_sampling.reference.sample_children`; returns the samples' bits."""
+    peak = row[argmax(row)]
+    greedy = temperature == f32(0.0) or peak == LOWEST
+    scale = f32(1.0) if temperature == f32(0.0) else f32(1.0) / temperature
+    total, off_hubs = f32(1.0), f32(1.0)
+    if not greedy:
+        total = _weigh(row, peak, scale, weights, work)
+    tokens, expected = np.empty(MAX_CHILDREN, np.int64), np.empty(MAX_CHILDREN, f32)
+    num_hubs, bits = 0, 0
+    for place in range(num_children):
+        best = _best(row)
+        logit = row[best]
+        prob = f32(0.0) if greedy else np.exp((logit - peak) * scale) / total
+        hub = place < traits.least_hubs[num_children] or (
+            place < traits.most_hubs[num_children] and prob > CONFIDENT
+        )
+        hub = greedy or (hub and num_hubs == place)
+        tokens[place], expected[place] = best, prob
+        if hub:
+            num_hubs += 1
+        elif logit > LOWEST:
+            if num_hubs == place:
+                off_hubs = _weigh(row, peak, scale, weights, work) / total
+            _weigh(row, logit, scale * traits.sharpening, weights, work)
+            tokens[place] = _draw(weights, key, place, work)
+            bits |= 1 << place
+            expected[place] = SAMPLE_SHARES[place - num_hubs] * off_hubs
+            if place == num_hubs:
+                expected[place] *= f32(1.0) - FIRST_SAMPLE_LOSS * off_hubs
+        if not (traits.replaces and is_sampled(bits, place)):
+            row[tokens[place]] = -np.inf
+    slot_bits = 0
+    for place in range(num_children):
+        slot = place
+        if traits.ranks_subtrees and not greedy:
+            slot = 0
+            for other in range(num_children):
+                first = other < place
+                if is_sampled(bits, other) != is_sampled(bits, place):
+                    first = is_sampled(bits, other)
+                ahead = expected[other] > expected[place]
+                slot += ahead or (first and expected[other] == expected[place])
+        children[slot] = tokens[place]
+        slot_bits |= ((bits >> place) & 1) << slot
+    return slot_bits
 
 
 @jit
@@ -241,317 +229,212 @@ def _sample_children(
     drawn,
 ):
     size = logits.shape[1]
-    row, scratch = np.empty(size, f32), _scratch(size)
+    row, weights, work = np.empty(size, f32), np.empty(size, f32), _scratch(size)
     for r in range(logits.shape[0]):
         req = requests.req_idx[r]
         if req < 0:
             continue
-        temperature, seed = requests.temperature[req], requests.seeds[req]
-        greedy = temperature == f32(0.0)
-        scale = f32(1.0) if greedy else f32(1.0) / temperature
         for i in range(size):
-            row[i] = max(logits[r, i], LOWEST)
-        children = drawn.tokens[r, : num_children[r]]
-        position = requests.root_positions[r]
-        key = row_key(seed, position, node_ids[r], rng.CHILD)
-        if traits.recursive:
-            _draw_all(row, scale, greedy, key, traits.replaces, children, scratch)
-            drawn.sample_slots[r] = 0
+            # a comparison with NaN fails, which masks it
+            row[i] = min(logits[r, i], -LOWEST) if logits[r, i] > LOWEST else LOWEST
+        key = row_key(requests.seeds[req], requests.root_positions[r], node_ids[r], rng.CHILD)
+        drawn.sampled[r] = _draft_node(
+            row,
+            requests.temperature[req],
+            key,
+            num_children[r],
+            traits,
+            drawn.tokens[r],
+            weights,
+            work,
+        )
+
+
+class _Request(NamedTuple):
+    """One request's part of the batch."""
+
+    # [num_nodes, vocab_size] logits, and [num_nodes] tokens, from its root on
+    rows: np.ndarray
+    tokens: np.ndarray
+    # of the target; 0 is greedy
+    temperature: np.float32
+    # drafted nodes that are verified
+    num_nodes: int
+    # [num_internal, vocab_size] and [num_internal], as drafted
+    drafted: np.ndarray
+    sampled: np.ndarray
+    draft_scale: np.float32
+    seed: int
+    position: int
+
+
+class _Rows(NamedTuple):
+    """What is remembered of the nodes of a tree, and of the rows of the last one that was read."""
+
+    # [num_tree_nodes]: what a node is visited with; what it is accepted with once its children failed
+    visit: np.ndarray
+    leave: np.ndarray
+    # [vocab_size]: the node's target, and what its residual loses a multiple of
+    target: np.ndarray
+    draft: np.ndarray
+    work: Scratch
+
+
+@jit
+def _children(node, request, tree):
+    """First, number and samples' bits of a node's children. A node that lost one to truncation has none."""
+    first, count = np.int64(tree.first_child[node]), np.int64(tree.num_children[node])
+    if count == 0 or first + count - 1 > request.num_nodes:
+        return first, np.int64(0), np.int64(0)
+    return first, count, np.int64(request.sampled[tree.internal_index[node]])
+
+
+@jit
+def _coin(node, request):
+    return uniform(row_key(request.seed, request.position, node, rng.ACCEPT))
+
+
+@jit
+def _look(node, acceptance, request, tree, replaces, rows):
+    """Read a node's rows: what its children are visited with, and the node left with. Returns the multiple of
+    `rows.draft` that its residual loses, and the best token of a greedy request."""
+    first, count, bits = _children(node, request, tree)
+    rows.leave[node] = acceptance
+    if request.temperature == f32(0.0):
+        best = np.int64(argmax(request.rows[node]))
+        for child in range(first, first + count):
+            rows.visit[child] = f32(1.0) if request.tokens[child] == best else f32(0.0)
+        return f32(0.0), best
+    rows.target[:] = request.rows[node]
+    scale = f32(1.0) / request.temperature
+    softmax(rows.target, scale, rows.work.spare, rows.work.spare_bits)
+    rows.draft[:] = f32(0.0)
+    if count == 0:
+        return f32(0.0), np.int64(0)
+    rows.draft[:] = request.drafted[tree.internal_index[node]]
+    rows.leave[node], weight = visit_children(
+        rows.target,
+        rows.draft,
+        request.draft_scale,
+        request.tokens[first : first + count],
+        bits,
+        acceptance,
+        replaces,
+        rows.visit[first : first + count],
+        rows.work.spare,
+        rows.work.spare_bits,
+    )
+    return weight, np.int64(0)
+
+
+@jit
+def _root_to_leaf(request, tree, replaces, rows):
+    """A child is decided when its turn comes. Returns the path's last node and what `_look` says of it."""
+    node = np.int64(0)
+    while True:
+        weight, best = _look(node, f32(1.0), request, tree, replaces, rows)
+        first, count, bits = _children(node, request, tree)
+        slot = next_slot(-1, bits, count)
+        while slot >= 0 and not _coin(first + slot, request) < rows.visit[first + slot]:
+            slot = next_slot(slot, bits, count)
+        if slot < 0:
+            return node, weight, best
+        node = first + slot
+
+
+@jit
+def _leaf_to_root(request, tree, replaces, rows):
+    """Depth first, a node is decided after its children. Returns as `_root_to_leaf`."""
+    node, arriving, read = np.int64(0), True, np.int64(-1)
+    weight, best = f32(0.0), np.int64(0)
+    rows.visit[0] = f32(1.0)
+    while True:
+        if arriving:
+            rows.leave[node] = rows.visit[node]
+            first, count, bits = _children(node, request, tree)
+            if count > 0 and rows.visit[node] > f32(0.0):
+                weight, best = _look(node, rows.visit[node], request, tree, replaces, rows)
+                read = node
+                node = first + next_slot(-1, bits, count)
+                continue
+        # its children, if any, have failed
+        if node == 0 or _coin(node, request) < rows.leave[node]:
+            break
+        parent = np.int64(tree.parents[node])
+        first, count, bits = _children(parent, request, tree)
+        slot = next_slot(node - first, bits, count)
+        arriving = slot >= 0
+        node = first + slot if arriving else parent
+    if read != node:
+        weight, best = _look(node, rows.visit[node], request, tree, replaces, rows)
+    return node, weight, best
+
+
+@jit
+def _verify_trees(
+    target_rows,
+    drafts,
+    # [num_reqs], where each request's drafts are
+    draft_idx,
+    requests,
+    tree,
+    traits,
+    # -1 throughout, written
+    paths,
+):
+    size, width = target_rows.logits.shape[1], tree.first_child.shape[0]
+    rows = _Rows(
+        np.ones(width, f32),
+        np.empty(width, f32),
+        np.empty(size, f32),
+        np.empty(size, f32),
+        _scratch(size),
+    )
+    for r in range(target_rows.row_start.shape[0]):
+        req, start = requests.req_idx[r], target_rows.row_start[r]
+        draft_temperature = requests.temperature[req]
+        request = _Request(
+            target_rows.logits[start:],
+            target_rows.node_tokens[start:],
+            target_rows.temperature[req],
+            target_rows.num_nodes[r],
+            drafts.logits[draft_idx[r]],
+            drafts.sampled[req],
+            traits.sharpening / (draft_temperature if draft_temperature > f32(0.0) else f32(1.0)),
+            requests.seeds[req],
+            requests.root_positions[r],
+        )
+        acceptance = f32(1.0)
+        if traits.leaf_to_root:
+            node, weight, token = _leaf_to_root(request, tree, traits.replaces, rows)
+            acceptance = rows.visit[node]
         else:
-            drawn.sample_slots[r] = _draw_spechub(
-                row,
-                scale,
-                greedy,
-                traits.sharpening,
-                key,
-                row_key(seed, position, node_ids[r], rng.LABEL),
-                traits.ordered,
-                children,
-                scratch,
-            )
+            node, weight, token = _root_to_leaf(request, tree, traits.replaces, rows)
+        if request.temperature != f32(0.0):
+            for i in range(size):
+                left = acceptance * rows.target[i] - weight * rows.draft[i]
+                rows.target[i] = max(left, f32(0.0))
+            key = row_key(request.seed, request.position, node, rng.RESIDUAL)
+            token = _draw(rows.target, key, 0, rows.work)
+        paths.num_emitted[r] = 1 + _write_path(
+            node, token, request.tokens, tree, paths.tokens[r], paths.path[r]
+        )
 
 
 @jit
-def _emit(
-    # [size] unnormalised probabilities
-    weights,
-    key,
-    # of [size]
-    scratch,
-):
-    """`rng.draw`: a token drawn from the weights."""
-    size = weights.shape[0]
-    lanes = min(size, rng.LANES)
-    depth = (size + lanes - 1) // lanes
-    masses = weights
-    if depth > 1:
-        masses = np.zeros(lanes, f32)
-        for i in range(size):
-            masses[i % lanes] += weights[i]
-    part = _first(scratch, lanes)
-    noise = part.race
-    exponential_row(key, 0, noise, part.race_bits, part.spare, part.uniforms)
-    for lane in range(lanes):
-        noise[lane] = masses[lane] / noise[lane]
-    lane = argmax(noise)
-    if depth == 1:
-        return lane
-    places = (size - lane + lanes - 1) // lanes
-    part = _first(scratch, places)
-    noise = part.race
-    exponential_row(key, rng.LANES, noise, part.race_bits, part.spare, part.uniforms)
-    for place in range(places):
-        noise[place] = weights[lane + place * lanes] / noise[place]
-    return lane + lanes * argmax(noise)
-
-
-@jit
-def _walk_trees(
-    target_rows,
-    drafts,
-    # [num_reqs], where each request's drafts are
-    draft_idx,
-    requests,
-    tree,
-    traits,
-    # -1 throughout, written
-    paths,
-):
-    """From the root while children are accepted."""
-    size = target_rows.logits.shape[1]
-    target, draft, spare = np.empty(size, f32), np.empty(size, f32), np.empty(size, f32)
-    work = _scratch(size)
-    scratch, scratch_bits = work.spare, work.spare_bits
-    hub_probs, gain = np.empty(MAX_CHILDREN, f32), np.empty(MAX_CHILDREN, f32)
-    for r in range(target_rows.row_start.shape[0]):
-        req = requests.req_idx[r]
-        greedy = target_rows.temperature[req] == f32(0.0)
-        scale = f32(1.0) if greedy else f32(1.0) / target_rows.temperature[req]
-        node, depth = np.int64(0), 0
-        paths.path[r, 0] = 0
-        while True:
-            logits = target_rows.logits[target_rows.row_start[r] + node]
-            first, count = np.int64(tree.first_child[node]), np.int64(tree.num_children[node])
-            leaf = count == 0 or first + count - 1 > target_rows.num_nodes[r]
-            children = target_rows.node_tokens[
-                target_rows.row_start[r] + first : target_rows.row_start[r] + first + count
-            ]
-            slot = count
-            if greedy:
-                best = argmax(logits)
-                if not leaf:
-                    for s in range(count):
-                        if children[s] == best:
-                            slot = s
-                            break
-            else:
-                target[:] = logits
-                softmax(target, scale, scratch, scratch_bits)
-                if not leaf:
-                    inner = tree.internal_index[node]
-                    draft[:] = drafts.logits[draft_idx[r], inner]
-                    draw = uniform(
-                        row_key(requests.seeds[req], requests.root_positions[r], node, rng.ACCEPT)
-                    )
-                    temperature = requests.temperature[req]
-                    if traits.recursive:
-                        slot = choose_recursive(
-                            target,
-                            draft,
-                            temperature,
-                            children,
-                            traits.replaces,
-                            draw,
-                            spare,
-                            scratch,
-                            scratch_bits,
-                        )
-                    else:
-                        sample_slot = drafts.sample_slots[req, inner]
-                        hub_mass, off_mass = spechub_distribution(
-                            draft,
-                            temperature,
-                            traits.sharpening,
-                            children,
-                            sample_slot,
-                            hub_probs[:count],
-                            spare,
-                            scratch,
-                            scratch_bits,
-                        )
-                        accept_sample, accept_main, residual_mass = spechub_parts(
-                            target,
-                            draft,
-                            children,
-                            sample_slot,
-                            traits.ordered,
-                            hub_probs[:count],
-                            hub_mass,
-                            off_mass,
-                            gain[:count],
-                            scratch,
-                        )
-                        slot = choose_spechub(
-                            target,
-                            children,
-                            sample_slot,
-                            accept_sample,
-                            accept_main,
-                            gain[:count],
-                            residual_mass,
-                            scratch,
-                            draw,
-                        )
-            if leaf or slot == count:
-                break
-            paths.tokens[r, depth] = children[slot]
-            node = first + slot
-            depth += 1
-            paths.path[r, depth] = node
-        if not greedy:
-            key = row_key(requests.seeds[req], requests.root_positions[r], node, rng.RESIDUAL)
-            best = _emit(target, key, work)
-        paths.tokens[r, depth] = best
-        paths.num_emitted[r] = depth + 1
-
-
-@jit
-def _traverse_trees(
-    target_rows,
-    drafts,
-    # [num_reqs], where each request's drafts are
-    draft_idx,
-    requests,
-    tree,
-    traits,
-    # -1 throughout, written
-    paths,
-):
-    """Depth first, each node after its children, until one is accepted."""
-    size = target_rows.logits.shape[1]
-    target, draft, spare = np.empty(size, f32), np.empty(size, f32), np.empty(size, f32)
-    work = _scratch(size)
-    scratch, scratch_bits = work.spare, work.spare_bits
-    hub_probs, gain = np.empty(MAX_CHILDREN, f32), np.empty(MAX_CHILDREN, f32)
-    width = tree.first_child.shape[0]
-    parents, depths = np.zeros(width, i32), np.zeros(width, i32)
-    for node in range(width):
-        for child in range(
-            tree.first_child[node], tree.first_child[node] + tree.num_children[node]
-        ):
-            parents[child] = node
-            depths[child] = depths[node] + 1
-    # the path acceptance that a node is visited with; the probability of accepting it once its
-    # children have failed
-    visit, leave = np.empty(width, f32), np.empty(width, f32)
-    for r in range(target_rows.row_start.shape[0]):
-        req = requests.req_idx[r]
-        greedy = target_rows.temperature[req] == f32(0.0)
-        scale = f32(1.0) if greedy else f32(1.0) / target_rows.temperature[req]
-        visit[0] = f32(1.0)
-        node, arriving, emitting = np.int64(0), True, False
-        best = np.int64(-1)
-        while True:
-            first, count = np.int64(tree.first_child[node]), np.int64(tree.num_children[node])
-            leaf = count == 0 or first + count - 1 > target_rows.num_nodes[r]
-            if emitting or (arriving and not leaf and visit[node] > f32(0.0)):
-                # look at the rows of a node: for its children, or for the bonus token
-                target[:] = target_rows.logits[target_rows.row_start[r] + node]
-                if greedy:
-                    best = argmax(target)
-                else:
-                    softmax(target, scale, scratch, scratch_bits)
-                if emitting and (greedy or leaf):
-                    break
-                children = target_rows.node_tokens[
-                    target_rows.row_start[r] + first : target_rows.row_start[r] + first + count
-                ]
-                inner = tree.internal_index[node]
-                sample_slot = np.int64(drafts.sample_slots[req, inner])
-                leave[node] = visit[node]
-                if greedy:
-                    for s in range(count):
-                        visit[first + s] = f32(1.0) if children[s] == best else f32(0.0)
-                else:
-                    for i in range(size):
-                        target[i] *= visit[node]
-                    draft[:] = drafts.logits[draft_idx[r], inner]
-                    ordered = False
-                    for s in range(1, count):
-                        ordered = (
-                            ordered or tree.subtree_sizes[first + s] != tree.subtree_sizes[first]
-                        )
-                    hub_mass, off_mass = spechub_distribution(
-                        draft,
-                        requests.temperature[req],
-                        traits.sharpening,
-                        children,
-                        sample_slot,
-                        hub_probs[:count],
-                        spare,
-                        scratch,
-                        scratch_bits,
-                    )
-                    accept_sample, accept_main, residual_mass = spechub_parts(
-                        target,
-                        draft,
-                        children,
-                        sample_slot,
-                        ordered,
-                        hub_probs[:count],
-                        hub_mass,
-                        off_mass,
-                        gain[:count],
-                        scratch,
-                    )
-                    if emitting:
-                        # without a residual, by rounding only, the target is emitted from
-                        if residual_mass > f32(0.0):
-                            target[:] = scratch
-                        break
-                    leave[node] = visit_spechub(
-                        sample_slot,
-                        ordered,
-                        visit[node],
-                        accept_sample,
-                        accept_main,
-                        gain[:count],
-                        residual_mass,
-                        visit[first : first + count],
-                    )
-                node = first + sample_slot
-                continue
-            if arriving:
-                leave[node] = visit[node]
-                arriving = False
-            draw = uniform(
-                row_key(requests.seeds[req], requests.root_positions[r], node, rng.ACCEPT)
-            )
-            if node == 0 or draw < leave[node]:
-                emitting = True
-                continue
-            # on to the next sibling: the sampled child was first, the others follow by slot
-            parent = np.int64(parents[node])
-            first = np.int64(tree.first_child[parent])
-            sample_slot = np.int64(drafts.sample_slots[req, tree.internal_index[parent]])
-            following = 0 if node - first == sample_slot else node - first + 1
-            if following == sample_slot:
-                following += 1
-            arriving = following < tree.num_children[parent]
-            node = first + following if arriving else parent
-
-        depth = depths[node]
-        paths.num_emitted[r] = depth + 1
-        if not greedy:
-            key = row_key(requests.seeds[req], requests.root_positions[r], node, rng.RESIDUAL)
-            best = _emit(target, key, work)
-        paths.tokens[r, depth] = best
-        paths.path[r, 0] = 0
-        while depth > 0:
-            paths.path[r, depth] = node
-            depth -= 1
-            paths.tokens[r, depth] = target_rows.node_tokens[target_rows.row_start[r] + node]
-            node = np.int64(parents[node])
+def _write_path(node, last_token, tokens, tree, emitted, path):
+    """The nodes down to the last one, their tokens, and the last token. Returns the node's depth."""
+    depth, above = 0, node
+    while above > 0:
+        above = np.int64(tree.parents[above])
+        depth += 1
+    emitted[depth] = last_token
+    path[0] = 0
+    for at in range(depth, 0, -1):
+        path[at] = node
+        emitted[at - 1] = tokens[node]
+        node = np.int64(tree.parents[node])
+    return depth
 
 
 T = TypeVar("T", Children, Drafts, Requests, TargetRows, TreeTables, VerifiedPaths)
@@ -563,7 +446,15 @@ def _rows(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _traits(rule: Rule, sharpening: float) -> Traits:
-    return Traits(rule.is_recursive, rule.replaces, rule.ordered_slots, f32(sharpening))
+    counts = range(MAX_CHILDREN + 1)
+    return Traits(
+        np.array([rule.least_hubs(count) for count in counts]),
+        np.array([rule.most_hubs(count) for count in counts]),
+        rule.replaces,
+        rule.ranks_subtrees,
+        rule.is_leaf_to_root,
+        f32(sharpening),
+    )
 
 
 def _arrays(tensors: T) -> T:
@@ -630,7 +521,7 @@ def _write_children(
         column = first_child
         for i in range(num_children.shape[0]):
             drafts.logits[req, first_internal + i] = logits[row]
-            drafts.sample_slots[req, first_internal + i] = children.sample_slots[row]
+            drafts.sampled[req, first_internal + i] = children.sampled[row]
             for slot in range(num_children[i]):
                 tokens[req, column] = children.tokens[row, slot]
                 column += 1
@@ -683,9 +574,7 @@ def verify_tree(
     draft_logits, draft_idx = drafts.logits, requests.req_idx.long()
     if draft_logits.dtype != torch.float32:  # convert this batch's drafts, not every request's
         draft_logits, draft_idx = draft_logits[draft_idx], torch.arange(num_reqs)
-    traits = BUILTIN_RULES[rule]
-    verify = _traverse_trees if traits.is_leaf_to_root else _walk_trees
-    verify(
+    _verify_trees(
         _arrays(
             TargetRows(
                 _rows(target.logits),
@@ -699,7 +588,7 @@ def verify_tree(
         draft_idx.numpy(),
         _requests(requests),
         _arrays(tree),
-        _traits(traits, sharpening),
+        _traits(BUILTIN_RULES[rule], sharpening),
         _arrays(paths),
     )
     return paths
