@@ -8,9 +8,9 @@ from triton.language.extra import libdevice
 from . import rng
 
 CHILD = tl.constexpr(rng.CHILD)
-LABEL = tl.constexpr(rng.LABEL)
 ACCEPT = tl.constexpr(rng.ACCEPT)
 RESIDUAL = tl.constexpr(rng.RESIDUAL)
+DRAW_STRIDE = tl.constexpr(rng.DRAW_STRIDE)
 
 _MIX_FIRST = tl.constexpr(rng.MIX_FIRST)
 _MIX_SECOND = tl.constexpr(rng.MIX_SECOND)

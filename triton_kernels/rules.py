@@ -8,19 +8,23 @@ slots that `verification.node` describes.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum
 from types import MappingProxyType
 
 from .constants import MAX_CHILDREN
 
 
-class Hubs(StrEnum):
-    """Which of a node's k children are its most probable tokens, taken without drawing."""
+class Hubs(Enum):
+    """Which of a node's k children are its most probable tokens, taken without drawing.
 
-    NONE = "none"
-    CONFIDENT = "those with q > 0.2, 1 to k - 1"
-    ALL_BUT_ONE = "k - 1"
-    ALL = "k"
+    The values are: children that are never hubs; how many of the others are whatever the draft; and how many are
+    where the draft is confident, giving each more than `constants.CONFIDENT`.
+    """
+
+    NONE = (0, 0, 0)
+    CONFIDENT = (1, 1, MAX_CHILDREN)
+    ALL_BUT_ONE = (1, MAX_CHILDREN, MAX_CHILDREN)
+    ALL = (0, MAX_CHILDREN, MAX_CHILDREN)
 
 
 class Samples(StrEnum):
@@ -79,20 +83,6 @@ class Rule:
     def ranks_subtrees(self) -> bool:
         """Whether children are put into slots by their expected acceptance."""
         return self.subtrees is Subtrees.BY_EXPECTED_ACCEPTANCE
-
-    def least_hubs(self, num_children: int) -> int:
-        """Children that are hubs whatever the draft."""
-        if self.hubs is Hubs.ALL:
-            return num_children
-        if self.hubs is Hubs.ALL_BUT_ONE:
-            return num_children - 1
-        return int(self.hubs is Hubs.CONFIDENT and num_children > 1)
-
-    def most_hubs(self, num_children: int) -> int:
-        """Children that may be hubs; those above `least_hubs` are if the draft is confident."""
-        if self.hubs is Hubs.CONFIDENT:
-            return num_children - 1
-        return self.least_hubs(num_children)
 
 
 _SPECHUB = "SpecHub (Sun et al., EMNLP 2024, arXiv 2411.05289)"

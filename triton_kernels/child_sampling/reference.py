@@ -34,7 +34,9 @@ def sample_children(
     scale = 1.0 / torch.where(temperature == 0, 1.0, temperature)
     key = rng.row_key(requests.seeds[req], requests.root_positions, node_ids, rng.CHILD)
     total = _weights(left, peak, scale).sum(dim=1)
-    least, most = _hub_bounds(traits, num_children, max_children)
+    never, always, confident = traits.hubs.value
+    # [num_rows]: children that are hubs whatever the draft, and that may be
+    least, most = ((num_children - never).clamp(max=most) for most in (always, confident))
 
     # [num_rows] each, one for every child: hubs by rank, then samples as they were drawn
     tokens, drawn, expected = [], [], []
@@ -85,19 +87,6 @@ def _weights(
     """Unnormalised probabilities relative to a logit, 0 for masked tokens. [num_rows, vocab_size]"""
     weights = torch.exp((logits - peak.unsqueeze(1)) * scale.unsqueeze(1))
     return weights.masked_fill_(logits <= LOWEST, 0.0)
-
-
-def _hub_bounds(
-    traits,
-    # [num_rows]
-    num_children: torch.Tensor,
-    max_children: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many children are hubs whatever the draft, and how many may be. [num_rows] each"""
-    counts = range(max_children + 1)
-    tables = [[bound(k) for k in counts] for bound in (traits.least_hubs, traits.most_hubs)]
-    least, most = torch.tensor(tables, device=num_children.device)[:, num_children.long()]
-    return least, most
 
 
 def _sample_acceptance(

@@ -5,6 +5,7 @@ What a node is visited with depends on the tokens above it, not on what failed b
 nodes are computed level by level, `node.node_outcome` at a time. Then coins are tossed in the order of visits.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,7 +95,7 @@ def verify_tree(
     requests: Requests,
     tree: TreeTables,
     *,
-    max_depth: int,
+    level_sizes: Sequence[int],
     rule: str,
     sharpening: float = 1.0,
 ) -> VerifiedPaths:
@@ -114,7 +115,7 @@ def verify_tree(
             acceptance = chances.visit[inner, at]
         weights[inner] = trees.outcome(inner, at, acceptance).residual
     key = rng.row_key(requests.seeds[requests.req_idx], requests.root_positions, last_node, rng.RESIDUAL)
-    return _paths(trees, last_node, rng.draw(weights, key), max_depth)
+    return _paths(trees, last_node, rng.draw(weights, key), len(level_sizes) - 1)
 
 
 def reach(

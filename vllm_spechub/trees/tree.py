@@ -140,6 +140,11 @@ class TokenTree:
         return depths
 
     @cached_property
+    def level_sizes(self) -> tuple[int, ...]:
+        """Nodes of every depth, the root's one first."""
+        return tuple(np.bincount(self.depths).tolist())
+
+    @cached_property
     def num_children(self) -> np.ndarray:
         """[num_nodes + 1] int32"""
         return np.bincount(self.parents, minlength=self.num_nodes + 1).astype(np.int32)
@@ -151,14 +156,6 @@ class TokenTree:
         for node in range(self.num_nodes, 0, -1):
             first[self.parents[node - 1]] = node
         return first
-
-    @cached_property
-    def subtree_sizes(self) -> np.ndarray:
-        """Nodes in each node's subtree, itself included. [num_nodes + 1] int64"""
-        sizes = np.ones(self.num_nodes + 1, dtype=np.int64)
-        for node in range(self.num_nodes, 0, -1):
-            sizes[self.parents[node - 1]] += sizes[node]
-        return sizes
 
     @cached_property
     def internal_nodes(self) -> np.ndarray:

@@ -5,6 +5,7 @@ They draw the same numbers as the Triton kernels and the PyTorch references, and
 at a time: on rows this small a PyTorch operation costs more than the arithmetic.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -59,9 +60,10 @@ class Scratch(NamedTuple):
 class Traits(NamedTuple):
     """What the compiled loops must know of a rule; see `triton_kernels.rules`."""
 
-    # [MAX_CHILDREN + 1] by number of children: those that are hubs whatever the draft, and that may be
-    least_hubs: np.ndarray
-    most_hubs: np.ndarray
+    # the values of `Hubs`
+    never_hubs: int
+    always_hubs: int
+    confident_hubs: int
     replaces: bool
     ranks_subtrees: bool
     leaf_to_root: bool
@@ -182,10 +184,9 @@ def _draft_node(
         best = _best(row)
         logit = row[best]
         prob = f32(0.0) if greedy else np.exp((logit - peak) * scale) / total
-        hub = place < traits.least_hubs[num_children] or (
-            place < traits.most_hubs[num_children] and prob > CONFIDENT
-        )
-        hub = greedy or (hub and num_hubs == place)
+        limit = traits.confident_hubs if prob > CONFIDENT else traits.always_hubs
+        hub = place < min(limit, num_children - traits.never_hubs) and num_hubs == place
+        hub = greedy or hub
         tokens[place], expected[place] = best, prob
         if hub:
             num_hubs += 1
@@ -446,10 +447,8 @@ def _rows(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _traits(rule: Rule, sharpening: float) -> Traits:
-    counts = range(MAX_CHILDREN + 1)
     return Traits(
-        np.array([rule.least_hubs(count) for count in counts]),
-        np.array([rule.most_hubs(count) for count in counts]),
+        *rule.hubs.value,
         rule.replaces,
         rule.ranks_subtrees,
         rule.is_leaf_to_root,
@@ -560,12 +559,12 @@ def verify_tree(
     requests: Requests,
     tree: TreeTables,
     *,
-    max_depth: int,
+    level_sizes: Sequence[int],
     rule: str,
     sharpening: float = 1.0,
 ) -> VerifiedPaths:
     """`triton_kernels.verification.verify_tree` on the CPU."""
-    num_reqs = len(target.row_start)
+    num_reqs, max_depth = len(target.row_start), len(level_sizes) - 1
     paths = VerifiedPaths(
         torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int64),
         torch.empty(num_reqs, dtype=torch.int32),
