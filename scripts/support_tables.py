@@ -135,7 +135,7 @@ SAMPLING_PARAMETERS = (
         ("output_kind", "stream_interval"),
         "works",
         "",
-        ("test_serve.py::test_streaming_equals_the_whole_answer",),
+        ("integration/test_serve.py::test_streaming_equals_the_whole_answer",),
     ),
     Row(
         ("skip_reading_prefix_cache",),
@@ -207,7 +207,7 @@ FEATURES = (
         "with `tree_by_batch_size`; refused with data parallelism, where vLLM varies no widths",
         (
             "engine/test_widths.py::test_tokens_while_the_width_changes",
-            "test_refusals.py::test_data_parallel_widths",
+            "integration/test_refusals.py::test_data_parallel_widths",
         ),
     ),
     Row(
@@ -226,7 +226,7 @@ FEATURES = (
         ("streaming",),
         "works",
         "",
-        ("test_serve.py::test_streaming_equals_the_whole_answer",),
+        ("integration/test_serve.py::test_streaming_equals_the_whole_answer",),
     ),
     Row(
         ("priority scheduling",),
@@ -244,7 +244,7 @@ FEATURES = (
         ("tensor parallelism",),
         "works",
         "all ranks draw alike, and as one rank does",
-        ("engine/test_parallel.py::test_tensor_parallelism",),
+        ("integration/test_parallel.py::test_tensor_parallelism",),
     ),
     Row(
         ("tensor parallelism over Ray's workers",),
@@ -252,8 +252,8 @@ FEATURES = (
         "refuses to start if a node lacks this package or has another version; tested with workers "
         "on the CPU, where vLLM by itself refuses Ray",
         (
-            "ray/test_workers.py::test_two_workers_answer_as_one",
-            "ray/test_workers.py::test_a_node_without_this_version",
+            "ray_cluster/test_workers.py::test_two_workers_answer_as_one",
+            "ray_cluster/test_workers.py::test_a_node_without_this_version",
         ),
     ),
     Row(
@@ -261,8 +261,8 @@ FEATURES = (
         "works",
         "for dense models; refused for mixtures of experts",
         (
-            "engine/test_parallel.py::test_data_parallelism",
-            "test_refusals.py::test_data_parallel_experts",
+            "integration/test_parallel.py::test_data_parallelism",
+            "integration/test_refusals.py::test_data_parallel_experts",
         ),
     ),
     Row(
@@ -313,7 +313,7 @@ FEATURES = (
         "as in plain vLLM",
         "a NaN ruins its own request alone",
         (
-            "engine/test_parallel.py::test_tensor_parallelism",
+            "integration/test_parallel.py::test_tensor_parallelism",
             "engine/test_robustness.py::test_a_draft_whose_folder_vanishes",
             "engine/test_robustness.py::test_nans_in_the_target",
             "engine/test_robustness.py::test_nans_in_the_draft",
@@ -332,7 +332,10 @@ FEATURES = (
         ),
         "refused",
         "",
-        ("test_refusals.py::test_engines", "test_refusals.py::test_from_an_engines_arguments"),
+        (
+            "integration/test_refusals.py::test_engines",
+            "integration/test_refusals.py::test_from_an_engines_arguments",
+        ),
     ),
     Row(
         (
@@ -342,7 +345,10 @@ FEATURES = (
         ),
         "refused",
         "",
-        ("test_refusals.py::test_models", "test_refusals.py::test_kinds_of_models"),
+        (
+            "integration/test_refusals.py::test_models",
+            "integration/test_refusals.py::test_kinds_of_models",
+        ),
     ),
     Row(
         ("CUDA",),

@@ -17,6 +17,7 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
+from helpers.pair import DRAFT, TARGET
 from vllm_spechub.config import SpecHubConfig
 from vllm_spechub.integration.refusals import Unsupported
 from vllm_spechub.registry import PROPOSERS, RULES, Registry
@@ -25,9 +26,6 @@ from vllm_spechub.trees.best_tree import parse_tree
 from vllm_spechub.trees.measured_schedule import keep
 from vllm_spechub.trees.schedule import TreeSchedule
 from vllm_spechub.trees.tree import TokenTree
-
-PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
-TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
 
 
 @pytest.fixture(autouse=True, scope="module")

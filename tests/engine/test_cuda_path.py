@@ -11,21 +11,14 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import (
-    PROMPTS,
-    TARGET,
-    engine,
-    greedy_params,
-    model_runner,
-    plain_greedy,
-    spec_metrics,
-    token_ids,
-)
-from test_widths import SCHEDULE, params
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
 
+from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids
+from helpers.metrics import spec_metrics
+from helpers.pair import PROMPTS, TARGET
+from helpers.schedules import SCHEDULE, params
 from vllm_spechub.attention import cpu_tree, triton_tree
 from vllm_spechub.integration import cpu_worker
 

@@ -6,21 +6,14 @@ import random
 from dataclasses import dataclass
 from functools import cache
 
-import models
 import pytest
 import torch
-from conftest import (
-    DRAFT,
-    PROMPTS,
-    TARGET,
-    engine,
-    greedy_params,
-    model_runner,
-    spec_metrics,
-    token_ids,
-)
 from vllm import SamplingParams
 
+from helpers import models
+from helpers.engines import engine, greedy_params, model_runner, token_ids
+from helpers.metrics import spec_metrics
+from helpers.pair import DRAFT, PROMPTS, TARGET
 from vllm_spechub.engine.sampler import TreeRejectionSampler
 
 SAMPLED = SamplingParams(temperature=1.0, seed=3, max_tokens=50, ignore_eos=True)

@@ -4,7 +4,8 @@
 import random
 
 import pytest
-from grammars import (
+
+from helpers.grammars import (
     GRAMMARS,
     NEWLINE,
     SELF,
@@ -18,7 +19,6 @@ from grammars import (
     new_request,
     plain_mask,
 )
-
 from vllm_spechub.trees.tree import TokenTree
 
 CASES = [

@@ -10,12 +10,23 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, engine, model_runner, recorded_nodes, reference_model, request_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import REASONING, assert_plausible, assert_same_row, processed_row, resolved, tokens_of
-from test_parameters import Repel
 from vllm import SamplingParams
+
+from helpers.engines import engine, model_runner
+from helpers.oracle import (
+    REASONING,
+    Repel,
+    assert_plausible,
+    assert_same_row,
+    processed_row,
+    reference_model,
+    resolved,
+    tokens_of,
+)
+from helpers.pair import PROMPTS
+from helpers.recording import recorded_nodes, request_of
 
 ENGINES = {
     # trees are cut by the budget, and requests preempted

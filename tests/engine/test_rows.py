@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, engine, recorded_nodes, reference_model, request_of
 
+from helpers.engines import engine
+from helpers.oracle import reference_model
+from helpers.pair import PROMPTS
+from helpers.recording import recorded_nodes, request_of
 from vllm_spechub.engine.model_state import TreeModelState
 from vllm_spechub.engine.sampler import TreeRejectionSampler
 
@@ -151,8 +154,9 @@ def test_processors_see_each_nodes_own_history(recorded, monkeypatch):
 
 
 def tokenizer_ids(text: str) -> list[int]:
-    from conftest import TARGET
     from transformers import AutoTokenizer
+
+    from helpers.pair import TARGET
 
     return AutoTokenizer.from_pretrained(TARGET)(text)["input_ids"]
 

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of the kernel tests: poisoned allocations and ahead-of-time compilation."""
 
-import pytest
+import os
+
 import torch
-from aot_compile import Compiler
-from devices import DEVICE
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import pytest
+
+from helpers.aot_compile import Compiler
+from helpers.devices import DEVICE
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,10 +4,10 @@
 import numpy as np
 import pytest
 import torch
-from drafting import huge_rows
-from enumeration import enumerate_drafts
 from scipy import stats
 
+from helpers.drafting import huge_rows
+from helpers.enumeration import enumerate_drafts
 from vllm_spechub.triton_kernels import rng
 from vllm_spechub.triton_kernels.child_sampling import kernel, sample_children
 from vllm_spechub.triton_kernels.rules import RULES, SPECHUB

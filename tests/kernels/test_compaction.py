@@ -3,8 +3,8 @@
 
 import pytest
 import torch
-from devices import DEVICE
 
+from helpers.devices import DEVICE
 from vllm_spechub.triton_kernels.compaction import KVCompactor
 from vllm_spechub.triton_kernels.compaction.kernel import (
     ELEMENT_BITS,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from devices import DEVICE
 from triton.runtime import interpreter
 
+from helpers.devices import DEVICE
 from vllm_spechub.triton_kernels.tree_attention import (
     CAUSAL,
     tree_attention,

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from enumeration import enumerate_drafts, laws_of, random_laws, special_laws
 
+from helpers.enumeration import enumerate_drafts, laws_of, random_laws, special_laws
 from vllm_spechub.triton_kernels.rules import RULES, SPECHUB
 from vllm_spechub.triton_kernels.verification.node_rules import node_outcome, traversal_outcome
 

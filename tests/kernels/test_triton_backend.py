@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from devices import DEVICE
+
+from helpers.devices import DEVICE
 
 pytest.importorskip("vllm")
 

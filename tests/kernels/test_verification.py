@@ -6,10 +6,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from drafting import BINARY, CHAIN, UNEQUAL, WIDE, Draft, Tree, draft_tree, huge_rows
-from enumeration import enumerate_drafts, laws_of
 from scipy import stats
 
+from helpers.drafting import BINARY, CHAIN, UNEQUAL, WIDE, Draft, Tree, draft_tree, huge_rows
+from helpers.enumeration import enumerate_drafts, laws_of
 from vllm_spechub.triton_kernels import rng
 from vllm_spechub.triton_kernels.rules import RULES, SPECHUB
 from vllm_spechub.triton_kernels.verification import kernel, reference, verify_tree
