@@ -19,27 +19,29 @@ from helpers.engines import engine, greedy_params, model_runner, plain_greedy, t
 from helpers.metrics import spec_metrics
 from helpers.pair import PROMPTS, TARGET
 from helpers.schedules import SCHEDULE, params
-from vllm_spechub.attention import cpu_tree, triton_tree
+from vllm_spechub.attention import cpu_backend, triton_backend
 from vllm_spechub.integration import cpu_worker
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
 @pytest.fixture
-def triton_backend(monkeypatch):
+def gpu_attention(monkeypatch):
     """The CPU worker's attention is the one of GPUs."""
 
     def register(_backend, _path):
-        register_backend(AttentionBackendEnum.CPU_ATTN, f"{triton_tree.__name__}.TritonTreeBackend")
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN, f"{triton_backend.__name__}.TritonTreeBackend"
+        )
 
     def write(self, layer, key, value, kv_cache, slot_mapping):
         """vLLM's kernel for this needs a GPU to ask for its capability."""
         used = slot_mapping >= 0
-        for new, cache in zip((key, value), triton_tree.cache_views(kv_cache), strict=True):
+        for new, cache in zip((key, value), triton_backend.cache_views(kv_cache), strict=True):
             blocks, rows = slot_mapping[used] // cache.shape[1], slot_mapping[used] % cache.shape[1]
             cache[blocks, rows] = new[: len(slot_mapping)][used]
 
-    build = triton_tree.TritonTreeMetadataBuilder.build
+    build = triton_backend.TritonTreeMetadataBuilder.build
 
     def build_ours(self, *args, tree=None, **options):
         """Without a tree vLLM's kernel would run; ours does, as in a graph."""
@@ -48,9 +50,9 @@ def triton_backend(monkeypatch):
         return metadata
 
     monkeypatch.setattr(cpu_worker, "register_backend", register)
-    monkeypatch.setattr(cpu_tree, "cache_views", triton_tree.cache_views)
-    monkeypatch.setattr(triton_tree.TritonTreeImpl, "do_kv_cache_update", write)
-    monkeypatch.setattr(triton_tree.TritonTreeMetadataBuilder, "build", build_ours)
+    monkeypatch.setattr(cpu_backend, "cache_views", triton_backend.cache_views)
+    monkeypatch.setattr(triton_backend.TritonTreeImpl, "do_kv_cache_update", write)
+    monkeypatch.setattr(triton_backend.TritonTreeMetadataBuilder, "build", build_ours)
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def capture_graphs(llm) -> None:
     runner.speculator.capture()
 
 
-@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.usefixtures("gpu_attention")
 @pytest.mark.parametrize("budget", [512, 30])
 def test_the_backend_in_an_engine(budget):
     with engine("binary:3", max_num_batched_tokens=budget) as llm:
@@ -111,7 +113,7 @@ def test_the_backend_in_an_engine(budget):
     assert answers == plain_greedy()
 
 
-@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.usefixtures("gpu_attention")
 @pytest.mark.parametrize("tree", ["binary:3", SCHEDULE])
 def test_graphs_replay_what_a_step_needs(tree, replays):
     """Tokens and acceptance are those of the same engine without graphs."""
@@ -137,7 +139,7 @@ def test_graphs_replay_what_a_step_needs(tree, replays):
     assert {num_reqs for _, num_reqs, _ in replays} >= {1, 2, 4}
 
 
-@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.usefixtures("gpu_attention")
 def test_a_draft_equal_to_the_target_through_graphs(replays):
     with engine("kary:2:2", draft=TARGET) as llm:
         capture_graphs(llm)

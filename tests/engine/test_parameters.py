@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RepetitionDetectionParams
 
-from helpers.engines import engine, model_runner
+from helpers.engines import engine, logprob_rows, model_runner
 from helpers.oracle import (
     REASONING,
     Repel,
@@ -111,20 +111,12 @@ def text_for(params: SamplingParams, otherwise: str) -> str:
         return PROMPTS[2]
     if params.thinking_token_budget is not None:
         return IMPORTS
+    if params.flat_logprobs:
+        return PROMPTS[5]  # the longest
     return PROMPTS[0] if params.bad_words else otherwise
 
 
 TEXTS = [text_for(*pair) for pair in zip(CASES.values(), PROMPTS * 5, strict=False)]
-
-
-def logprob_rows(output) -> list[dict[int, float]]:
-    """Every emitted and every prompt token's entries."""
-    rows = []
-    for entries in (output.outputs[0].logprobs or [], output.prompt_logprobs or []):
-        for i in range(len(entries)):
-            row = entries[i] or {}
-            rows.append({token: entry.logprob for token, entry in row.items()})
-    return rows
 
 
 def answers(outputs):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile Triton kernels for GPUs that are not there.
+"""Compile Triton kernels for GPUs that are not there, and record that all of them were.
 
 The tests run under `TRITON_INTERPRET=1`, where `@triton.jit` yields interpreted functions. A worker
 process without that variable imports the same modules and compiles them for real.
 """
 
+import hashlib
 import importlib
 import json
 import os
@@ -13,7 +14,26 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "tests" / "kernels" / "compiled.json"
+"""What the last passing run of every compilation compiled: a digest, and Triton's version."""
+
+
+def compiled_now() -> dict[str, str]:
+    """What a run of every compilation would compile: kernels, compilations and the compiler."""
+    files = sorted((ROOT / "triton_kernels").rglob("*.py"))
+    files += [
+        ROOT / "tests" / "helpers" / "aot_compile.py",
+        ROOT / "tests" / "kernels" / "test_compile.py",
+    ]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
+    return {"sources": digest.hexdigest(), "triton": version("triton")}
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,16 @@ def token_ids(outputs):
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def logprob_rows(output) -> list[dict[int, float]]:
+    """Every emitted and every prompt token's entries."""
+    rows = []
+    for entries in (output.outputs[0].logprobs or [], output.prompt_logprobs or []):
+        for i in range(len(entries)):
+            row = entries[i] or {}
+            rows.append({token: entry.logprob for token, entry in row.items()})
+    return rows
+
+
 @cache
 def plain_greedy(max_tokens=40):
     """What plain vLLM answers to PROMPTS at temperature 0, with its default runner."""
