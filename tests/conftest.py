@@ -14,18 +14,33 @@ from pathlib import Path
 
 import pytest
 
-INTERPRETED = ("kernels", "cpu/vllm_kernels")
-"""Folders whose tests need Triton's interpreter, which is a whole process's."""
+TESTS = Path(__file__).parent
+APART = [TESTS / folder for folder in ("kernels", "cpu/vllm_kernels", "ray_cluster")]
+"""Groups of their own: Triton's interpreter is a whole process's, and a Ray cluster is slow."""
 
 
-def pytest_collection_modifyitems(items):
-    tests = Path(__file__).parent
-    groups = set()
-    for item in items:
-        folder = item.path.parent.relative_to(tests).as_posix()
-        groups.add(folder if folder in INTERPRETED else "")
+def group_of(path: Path) -> Path:
+    return next((folder for folder in APART if path.is_relative_to(folder)), TESTS)
+
+
+def named_groups(config) -> set[Path]:
+    paths = (config.invocation_params.dir / arg.partition("::")[0] for arg in config.args)
+    return {group_of(path.resolve()) for path in paths}
+
+
+def pytest_configure(config):
+    groups = named_groups(config)
     if len(groups) > 1:
-        raise pytest.UsageError(
-            "tests/kernels, tests/cpu/vllm_kernels and all others need a process each; "
-            "scripts/test.sh runs them one after the other"
-        )
+        names = ", ".join(sorted(str(path.relative_to(TESTS.parent)) for path in groups))
+        raise pytest.UsageError(f"{names}: each needs a pytest of its own, see CONTRIBUTING.md")
+
+
+def pytest_report_header(config):
+    rest = sorted(str(path.relative_to(TESTS.parent)) for path in set(APART) - named_groups(config))
+    return f"only if named: {', '.join(rest)}"
+
+
+def pytest_ignore_collect(collection_path, config):
+    if collection_path in APART and collection_path not in named_groups(config):
+        return True
+    return None

@@ -26,7 +26,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     line = "all_targets: a compilation that is only made when what is compiled has changed"
     config.addinivalue_line("markers", line)
-    recorded = RECORD.exists() and json.loads(RECORD.read_text()) == compiled_now()
+    config.compiled = compiled_now()
+    recorded = RECORD.exists() and json.loads(RECORD.read_text()) == config.compiled
     config.every_target = config.option.all_targets or not recorded
 
 
@@ -52,7 +53,7 @@ def pytest_sessionfinish(session, exitstatus):
         and not (option.keyword or option.markexpr or option.collectonly)
     )
     if everything and exitstatus == 0 and not hasattr(config, "workerinput"):
-        RECORD.write_text(json.dumps(compiled_now(), indent=2) + "\n")
+        RECORD.write_text(json.dumps(config.compiled, indent=2) + "\n")
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
