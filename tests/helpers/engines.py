@@ -57,7 +57,6 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
             del llm
             destroy_model_parallel()
             destroy_distributed_environment()
-            gc.collect()
 
 
 @contextmanager
@@ -67,6 +66,7 @@ def settled_heap():
     vLLM collects a dozen times while an engine starts and stops. Over all that it imports, that
     takes 6 of the 7 seconds of both; over what an engine makes itself, nothing.
     """
+    gc.collect()  # an engine before, which its test held until it ended
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         # vLLM freezes an engine after its start, and everything thaws when it stops.
