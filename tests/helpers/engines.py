@@ -4,6 +4,7 @@
 import gc
 from contextlib import contextmanager
 from functools import cache
+from weakref import WeakSet
 
 import pytest
 
@@ -50,6 +51,7 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
         } | (spec or {})
     with settled_heap():
         llm = LLM(**(settings | options))
+        started.add(llm)
         try:
             yield llm
         finally:
@@ -59,6 +61,10 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
             destroy_distributed_environment()
 
 
+started = WeakSet()
+"""Engines that something still holds, running or not."""
+
+
 @contextmanager
 def settled_heap():
     """Within, the garbage collector passes over everything that was there before.
@@ -66,8 +72,9 @@ def settled_heap():
     vLLM collects a dozen times while an engine starts and stops. Over all that it imports, that
     takes 6 of the 7 seconds of both; over what an engine makes itself, nothing.
     """
-    gc.collect()  # an engine before, which its test held until it ended
-    gc.freeze()
+    gc.collect()
+    if not started:  # frozen, an engine that a test still holds would never be collected
+        gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         # vLLM freezes an engine after its start, and everything thaws when it stops.
         patch.setattr(gc, "freeze", lambda: None)
