@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_spechub.measure.benchmark import report, ways
+from vllm_spechub.measure.benchmark import report, methods
 from vllm_spechub.measure.benchmark.engine import EngineFailed
 from vllm_spechub.measure.benchmark.interleaved import (
     Failure,
@@ -64,19 +64,19 @@ def files_of(pair: Path) -> tuple[str, str, Path]:
     return str(pair / "target"), str(pair / "draft"), pair / "prompts.jsonl"
 
 
-def compared(target: str, draft: str, chains: list[int], trees: list[str]) -> list[ways.Way]:
+def compared(target: str, draft: str, chains: list[int], trees: list[str]) -> list[methods.Method]:
     """Everything that is measured; `auto` if its schedule is known."""
     from vllm_spechub.trees.measured_schedule import measured_schedule
     from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
-    found = [ways.plain(), *(ways.chain(draft, length) for length in chains)]
-    found += [ways.spechub("SpecHub", draft)]
+    found = [methods.plain(), *(methods.chain(draft, length) for length in chains)]
+    found += [methods.spechub("SpecHub", draft)]
     for tree in trees:
         shape = json.loads(tree) if tree.startswith("[") else tree
-        found.append(ways.spechub(f"SpecHub {tree}", draft, tree=shape))
+        found.append(methods.spechub(f"SpecHub {tree}", draft, tree=shape))
     try:
         measured_schedule(target, draft, DEFAULT_RULE)
-        found.append(ways.spechub("SpecHub auto", draft, tree_by_batch_size="auto"))
+        found.append(methods.spechub("SpecHub auto", draft, tree_by_batch_size="auto"))
     except ValueError as error:
         console.print(f"without SpecHub auto: {error}", markup=False)
     return found
@@ -155,7 +155,7 @@ def main(
             with closing(runs.run()) as measured:
                 for found in measured:
                     if isinstance(found, Failure):
-                        progress.print(f"{found.way} failed:\n{found.log}", markup=False)
+                        progress.print(f"{found.method} failed:\n{found.log}", markup=False)
                         continue
                     rows.append(found)
                     progress.advance(task)

@@ -277,12 +277,12 @@ def tune(
         from vllm_spechub.measure.benchmark.machine import provenance
         from vllm_spechub.measure.benchmark.report import write_csv
         from vllm_spechub.measure.tuning import report
-        from vllm_spechub.measure.tuning.run import Asked, Tuning
+        from vllm_spechub.measure.tuning.run import TuningRequest, Tuning
         from vllm_spechub.measure.tuning.state import State
         from vllm_spechub.trees import measured_schedule
 
         rules = tuple(v.rule for v in _variants(rule) if v.rule != "chain")
-        asked = Asked(
+        request = TuningRequest(
             target,
             draft,
             prompts,
@@ -296,9 +296,9 @@ def tune(
             json.loads(engine),
         )
         about = provenance()
-        state = State.load(out.with_suffix(".state.json"), asked.settings)
+        state = State.load(out.with_suffix(".state.json"), request.settings)
         try:
-            tuned = Tuning(asked, state, resident, notes).run()
+            tuned = Tuning(request, state, resident, notes).run()
         except KeyboardInterrupt:
             notes.print(f"stopped; the same command goes on from {state.path}")
             raise typer.Exit(130) from None

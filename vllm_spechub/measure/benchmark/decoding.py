@@ -88,7 +88,7 @@ def decode(
 
     The clock starts once all are past their prompts and runs while all are decoding, so neither
     prefill nor a batch that runs empty is in the figures. Ends early if a request has used its
-    `room`. Requests have no seeds, which would slow some ways down.
+    `room`. Requests have no seeds, which would slow some methods down.
 
     Args:
         llm: the engine.

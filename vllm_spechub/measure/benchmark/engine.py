@@ -20,7 +20,7 @@ class EngineFailed(RuntimeError):
 
 
 class EngineProcess:
-    """One `LLM`, started at once and asked to run functions.
+    """One `LLM`, started at once and request to run functions.
 
     Args:
         options: arguments of `vllm.LLM`. A draft-model chain gets the correction that it needs on

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure several ways to decode on one machine, with interleaved repetitions.
+"""Measure several methods to decode on one machine, with interleaved repetitions.
 
 As many engines as fit are up at once, plain vLLM among them throughout, and are measured one at a
-time, taking turns. So every engine starts once, and every figure has a plain one beside it that is
+time, taking runs. So every engine starts once, and every figure has a plain one beside it that is
 seconds old: what a machine does over minutes cancels in their ratio.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from vllm_spechub.measure.benchmark.decoding import decode, longest_request
 from vllm_spechub.measure.benchmark.engine import EngineFailed, EngineProcess, close_all
-from vllm_spechub.measure.benchmark.ways import PLAIN, Way
+from vllm_spechub.measure.benchmark.methods import PLAIN, Method
 from vllm_spechub.trees.tree import MAX_NODES
 
 CUDA_RESIDENT = 3
@@ -27,16 +27,16 @@ MIN_BATCHED_TOKENS = 2048
 
 
 class Point(NamedTuple):
-    """What is asked of every way."""
+    """What is request of every method."""
 
     batch: int
     temperature: float
 
 
-class Turn(NamedTuple):
+class Run(NamedTuple):
     """One measurement."""
 
-    way: str
+    method: str
     point: Point
     repetition: int
 
@@ -45,7 +45,7 @@ class Turn(NamedTuple):
 class Row:
     """One measurement's figures, in the names of a CSV file's columns."""
 
-    way: str
+    method: str
     temperature: float
     batch: int
     repetition: int
@@ -63,21 +63,21 @@ class Row:
     memory_gib: float
 
     @property
-    def turn(self) -> Turn:
-        return Turn(self.way, Point(self.batch, self.temperature), self.repetition)
+    def run(self) -> Run:
+        return Run(self.method, Point(self.batch, self.temperature), self.repetition)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A way whose engine did not start or stopped; the others go on."""
+    """A method whose engine did not start or stopped; the others go on."""
 
-    way: str
+    method: str
     log: str
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all ways have in common."""
+    """What all methods have in common."""
 
     target: str
     draft: str
@@ -131,12 +131,12 @@ def engine_options(setup: Setup, max_batch: int, resident: int) -> dict[str, Any
     } | setup.engine
 
 
-def groups(ways: Sequence[Way], resident: int) -> Iterator[list[Way]]:
-    """Ways that are up together: plain vLLM stays, unless there is room for one engine only."""
-    others = [way for way in ways if way.name != PLAIN]
-    stays = [way for way in ways if way.name == PLAIN]
+def groups(methods: Sequence[Method], resident: int) -> Iterator[list[Method]]:
+    """Methods that are up together: plain vLLM stays, unless there is room for one engine only."""
+    others = [method for method in methods if method.name != PLAIN]
+    stays = [method for method in methods if method.name == PLAIN]
     if resident == 1:
-        yield from ([way] for way in stays + others)
+        yield from ([method] for method in stays + others)
     elif not others:
         yield from [stays] if stays else []
     else:
@@ -145,57 +145,59 @@ def groups(ways: Sequence[Way], resident: int) -> Iterator[list[Way]]:
 
 
 class Interleaved:
-    """The measurements of a set of ways, one after another.
+    """The measurements of a set of methods, one after another.
 
     Args:
         setup: models, prompts and engine options.
-        ways: what to compare; the first is plain vLLM.
+        methods: what to compare; the first is plain vLLM.
         points: batches and temperatures.
-        repetitions: numbers of the turns of every way at every point.
+        repetitions: numbers of the runs of every method at every point.
         known: rows of an earlier run, which are not measured again, plain vLLM's apart where
-            another way needs them beside it.
+            another method needs them beside it.
         say: told what is going on, in a few words.
     """
 
     def __init__(
         self,
         setup: Setup,
-        ways: Sequence[Way],
+        methods: Sequence[Method],
         points: Sequence[Point],
         repetitions: Sequence[int],
         known: Collection[Row] = (),
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        if ways[0].name != PLAIN:
-            raise ValueError("the first way must be plain vLLM")
+        if methods[0].name != PLAIN:
+            raise ValueError("the first method must be plain vLLM")
         from vllm.platforms import current_platform
 
         self.setup, self.points, self.repetitions, self.say = setup, points, repetitions, say
         self.resident = setup.resident
         if self.resident is None:
-            self.resident = CUDA_RESIDENT if current_platform.is_cuda() else len(ways)
+            self.resident = CUDA_RESIDENT if current_platform.is_cuda() else len(methods)
         self.plain = {
-            (row.turn.point, row.repetition): row.tokens_per_s for row in known if row.way == PLAIN
+            (row.run.point, row.repetition): row.tokens_per_s
+            for row in known
+            if row.method == PLAIN
         }
-        done = {row.turn for row in known}
-        open_ways = [way for way in ways if not done.issuperset(self._turns(way))]
-        if open_ways and open_ways[0].name != PLAIN and self.resident > 1:
-            open_ways.insert(0, ways[0])  # the others' yardstick
+        done = {row.run for row in known}
+        open_methods = [method for method in methods if not done.issuperset(self._runs(method))]
+        if open_methods and open_methods[0].name != PLAIN and self.resident > 1:
+            open_methods.insert(0, methods[0])  # the others' yardstick
         self.plan = [
-            (group, self._order(group, done)) for group in groups(open_ways, self.resident)
+            (group, self._order(group, done)) for group in groups(open_methods, self.resident)
         ]
-        self.total = sum(len(turns) for _, turns in self.plan)
+        self.total = sum(len(runs) for _, runs in self.plan)
 
-    def _turns(self, way: Way) -> list[Turn]:
-        return [Turn(way.name, p, r) for r in self.repetitions for p in self.points]
+    def _runs(self, method: Method) -> list[Run]:
+        return [Run(method.name, p, r) for r in self.repetitions for p in self.points]
 
-    def _order(self, group: Sequence[Way], done: Collection[Turn]) -> list[Turn]:
-        """The turns of ways that are up together: at each point all of them, one after another."""
+    def _order(self, group: Sequence[Method], done: Collection[Run]) -> list[Run]:
+        """The runs of methods that are up together: at each point all of them, one after another."""
         order = []
-        for turns in zip(*(self._turns(way) for way in group), strict=True):
-            missing = [turn for turn in turns if turn not in done]
-            if missing and turns[0].way == PLAIN and turns[0] not in missing:
-                missing.insert(0, turns[0])
+        for runs in zip(*(self._runs(method) for method in group), strict=True):
+            missing = [run for run in runs if run not in done]
+            if missing and runs[0].method == PLAIN and runs[0] not in missing:
+                missing.insert(0, runs[0])
             order += missing
         return order
 
@@ -219,38 +221,38 @@ class Interleaved:
 
         with tempfile.TemporaryDirectory() as folder:
             try:
-                for number, (group, turns) in enumerate(self.plan):
-                    gone = set(engines) - {way.name for way in group}
+                for number, (group, runs) in enumerate(self.plan):
+                    gone = set(engines) - {method.name for method in group}
                     close_all([engines.pop(name) for name in gone])
-                    new = [way for way in group if way.name not in engines]
-                    self.say(f"starting {', '.join(way.name for way in new)}")
-                    for i, way in enumerate(new):
-                        speculative = {"speculative_config": way.speculative}
+                    new = [method for method in group if method.name not in engines]
+                    self.say(f"starting {', '.join(method.name for method in new)}")
+                    for i, method in enumerate(new):
+                        speculative = {"speculative_config": method.speculative}
                         log = Path(folder) / f"{number}-{i}.log"
-                        engines[way.name] = EngineProcess(options | speculative, log)
-                    for way in new:
-                        failure = attempt(way.name, engines[way.name].wait)
+                        engines[method.name] = EngineProcess(options | speculative, log)
+                    for method in new:
+                        failure = attempt(method.name, engines[method.name].wait)
                         if failure is not None:
                             yield failure
-                    for turn in turns:
-                        if turn.way in engines:
-                            yield attempt(turn.way, self._measure, turn, engines[turn.way])
+                    for run in runs:
+                        if run.method in engines:
+                            yield attempt(run.method, self._measure, run, engines[run.method])
             finally:
                 close_all(engines.values())
 
-    def _measure(self, turn: Turn, engine: EngineProcess) -> Row:
-        name, (batch, temperature), repetition = turn
+    def _measure(self, run: Run, engine: EngineProcess) -> Row:
+        name, (batch, temperature), repetition = run
         self.say(f"{name}: batch {batch}, T = {temperature:g}, repetition {repetition + 1}")
         found = engine.call(decode, self.setup.prompts, batch, temperature, self.setup.tokens)
         if name == PLAIN:
-            self.plain[turn.point, repetition] = found.tokens_per_s
+            self.plain[run.point, repetition] = found.tokens_per_s
         return Row(
             name,
             temperature,
             batch,
             repetition,
             found.tokens_per_s,
-            found.tokens_per_s / self.plain[turn.point, repetition],
+            found.tokens_per_s / self.plain[run.point, repetition],
             found.ms_per_output_token,
             found.ms_per_step,
             found.tokens_per_step,

@@ -12,14 +12,14 @@ from rich.table import Table
 
 from vllm_spechub.measure.benchmark.decoding import acceptance_length
 from vllm_spechub.measure.benchmark.interleaved import Point, Row
-from vllm_spechub.measure.benchmark.ways import is_chain
+from vllm_spechub.measure.benchmark.methods import is_chain
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One way at one point, over its repetitions."""
+    """One method at one point, over its repetitions."""
 
-    way: str
+    method: str
     point: Point
     # medians
     tokens_per_s: float
@@ -35,20 +35,20 @@ class Summary:
 
 
 def summarize(rows: Sequence[Row]) -> dict[Point, dict[str, Summary]]:
-    """By point, then by way."""
+    """By point, then by method."""
     by_point: dict[Point, dict[str, list[Row]]] = {}
     for row in rows:
-        by_point.setdefault(row.turn.point, {}).setdefault(row.way, []).append(row)
+        by_point.setdefault(row.run.point, {}).setdefault(row.method, []).append(row)
     return {
-        point: {way: _summary(way, point, found) for way, found in ways.items()}
-        for point, ways in by_point.items()
+        point: {method: _summary(method, point, found) for method, found in methods.items()}
+        for point, methods in by_point.items()
     }
 
 
-def _summary(way: str, point: Point, rows: Sequence[Row]) -> Summary:
+def _summary(method: str, point: Point, rows: Sequence[Row]) -> Summary:
     ratios = [row.against_plain for row in rows]
     return Summary(
-        way,
+        method,
         point,
         median(row.tokens_per_s for row in rows),
         median(row.ms_per_output_token for row in rows),
@@ -69,25 +69,25 @@ def pooled_acceptance_length(rows: Sequence[Row]) -> float:
 
 def best_chain(found: dict[str, Summary]) -> Summary | None:
     """The chain with the most tokens per second, if any was measured."""
-    chains = [summary for way, summary in found.items() if is_chain(way)]
+    chains = [summary for method, summary in found.items() if is_chain(method)]
     return max(chains, key=lambda summary: summary.against_plain, default=None)
 
 
 def shown(found: dict[str, Summary]) -> Iterator[tuple[str, Summary]]:
     """Plain vLLM, its best chain, and everything that is not a chain, with their labels."""
     best = best_chain(found)
-    for way, summary in found.items():
+    for method, summary in found.items():
         if summary is best:
-            yield f"best chain ({way.split()[-1]})", summary
-        elif not is_chain(way):
-            yield way, summary
+            yield f"best chain ({method.split()[-1]})", summary
+        elif not is_chain(method):
+            yield method, summary
 
 
 def table(summaries: dict[Point, dict[str, Summary]]) -> Table:
     """One section for each temperature and batch."""
     table = Table(title="Decoding at a constant batch", title_justify="left")
-    for column in ("T", "batch", "way"):
-        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
+    for column in ("T", "batch", "method"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for column in (
         "tokens/s",
         "x plain",
@@ -149,8 +149,8 @@ def plot(summaries: dict[Point, dict[str, Summary]], path: Path) -> None:
         lines: dict[str, list[Summary]] = {}
         for point, found in sorted(summaries.items()):
             if point.temperature == temperature:
-                for way, summary in shown(found):
-                    lines.setdefault(way.split(" (")[0], []).append(summary)
+                for method, summary in shown(found):
+                    lines.setdefault(method.split(" (")[0], []).append(summary)
         for label, points in lines.items():
             batches = [s.point.batch for s in points]
             middle = [s.against_plain for s in points]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tree for how many requests: from measured steps and acceptance to a schedule.
 
-Everything is relative to plain vLLM, measured beside each way: a way's gain is the tokens that its
+Everything is relative to plain vLLM, measured beside each method: a method's gain is the tokens that its
 steps emit over the time that they take in plain steps.
 """
 
@@ -18,13 +18,13 @@ from vllm_spechub.trees.best_tree import Rates, best_shape
 from vllm_spechub.trees.tree import TokenTree
 
 MARGIN = 0.02
-"""A range's tree gives way, to another or to none, where that is faster by this much."""
+"""A range's tree gives method, to another or to none, where that is faster by this much."""
 DEEPEST = 10
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One way over the batches at which it was measured."""
+    """One method over the batches at which it was measured."""
 
     # acceptance length: it does not depend on the batch
     tokens_per_step: float
@@ -39,7 +39,7 @@ class Curve:
 
 
 def curve(rows: Sequence[Row]) -> Curve:
-    """One way's curve from its measurements."""
+    """One method's curve from its measurements."""
     ordered = sorted(rows, key=lambda row: row.batch)
     return Curve(
         pooled_acceptance_length(rows),
@@ -63,7 +63,7 @@ def chain_curves(rows: Sequence[Row], lengths: Sequence[int]) -> dict[int, Curve
     by_length = {
         length: curve(found)
         for length in lengths
-        if (found := [row for row in rows if row.way == f"chain {length}"])
+        if (found := [row for row in rows if row.method == f"chain {length}"])
     }
     if not by_length:
         return {}
@@ -72,7 +72,7 @@ def chain_curves(rows: Sequence[Row], lengths: Sequence[int]) -> dict[int, Curve
     batches = by_length[measured[0]].step_time
     curves, emitted = {}, 1.0
     for length in range(1, measured[-1] + 1):
-        deep = [row for row in rows if int(row.way.split()[-1]) >= length]
+        deep = [row for row in rows if int(row.method.split()[-1]) >= length]
         accepted = sum(sum(row.accepted_by_depth[length - 1 : length]) for row in deep)
         emitted += accepted / sum(row.drafts for row in deep)
         times = {
@@ -123,7 +123,7 @@ def _fastest(rates: Rates, nodes: int, cost: float) -> TokenTree:
 
 
 def choose(curves: Mapping[str, Curve], max_batch: int) -> list[tuple[int, int | None, str | None]]:
-    """The fastest way for each number of requests, as ranges.
+    """The fastest method for each number of requests, as ranges.
 
     Args:
         curves: of all trees, by name.

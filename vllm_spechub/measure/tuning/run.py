@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_spechub.measure.benchmark import ways
+from vllm_spechub.measure.benchmark import methods
 from vllm_spechub.measure.benchmark.interleaved import (
     Failure,
     Interleaved,
@@ -42,7 +42,7 @@ TUNED = "tuned"
 
 
 @dataclass(frozen=True)
-class Asked:
+class TuningRequest:
     """What to tune, and how thoroughly."""
 
     target: str
@@ -76,11 +76,11 @@ class Tuned:
 
     rule: str
     schedule: measured_schedule.Schedule
-    # by name of the way
+    # by name of the method
     trees: dict[str, TokenTree]
     curves: dict[str, Curve]
     chains: dict[int, Curve]
-    # (first, last, name of the way or None)
+    # (first, last, name of the method or None)
     ranges: list[tuple[int, int | None, str | None]]
     # plain vLLM's tokens/s by batch
     plain: dict[int, float]
@@ -117,12 +117,16 @@ def tree_spec(tree: TokenTree) -> str | list[int]:
 class Tuning:
     """One tuning: `run` goes through the phases; all that it measures is in `state`."""
 
-    def __init__(self, asked: Asked, state: State, resident: int | None, console: Console) -> None:
-        self.asked, self.state, self.console = asked, state, console
-        self.points = [Point(batch, asked.temperature) for batch in asked.batches]
-        prompts = encode(asked.target, read_prompts(asked.prompts, asked.limit))
-        self.setup = Setup(asked.target, asked.draft, prompts, asked.tokens, asked.engine, resident)
-        first = range(asked.repetitions)
+    def __init__(
+        self, request: TuningRequest, state: State, resident: int | None, console: Console
+    ) -> None:
+        self.request, self.state, self.console = request, state, console
+        self.points = [Point(batch, request.temperature) for batch in request.batches]
+        prompts = encode(request.target, read_prompts(request.prompts, request.limit))
+        self.setup = Setup(
+            request.target, request.draft, prompts, request.tokens, request.engine, resident
+        )
+        first = range(request.repetitions)
         self.trying, self.checking = first, range(first.stop, 2 * first.stop)
 
     def run(self) -> Tuned:
@@ -132,24 +136,24 @@ class Tuning:
             ValueError: models or prompts that do not fit.
             EngineFailed: plain vLLM's engine did not start or stopped.
         """
-        asked, draft = self.asked, self.asked.draft
+        request, draft = self.request, self.request.draft
         self._acceptance()
         rule = rates.best_rule(self.state.simulated, DEFAULT_RULE)
         by_slot = rates.guide_rates(self.state.rates, rule)
 
-        chains = [ways.chain(draft, length) for length in asked.chains]
-        self._measure("plain vLLM and its chains", [ways.plain(), *chains], self.trying)
-        rows = self._tried([way.name for way in chains])
-        chain = chain_curves(rows, asked.chains)
+        chains = [methods.chain(draft, length) for length in request.chains]
+        self._measure("plain vLLM and its chains", [methods.plain(), *chains], self.trying)
+        rows = self._tried([method.name for method in chains])
+        chain = chain_curves(rows, request.chains)
         if not chain:
             raise ValueError("no chain could be measured, so a level's cost is unknown")
         costs = draft_costs(chain)
-        ends = dict.fromkeys([costs[asked.batches[0]], costs[asked.batches[-1]]])
+        ends = dict.fromkeys([costs[request.batches[0]], costs[request.batches[-1]]])
 
-        trees = {tree_name(t): t for t in candidate_trees(by_slot, asked.nodes, list(ends))}
+        trees = {tree_name(t): t for t in candidate_trees(by_slot, request.nodes, list(ends))}
         self._measure(
             "trees",
-            [ways.plain(), *(self._way(name, rule, tree=trees[name]) for name in trees)],
+            [methods.plain(), *(self._method(name, rule, tree=trees[name]) for name in trees)],
             self.trying,
         )
         curves = {name: curve(found) for name in trees if (found := self._tried([name]))}
@@ -157,50 +161,50 @@ class Tuning:
         curves = {
             name: found
             for name, found in curves.items()
-            if len(found.step_time) == len(asked.batches)
+            if len(found.step_time) == len(request.batches)
         }
-        ranges = choose(curves, asked.batches[-1])
+        ranges = choose(curves, request.batches[-1])
         schedule = [
             [first, last, tree_spec(trees[name]) if name else None] for first, last, name in ranges
         ]
         plain = {
-            batch: median(r.tokens_per_s for r in self._tried([ways.PLAIN]) if r.batch == batch)
-            for batch in asked.batches
+            batch: median(r.tokens_per_s for r in self._tried([methods.PLAIN]) if r.batch == batch)
+            for batch in request.batches
         }
         tuned = Tuned(rule, schedule, trees, curves, chain, ranges, plain)
         if tuned.speculates:
-            best = sorted({tuned.best_chain(batch) for batch in asked.batches})
-            compared = [ways.plain(), *(ways.chain(draft, length) for length in best)]
+            best = sorted({tuned.best_chain(batch) for batch in request.batches})
+            compared = [methods.plain(), *(methods.chain(draft, length) for length in best)]
             compared.append(
-                ways.spechub(TUNED, draft, verification=rule, tree_by_batch_size=schedule)
+                methods.spechub(TUNED, draft, verification=rule, tree_by_batch_size=schedule)
             )
             self._measure("the schedule", compared, self.checking)
             tuned.checked = [r for r in self.state.rows.values() if r.repetition in self.checking]
         return tuned
 
-    def _way(self, name: str, rule: str, tree: TokenTree) -> ways.Way:
-        return ways.spechub(name, self.asked.draft, verification=rule, tree=tree_spec(tree))
+    def _method(self, name: str, rule: str, tree: TokenTree) -> methods.Method:
+        return methods.spechub(name, self.request.draft, verification=rule, tree=tree_spec(tree))
 
     def _tried(self, names: Sequence[str]) -> list[Row]:
         return [
             row
             for row in self.state.rows.values()
-            if row.way in names and row.repetition in self.trying
+            if row.method in names and row.repetition in self.trying
         ]
 
     def _acceptance(self) -> None:
         if self.state.rates:
             return
-        asked = self.asked
+        request = self.request
         study = rates.Study(
-            asked.target,
-            asked.draft,
-            asked.prompts,
-            asked.limit,
-            asked.rules,
-            asked.temperature,
-            asked.texts,
-            asked.tokens,
+            request.target,
+            request.draft,
+            request.prompts,
+            request.limit,
+            request.rules,
+            request.temperature,
+            request.texts,
+            request.tokens,
         )
         with self._bar("acceptance") as (progress, task):
 
@@ -210,7 +214,7 @@ class Tuning:
             self.state.rates, self.state.simulated = rates.measure(study, advance)
         self.state.write()
 
-    def _measure(self, what: str, compared: list[ways.Way], repetitions: range) -> None:
+    def _measure(self, what: str, compared: list[methods.Method], repetitions: range) -> None:
         with self._bar(what) as (progress, task):
             runs = Interleaved(
                 self.setup,
@@ -224,7 +228,7 @@ class Tuning:
             with closing(runs.run()) as measured:
                 for found in measured:
                     if isinstance(found, Failure):
-                        self.console.print(f"{found.way} failed:\n{found.log}", markup=False)
+                        self.console.print(f"{found.method} failed:\n{found.log}", markup=False)
                         continue
                     self.state.add(found)
                     progress.advance(task)

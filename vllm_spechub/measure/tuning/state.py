@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_spechub.measure.benchmark.interleaved import Row, Turn
+from vllm_spechub.measure.benchmark.interleaved import Row, Run
 
 
 @dataclass
@@ -19,7 +19,7 @@ class State:
     # by rule, then by number of children: acceptance of each slot; and simulated tokens per step
     rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     simulated: dict[str, float] = field(default_factory=dict)
-    rows: dict[Turn, Row] = field(default_factory=dict)
+    rows: dict[Run, Row] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path, settings: dict[str, Any]) -> "State":
@@ -49,12 +49,12 @@ class State:
         return state
 
     def add(self, row: Row, write: bool = True) -> None:
-        self.rows[row.turn] = row
+        self.rows[row.run] = row
         if write:
             self.write()
 
-    def of(self, ways: Collection[str]) -> list[Row]:
-        return [row for row in self.rows.values() if row.way in ways]
+    def of(self, methods: Collection[str]) -> list[Row]:
+        return [row for row in self.rows.values() if row.method in methods]
 
     def write(self) -> None:
         record = {

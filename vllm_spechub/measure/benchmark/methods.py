@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways to decode that are compared, by name and speculative configuration."""
+"""The methods to decode that are compared, by name and speculative configuration."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ PLAIN = "plain"
 
 
 @dataclass(frozen=True)
-class Way:
+class Method:
     """A name, and what `speculative_config` gets: None without speculation."""
 
     name: str
@@ -25,18 +25,18 @@ def chain_config(draft: str, length: int) -> dict[str, Any]:
     }
 
 
-def plain() -> Way:
-    return Way(PLAIN, None)
+def plain() -> Method:
+    return Method(PLAIN, None)
 
 
-def chain(draft: str, length: int) -> Way:
-    return Way(f"chain {length}", chain_config(draft, length))
+def chain(draft: str, length: int) -> Method:
+    return Method(f"chain {length}", chain_config(draft, length))
 
 
-def spechub(name: str, draft: str, **options: Any) -> Way:
-    return Way(name, {"method": "spechub", "model": draft} | options)
+def spechub(name: str, draft: str, **options: Any) -> Method:
+    return Method(name, {"method": "spechub", "model": draft} | options)
 
 
 def is_chain(name: str) -> bool:
-    """Is a way of this name vLLM's own chain?"""
+    """Is a method of this name vLLM's own chain?"""
     return name.startswith("chain ")
