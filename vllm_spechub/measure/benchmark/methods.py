@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods to decode that are compared, by name and speculative configuration."""
+"""The decoding methods that are compared: names and speculative configurations."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +9,17 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Method:
-    """A name, and what `speculative_config` gets: None without speculation."""
+    """A decoding method: its name, and the `speculative_config` of its engine.
+
+    `speculative` is None for plain decoding.
+    """
 
     name: str
     speculative: dict[str, Any] | None
 
 
 def chain_config(draft: str, length: int) -> dict[str, Any]:
-    """vLLM's own draft-model chain, which needs the draft's probabilities to be lossless."""
+    """vLLM's own draft-model chain, which is lossless only with the draft's probabilities."""
     return {
         "method": "draft_model",
         "model": draft,
@@ -26,17 +29,20 @@ def chain_config(draft: str, length: int) -> dict[str, Any]:
 
 
 def plain() -> Method:
+    """vLLM without speculation."""
     return Method(PLAIN, None)
 
 
 def chain(draft: str, length: int) -> Method:
+    """vLLM's chain of `length` drafted tokens."""
     return Method(f"chain {length}", chain_config(draft, length))
 
 
 def spechub(name: str, draft: str, **options: Any) -> Method:
+    """SpecHub with further options of its `speculative_config`."""
     return Method(name, {"method": "spechub", "model": draft} | options)
 
 
 def is_chain(name: str) -> bool:
-    """Is a method of this name vLLM's own chain?"""
+    """Whether the method of this name is one of vLLM's chains."""
     return name.startswith("chain ")
