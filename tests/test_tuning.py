@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tuning: what is chosen from made-up measurements, going on after an interrupt, and the files."""
+"""Tuning: choices from made-up measurements, continuing after an interrupt, and the files."""
 
 import json
 from collections import deque
@@ -120,7 +120,7 @@ def test_the_default_rule_stays_unless_another_is_clearly_better():
 
 
 class FakeEngine:
-    """In the place of an engine's process: decodes nothing, and stops where it is told to."""
+    """Replaces an engine's process: it decodes nothing, and is interrupted after some calls."""
 
     started: list[str]
     calls: list[tuple]
@@ -160,17 +160,18 @@ METHODS = [plain(), *(spechub(name, DRAFT, title=name) for name in ("a", "b", "c
 SETUP = Setup(TARGET, DRAFT, [[1, 2, 3]], tokens=8, resident=3)
 
 
-def runs(known=(), repetitions=2):
+def interleaved_runs(known=(), repetitions=2):
     return Interleaved(SETUP, METHODS, [Point(1, 1.0), Point(4, 1.0)], range(repetitions), known)
 
 
 def test_plain_vllm_takes_turns_with_every_group(fake):
-    assert [[w.name for w in g] for g in groups(METHODS, 3)] == [
-        ["plain", "a", "b"],
-        ["plain", "c"],
-    ]
-    assert [[w.name for w in g] for g in groups(METHODS, 1)] == [["plain"], ["a"], ["b"], ["c"]]
-    rows = list(runs(repetitions=1).run())
+
+    def names(resident):
+        return [[method.name for method in group] for group in groups(METHODS, resident)]
+
+    assert names(3) == [["plain", "a", "b"], ["plain", "c"]]
+    assert names(1) == [["plain"], ["a"], ["b"], ["c"]]
+    rows = list(interleaved_runs(repetitions=1).measure())
     assert fake.started == ["plain", "a", "b", "c"]
     assert [name for name, *_ in fake.calls] == ["plain", "a", "b"] * 2 + ["plain", "c"] * 2
     assert all(r.against_plain == (1.0 if r.method == "plain" else 2.0) for r in rows)
@@ -178,34 +179,34 @@ def test_plain_vllm_takes_turns_with_every_group(fake):
 
 def test_an_engine_that_fails_is_reported_and_the_others_go_on(fake):
     fake.broken = "b"
-    found = list(runs().run())
+    found = list(interleaved_runs().measure())
     (failure,) = (f for f in found if isinstance(f, interleaved.Failure))
     assert (failure.method, failure.log) == ("b", "out of memory")
     assert {f.method for f in found} == {"plain", "a", "b", "c"}
     fake.broken = "plain"
     with pytest.raises(EngineFailed):
-        list(runs().run())
+        list(interleaved_runs().measure())
 
 
 def test_what_was_measured_before_an_interrupt_is_not_measured_again(fake, tmp_path):
     state = State.load(tmp_path / "state.json", {"nodes": (2, 4)})
     fake.stop_after = 8
     with pytest.raises(KeyboardInterrupt):
-        deque(map(state.add, runs().run()))
+        deque(map(state.add, interleaved_runs().measure()))
     fake.calls[:], fake.stop_after = [], -1
 
     again = State.load(tmp_path / "state.json", {"nodes": (2, 4)})
     assert list(again.rows.values()) == list(state.rows.values())
     assert len(again.rows) == 8
-    rest = runs(list(again.rows.values()))
-    assert rest.total == len(list(rest.run()))
+    rest = interleaved_runs(list(again.rows.values()))
+    assert rest.total == len(list(rest.measure()))
     # plain vLLM is measured anew beside what was missing
     missing = [("plain", 1), ("b", 1), ("plain", 4), ("a", 4), ("b", 4)]
     missing += [("plain", 1), ("c", 1), ("plain", 4), ("c", 4)] * 2
     assert fake.calls == missing
-    for found in rest.run():
+    for found in rest.measure():
         again.add(found)
-    assert runs(list(again.rows.values())).total == 0
+    assert interleaved_runs(list(again.rows.values())).total == 0
     with pytest.raises(ValueError, match=r"other settings \(nodes was \[2, 4\], is \[3\]\)"):
         State.load(tmp_path / "state.json", {"nodes": (3,)})
 
@@ -278,7 +279,7 @@ def test_tune_from_end_to_end(fake, monkeypatch, tmp_path):
     fake.stop_after = 7
     stopped = CliRunner().invoke(app, arguments)
     assert stopped.exit_code == 130, stopped.output
-    assert "goes on from" in stopped.output
+    assert "continues from" in stopped.output
     first, fake.calls[:], fake.stop_after = list(fake.calls), [], -1
     monkeypatch.setattr(rates, "measure", None)  # it is known by now
     done = CliRunner().invoke(app, arguments)

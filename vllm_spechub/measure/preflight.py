@@ -40,6 +40,8 @@ def check_models(models: Mapping[str, str]) -> None:
     from transformers import AutoConfig
 
     for option, model in models.items():
+        if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
+            raise ValueError(f"{option} {model!r} has no model: there is no such folder")
         try:
             AutoConfig.from_pretrained(model)
         except (OSError, ValueError) as error:
