@@ -290,3 +290,11 @@ def test_tune_from_end_to_end(fake, monkeypatch, tmp_path):
     # two chains at two batches, of which the better one is measured again beside the schedule
     assert [name for name, _ in first].count("draft_model") == 4
     assert [name for name, _ in fake.calls].count("draft_model") == 2
+
+    # results are written even if the plot cannot be drawn
+    out.unlink()
+    out.with_suffix(".csv").unlink()
+    monkeypatch.setattr(report, "plot", None)
+    assert isinstance(CliRunner().invoke(app, arguments).exception, TypeError)
+    assert json.loads(out.read_text()) == config
+    assert "method,temperature," in out.with_suffix(".csv").read_text()

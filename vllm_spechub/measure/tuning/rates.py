@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.queues import SimpleQueue
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from vllm_spechub.measure.tuning.request import TuningRequest
@@ -17,7 +17,9 @@ REFERENCE_NODES, REFERENCE_DEPTH = 15, 5
 PREFERENCE = 0.01
 """Another rule replaces the default only if it emits more tokens by at least this share."""
 
-_progress: "SimpleQueue[tuple[str, int, int] | None]"
+POLL_SECONDS = 0.2
+
+_progress: Connection
 """In the measuring process: where it reports its progress."""
 
 
@@ -42,23 +44,24 @@ def measure(request: TuningRequest, progress: Callable[[str, int, int], None]) -
         RuntimeError: the process was killed, for example because memory ran out.
     """
     fork = multiprocessing.get_context("fork")
-    reports = fork.SimpleQueue()
-    with ProcessPoolExecutor(1, fork, _start_worker, (reports,)) as pool:
+    # A pipe has no lock that a killed process could keep, unlike a queue.
+    reports, worker_reports = fork.Pipe(duplex=False)
+    with ProcessPoolExecutor(1, fork, _start_worker, (worker_reports,)) as pool:
         worker = pool.submit(os.getpid).result()
         measured = pool.submit(_measure, request)
-        measured.add_done_callback(lambda _: reports.put(None))
         try:
-            for report in iter(reports.get, None):
-                progress(*report)
+            while reports.poll(POLL_SECONDS) or not measured.done():
+                if reports.poll():
+                    progress(*reports.recv())
             return measured.result()
         except KeyboardInterrupt:
-            os.kill(worker, signal.SIGTERM)  # otherwise the pool would wait for the result
+            os.kill(worker, signal.SIGKILL)  # otherwise the pool would wait for the result
             raise
         except BrokenProcessPool:
             raise RuntimeError("the process that measures acceptance was killed") from None
 
 
-def _start_worker(reports: "SimpleQueue[tuple[str, int, int] | None]") -> None:
+def _start_worker(reports: Connection) -> None:
     global _progress
     _progress = reports
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process stops this one
@@ -73,7 +76,7 @@ def _measure(request: TuningRequest) -> Measurement:
     from vllm_spechub.trees.best_tree import best_shape
 
     def progress(label: str, done: int, total: int) -> None:
-        _progress.put((label, done, total))
+        _progress.send((label, done, total))
 
     sampling = Sampling(texts=request.texts, tokens=request.tokens)
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
