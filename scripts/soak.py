@@ -4,9 +4,9 @@
     python scripts/soak.py --requests 4000
 
 Requests of all kinds share the batch, some are aborted, and the KV cache has so few blocks that
-vLLM preempts constantly. At the end, no request may be lost or answered twice, every block must be free
-again, the process must not have grown, and greedy answers must equal those of a new engine without
-trees.
+vLLM preempts constantly. At the end, no request may be lost or answered twice, every block must be
+free again, the process must not have grown, and greedy answers must equal those of a new engine
+without trees.
 """
 
 import ctypes
