@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tuning: what is chosen from made-up measurements, going on after an interrupt, and the files."""
+"""Tuning: choices from made-up measurements, continuing after an interrupt, and the files."""
 
 import json
 from collections import deque
@@ -16,7 +16,7 @@ from vllm_spechub.measure.benchmark import interleaved
 from vllm_spechub.measure.benchmark.decoding import Decoded
 from vllm_spechub.measure.benchmark.engine import EngineFailed
 from vllm_spechub.measure.benchmark.interleaved import Interleaved, Point, Row, Setup, groups
-from vllm_spechub.measure.benchmark.ways import plain, spechub
+from vllm_spechub.measure.benchmark.methods import plain, spechub
 from vllm_spechub.measure.tuning import rates, report
 from vllm_spechub.measure.tuning.choose import (
     Curve,
@@ -32,10 +32,10 @@ from vllm_spechub.trees import measured_schedule as store
 from vllm_spechub.trees.tree import TokenTree
 
 
-def row(way="x", batch=1, repetition=0, gain=1.0, drafts=10, accepted=(), temperature=1.0):
+def row(method="x", batch=1, repetition=0, gain=1.0, drafts=10, accepted=(), temperature=1.0):
     emitted = 1 + sum(accepted) / drafts
     return Row(
-        way, temperature, batch, repetition, 100 * gain, gain, 10.0, 5.0, emitted, drafts,
+        method, temperature, batch, repetition, 100 * gain, gain, 10.0, 5.0, emitted, drafts,
         tuple(accepted), 1.0,
     )  # fmt: skip
 
@@ -117,10 +117,10 @@ def test_the_default_rule_stays_unless_another_is_clearly_better():
 
 
 class FakeEngine:
-    """In the place of an engine's process: decodes nothing, and stops where it is told to."""
+    """Replaces an engine's process: it decodes nothing, and is interrupted after some calls."""
 
     started: list[str]
-    asked: list[tuple]
+    calls: list[tuple]
     stop_after: int
     broken: str
 
@@ -134,9 +134,9 @@ class FakeEngine:
             raise EngineFailed("out of memory")
 
     def call(self, function, prompts, batch, temperature, tokens):
-        if len(self.asked) == self.stop_after:
+        if len(self.calls) == self.stop_after:
             raise KeyboardInterrupt
-        self.asked.append((self.name, batch))
+        self.calls.append((self.name, batch))
         return Decoded(batch, 100 * batch, 2.0 if self.name == "plain" else 1.0, 50, 50, (25,), 1)
 
     def ask_to_stop(self):
@@ -148,58 +148,62 @@ class FakeEngine:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(interleaved, "EngineProcess", FakeEngine)
-    for name, value in {"started": [], "asked": [], "stop_after": -1, "broken": ""}.items():
+    for name, value in {"started": [], "calls": [], "stop_after": -1, "broken": ""}.items():
         monkeypatch.setattr(FakeEngine, name, value, raising=False)
     return FakeEngine
 
 
-WAYS = [plain(), *(spechub(name, DRAFT, title=name) for name in ("a", "b", "c"))]
+METHODS = [plain(), *(spechub(name, DRAFT, title=name) for name in ("a", "b", "c"))]
 SETUP = Setup(TARGET, DRAFT, [[1, 2, 3]], tokens=8, resident=3)
 
 
-def runs(known=(), repetitions=2):
-    return Interleaved(SETUP, WAYS, [Point(1, 1.0), Point(4, 1.0)], range(repetitions), known)
+def interleaved_runs(known=(), repetitions=2):
+    return Interleaved(SETUP, METHODS, [Point(1, 1.0), Point(4, 1.0)], range(repetitions), known)
 
 
 def test_plain_vllm_takes_turns_with_every_group(fake):
-    assert [[w.name for w in g] for g in groups(WAYS, 3)] == [["plain", "a", "b"], ["plain", "c"]]
-    assert [[w.name for w in g] for g in groups(WAYS, 1)] == [["plain"], ["a"], ["b"], ["c"]]
-    rows = list(runs(repetitions=1).run())
+
+    def names(resident):
+        return [[method.name for method in group] for group in groups(METHODS, resident)]
+
+    assert names(3) == [["plain", "a", "b"], ["plain", "c"]]
+    assert names(1) == [["plain"], ["a"], ["b"], ["c"]]
+    rows = list(interleaved_runs(repetitions=1).measure())
     assert fake.started == ["plain", "a", "b", "c"]
-    assert [name for name, *_ in fake.asked] == ["plain", "a", "b"] * 2 + ["plain", "c"] * 2
-    assert all(r.against_plain == (1.0 if r.way == "plain" else 2.0) for r in rows)
+    assert [name for name, *_ in fake.calls] == ["plain", "a", "b"] * 2 + ["plain", "c"] * 2
+    assert all(r.against_plain == (1.0 if r.method == "plain" else 2.0) for r in rows)
 
 
 def test_an_engine_that_fails_is_reported_and_the_others_go_on(fake):
     fake.broken = "b"
-    found = list(runs().run())
+    found = list(interleaved_runs().measure())
     (failure,) = (f for f in found if isinstance(f, interleaved.Failure))
-    assert (failure.way, failure.log) == ("b", "out of memory")
-    assert {f.way for f in found} == {"plain", "a", "b", "c"}
+    assert (failure.method, failure.log) == ("b", "out of memory")
+    assert {f.method for f in found} == {"plain", "a", "b", "c"}
     fake.broken = "plain"
     with pytest.raises(EngineFailed):
-        list(runs().run())
+        list(interleaved_runs().measure())
 
 
 def test_what_was_measured_before_an_interrupt_is_not_measured_again(fake, tmp_path):
     state = State.load(tmp_path / "state.json", {"nodes": (2, 4)})
     fake.stop_after = 8
     with pytest.raises(KeyboardInterrupt):
-        deque(map(state.add, runs().run()))
-    fake.asked[:], fake.stop_after = [], -1
+        deque(map(state.add, interleaved_runs().measure()))
+    fake.calls[:], fake.stop_after = [], -1
 
     again = State.load(tmp_path / "state.json", {"nodes": (2, 4)})
     assert list(again.rows.values()) == list(state.rows.values())
     assert len(again.rows) == 8
-    rest = runs(list(again.rows.values()))
-    assert rest.total == len(list(rest.run()))
+    rest = interleaved_runs(list(again.rows.values()))
+    assert rest.total == len(list(rest.measure()))
     # plain vLLM is measured anew beside what was missing
     missing = [("plain", 1), ("b", 1), ("plain", 4), ("a", 4), ("b", 4)]
     missing += [("plain", 1), ("c", 1), ("plain", 4), ("c", 4)] * 2
-    assert fake.asked == missing
-    for found in rest.run():
+    assert fake.calls == missing
+    for found in rest.measure():
         again.add(found)
-    assert runs(list(again.rows.values())).total == 0
+    assert interleaved_runs(list(again.rows.values())).total == 0
     with pytest.raises(ValueError, match=r"other settings \(nodes was \[2, 4\], is \[3\]\)"):
         State.load(tmp_path / "state.json", {"nodes": (3,)})
 
@@ -272,8 +276,8 @@ def test_tune_from_end_to_end(fake, monkeypatch, tmp_path):
     fake.stop_after = 7
     stopped = CliRunner().invoke(app, arguments)
     assert stopped.exit_code == 130, stopped.output
-    assert "goes on from" in stopped.output
-    first, fake.asked[:], fake.stop_after = list(fake.asked), [], -1
+    assert "continues from" in stopped.output
+    first, fake.calls[:], fake.stop_after = list(fake.calls), [], -1
     monkeypatch.setattr(rates, "measure", None)  # it is known by now
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
@@ -282,4 +286,12 @@ def test_tune_from_end_to_end(fake, monkeypatch, tmp_path):
     assert config["tree_by_batch_size"] == store.measured_schedule(TARGET, DRAFT, "ordered")
     # two chains at two batches, of which the better one is measured again beside the schedule
     assert [name for name, _ in first].count("draft_model") == 4
-    assert [name for name, _ in fake.asked].count("draft_model") == 2
+    assert [name for name, _ in fake.calls].count("draft_model") == 2
+
+    # results are written even if the plot cannot be drawn
+    out.unlink()
+    out.with_suffix(".csv").unlink()
+    monkeypatch.setattr(report, "plot", None)
+    assert isinstance(CliRunner().invoke(app, arguments).exception, TypeError)
+    assert json.loads(out.read_text()) == config
+    assert "method,temperature," in out.with_suffix(".csv").read_text()

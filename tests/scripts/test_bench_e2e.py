@@ -25,14 +25,14 @@ def test_a_small_run(tmp_path):
     about = [line for line in lines if line.startswith("#")]
     assert any("bench_e2e.py" in line for line in about)
     assert any("commit" in line for line in about)
-    rows = {r["way"]: r for r in csv.DictReader(line for line in lines if line not in about)}
+    rows = {r["method"]: r for r in csv.DictReader(line for line in lines if line not in about)}
     assert list(rows) == ["plain", "chain 1", "chain 2", "SpecHub"]
-    speed = {way: float(r["tokens_per_s"]) for way, r in rows.items()}
-    for way, found in rows.items():
-        assert float(found["against_plain"]) == pytest.approx(speed[way] / speed["plain"], 1e-3)
+    speed = {method: float(r["tokens_per_s"]) for method, r in rows.items()}
+    for method, found in rows.items():
+        assert float(found["against_plain"]) == pytest.approx(speed[method] / speed["plain"], 1e-3)
         # two requests, each of which gets this many tokens from a step
         tokens_per_s = 2000 * float(found["tokens_per_step"]) / float(found["ms_per_step"])
-        assert speed[way] == pytest.approx(tokens_per_s, 0.02)
+        assert speed[method] == pytest.approx(tokens_per_s, 0.02)
     assert float(rows["plain"]["tokens_per_step"]) == 1
     assert len(json.loads(rows["SpecHub"]["accepted_by_depth"])) <= 3
     assert 1 < float(rows["SpecHub"]["tokens_per_step"]) <= 4

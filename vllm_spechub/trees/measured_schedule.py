@@ -57,11 +57,16 @@ def _identity(target: str, draft: str, rule: str) -> dict[str, Any]:
     }
 
 
-def _file(identity: dict[str, Any]) -> Path:
+def folder() -> Path:
+    """The folder of all measured schedules."""
     import vllm.envs as envs
 
+    return Path(envs.VLLM_CACHE_ROOT) / "spechub" / "tuned"
+
+
+def _file(identity: dict[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Path(envs.VLLM_CACHE_ROOT) / "spechub" / "tuned" / f"{digest[:16]}.json"
+    return folder() / f"{digest[:16]}.json"
 
 
 def keep(target: str, draft: str, rule: str, schedule: Schedule) -> Path:
