@@ -108,10 +108,3 @@ def test_help_shows_the_method():
         "from vllm.entrypoints.cli.main import main; main()"
     )
     assert "spechub" in " ".join(in_fresh_process(program))
-
-
-def test_docs_show_the_ledger():
-    from ledger_page import render
-
-    page = Path(__file__).parents[1] / "docs" / "patches.md"
-    assert page.read_text() == render(), "run: python scripts/ledger_page.py"

@@ -2,9 +2,7 @@
 """The simulation on a tiny pair made here: rows, expected lengths and the command line."""
 
 import csv
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,13 +295,3 @@ def test_csv_round_trip(tmp_path):
     assert report.read_csv(Row, tmp_path / "rows.csv") == [row]
     with (tmp_path / "rows.csv").open() as file:
         assert next(csv.reader(file))[-1] == "tree"
-
-
-def test_the_page_shows_the_committed_figures():
-    """docs/verification.md has the tables that its CSV files give."""
-    root = Path(__file__).parents[1]
-    spec = importlib.util.spec_from_file_location("page", root / "scripts/verification_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    page = (root / "docs" / "verification.md").read_text(encoding="utf-8")
-    assert module.render_into(page) == page
