@@ -8,10 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Table
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"vllm-spechub needs {missing.name}; install it with: pip install 'vllm-spechub[cli]'"
+    ) from None
 
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
