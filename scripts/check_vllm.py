@@ -10,6 +10,7 @@ import csv
 import subprocess
 import sys
 import tempfile
+from datetime import date
 from pathlib import Path
 
 import typer
@@ -53,6 +54,7 @@ def write_rows(version: str, found: Facts) -> None:
                 "read": str(len(found[kind])),
                 "differ": str(len(differing)),
                 "differences": "\n".join(f"{symbol} {text}" for symbol, text in differing.items()),
+                "date": date.today().isoformat(),
                 "command": f"python scripts/check_vllm.py {version} --record",
             }
         )
@@ -87,8 +89,8 @@ def main(
         False, help="First store how everything looks in this version as what is expected."
     ),
 ) -> None:
-    if record and Path(source).exists():
-        raise typer.BadParameter("--record needs a version, not a wheel or a folder")
+    if record and (Path(source).exists() or source == SUPPORTED_VLLM):
+        raise typer.BadParameter("--record needs a version other than the supported one")
     with tempfile.TemporaryDirectory() as folder:
         vllm = VllmSource(Path(source) if Path(source).exists() else download(source, folder))
         if expect:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from markdown_table import table
+from vllm_touches import stored
+
+from vllm_spechub.integration.patch import SUPPORTED_VLLM
 
 CHECKS = Path(__file__).parents[1] / "docs" / "support.csv"
 """What `scripts/check_vllm.py VERSION --record` found."""
@@ -387,16 +390,16 @@ def versions() -> str:
     rows = []
     for version, (state, *run) in VERSIONS.items():
         checks = [check for check in _checks() if check["vllm"] == version]
-        differing = [
-            f"{check['differ']} of {check['read']} {check['kind']}"
-            for check in checks
-            if check["differ"] != "0"
-        ]
-        read = sum(int(check["read"]) for check in checks)
-        text = f"{read} places, " + (
-            f"differ: {', '.join(differing)}" if differing else "as stored"
-        )
-        rows.append([version, state, text, *run])
+        if version == SUPPORTED_VLLM:
+            read = f"{sum(map(len, stored().values()))} places, with which others are compared"
+        else:
+            differing = [
+                f"{check['differ']} of {check['read']} {check['kind']}"
+                for check in checks
+                if check["differ"] != "0"
+            ]
+            read = f"on {checks[0]['date']}, differ: {', '.join(differing) or 'none'}"
+        rows.append([version, state, read, *run])
     return table(["vLLM", "state", "read, not run", "run on the CPU", "run on CUDA"], rows)
 
 

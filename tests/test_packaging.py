@@ -77,9 +77,6 @@ def test_one_vllm_is_installed_and_supported():
 
 
 def test_every_extra_that_a_text_names_exists():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "scripts").glob("*.py")]
     named = set(re.findall(r"pip install \.\[(\w+)\]", "".join(map(Path.read_text, pages))))
     assert named
