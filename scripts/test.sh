@@ -4,6 +4,9 @@
 . "$(dirname "$0")/env.sh"
 ruff check .
 ruff format --check .
+lint-imports --no-cache
+pyright
+cog --check -I scripts README.md docs/*.md
 # Two processes share a group: nearly all of a test is one thread's work, an engine's start too.
 # Kernels run under Triton's interpreter, which has to be chosen before Triton is imported.
 TRITON_INTERPRET=1 pytest -q -n 2 tests/kernels

@@ -26,7 +26,7 @@ class VllmSource:
 
     def __init__(self, where: Path) -> None:
         self._read = _reader(where)
-        self._module = cache(self._visit)
+        self._module, self._assigned = cache(self._visit), cache(self._names_assigned)
 
     def find(self, path: str) -> griffe.Object | None:
         """What a dotted path names, through imports and base classes, None if nothing.
@@ -70,7 +70,7 @@ class VllmSource:
                 return griffe.Attribute(name, parent=holder)
         return None
 
-    def _assigned(self, class_: griffe.Class) -> set[str]:
+    def _names_assigned(self, class_: griffe.Class) -> set[str]:
         return {
             node.attr
             for node in ast.walk(ast.parse(self.text_of(class_)))
