@@ -138,17 +138,19 @@ class Sources:
         return ours, theirs
 
     def private(self) -> set[str]:
-        """Private attributes that are used and that no code of ours defines."""
-        used, defined = set(), set()
+        """Private attributes of objects that no class of ours has."""
+        used, ours = set(), set()
         for tree in self.trees.values():
             for node in ast.walk(tree):
-                if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                    defined.add(node.name)
-                elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                    defined.add(node.id)
+                if isinstance(node, ast.ClassDef):
+                    ours |= {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+                    fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+                    ours |= {ast.unparse(part.target) for part in fields}
                 elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
-                    (used if isinstance(node.ctx, ast.Load) else defined).add(node.attr)
-        return {name for name in used - defined if not name.startswith("__")}
+                    own = ast.unparse(node.value) in ("self", "cls")
+                    set_here = own and isinstance(node.ctx, ast.Store)
+                    (ours if set_here else used).add(node.attr)
+        return {name for name in used - ours if not name.startswith("__")}
 
 
 def facts(source: VllmSource, ours: Sources | None = None) -> Facts:

@@ -53,6 +53,8 @@ def test_everything_replaced_and_every_stand_in_is_read():
     assert WORKER in expected["bodies"]
     assert "vllm.v1.worker.gpu_worker.Worker.init_device" in expected["overridden"]
     assert "vllm.lora.model_manager.LoRAModelManager._last_mapping" in expected["inherited"]
+    manager = "vllm.v1.structured_output.StructuredOutputManager"
+    assert f"{manager}._grammar_bitmask" in expected["inherited"]
 
 
 def test_every_other_version_has_a_record_of_every_kind():
