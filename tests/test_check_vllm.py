@@ -97,8 +97,12 @@ def test_a_kernel_with_more_arguments(tmp_path, monkeypatch):
         ("async def f(self, a, b=1, *, c): ...", "overridden", "looks like async (self, a, b=.."),
         ("f = 1", "overridden", "looks like attribute"),
         ("def g(self): ...", "overridden", "is gone"),
-        ("def f(self, a, b=1, *, c):\n        'Documented.'\n        ...  ", "bodies", ""),
-        ("def f(self, a, b=1, *, c):\n        # why\n\n        ...", "bodies", ""),
+        (
+            "def f(self, a, b=1, *, c):\n        'Documented.'\n        1\n        ...  ",
+            "bodies",
+            "",
+        ),
+        ("def f(self, a, b=1, *, c):\n        1\n        # why\n\n        ...", "bodies", ""),
         ("def f(self, a, b=1, *, c):\n        pass", "bodies", "has another body"),
         (
             "def f(self, a, b=1, *, c):\n        raise ValueError(\n            'no'\n        )",
@@ -119,7 +123,7 @@ def test_changes_of_a_method_are_seen(edit, kind, expected, tmp_path, monkeypatc
             b="if True:\n    from .a import Base as B\nclass C(B):\n    x: int = 1\n",
         )
 
-    old = version("old", "def f(self, a, b=1, *, c):\n        ...")
+    old = version("old", "def f(self, a, b=1, *, c):\n        1\n        ...")
     symbol = "vllm.b.C.f"
     found = compare(version("new", edit), {kind: look(old, kind, [symbol])})[kind][symbol]
     assert found.startswith(expected)
