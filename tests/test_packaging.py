@@ -98,6 +98,4 @@ def test_the_command_without_its_extra_names_it(missing):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == (
-        f"vllm-spechub needs {missing}; install it with: pip install 'vllm-spechub[cli]'\n"
-    )
+    assert done.stderr == f"vllm-spechub needs {missing}: pip install 'vllm-spechub[cli]'\n"

@@ -19,10 +19,8 @@ try:
         TimeRemainingColumn,
     )
     from rich.table import Table
-except ModuleNotFoundError as missing:
-    raise SystemExit(
-        f"vllm-spechub needs {missing.name}; install it with: pip install 'vllm-spechub[cli]'"
-    ) from None
+except ImportError as error:
+    raise SystemExit(f"vllm-spechub needs {error.name}: pip install 'vllm-spechub[cli]'") from None
 
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
