@@ -4,6 +4,9 @@
 . "$(dirname "$0")/env.sh"
 ruff check .
 ruff format --check .
+lint-imports --no-cache
+pyright
+cog --check -I scripts README.md docs/*.md
 
 # Triton's interpreter, and vLLM with Triton, are a whole process's: each is a group of its own. Two
 # processes share a group, because nearly all of a test is one thread's work; the one that has run

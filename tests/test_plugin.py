@@ -7,7 +7,7 @@ import sys
 import pytest
 import vllm
 
-from helpers.pair import PAIR, ROOT
+from helpers.pair import PAIR
 from vllm_spechub import plugin
 from vllm_spechub.integration import patch as patches
 from vllm_spechub.integration import patches as ledger
@@ -106,10 +106,3 @@ def test_help_shows_the_method():
         "from vllm.entrypoints.cli.main import main; main()"
     )
     assert "spechub" in " ".join(in_fresh_process(program))
-
-
-def test_docs_show_the_ledger():
-    from ledger_page import render
-
-    page = ROOT / "docs" / "patches.md"
-    assert page.read_text() == render(), "run: python scripts/ledger_page.py"

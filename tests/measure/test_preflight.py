@@ -14,14 +14,14 @@ import transformers
 import typer
 from typer.testing import CliRunner
 
+from helpers.pair import DRAFT, PAIR, TARGET
 from vllm_spechub.cli import app
 from vllm_spechub.measure.benchmark import interleaved
 from vllm_spechub.measure.benchmark.interleaved import Failure, Row
 from vllm_spechub.measure.tuning import rates
 from vllm_spechub.measure.tuning.request import TuningRequest
 
-PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
-TARGET, DRAFT, PROMPTS = (str(PAIR / name) for name in ("target", "draft", "prompts.jsonl"))
+PROMPTS = str(PAIR / "prompts.jsonl")
 SIMULATE = ["simulate", TARGET, DRAFT, "--prompts", PROMPTS]
 SHAPE = ["shape", TARGET, DRAFT, "--prompts", PROMPTS]
 EXPLAIN = ["explain", TARGET, DRAFT, "--prompt", "x"]

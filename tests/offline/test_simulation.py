@@ -2,7 +2,6 @@
 """The simulation on a tiny pair made here: rows, expected lengths and the command line."""
 
 import csv
-import importlib.util
 import json
 
 import numpy as np
@@ -12,7 +11,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from helpers.pair import ROOT
 from vllm_spechub.cli import app
 from vllm_spechub.offline.draft_and_verify import DraftTree, verify_tree
 from vllm_spechub.offline.simulation import report, study
@@ -297,13 +295,3 @@ def test_csv_round_trip(tmp_path):
     assert report.read_csv(Row, tmp_path / "rows.csv") == [row]
     with (tmp_path / "rows.csv").open() as file:
         assert next(csv.reader(file))[-1] == "tree"
-
-
-def test_the_page_shows_the_committed_figures():
-    """docs/verification.md has the tables that its CSV files give."""
-    root = ROOT
-    spec = importlib.util.spec_from_file_location("page", root / "scripts/verification_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    page = (root / "docs" / "verification.md").read_text(encoding="utf-8")
-    assert module.render_into(page) == page

@@ -1,13 +1,11 @@
-#!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of docs/verification.md from the CSV files in docs/verification/."""
+"""The tables of docs/verification.md, from the CSV files in docs/verification/."""
 
 import csv
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-from generated import fill
+from markdown_table import table
 
 from vllm_spechub.offline.simulation.report import (
     DIFFERENCES_CSV,
@@ -21,8 +19,7 @@ from vllm_spechub.offline.simulation.study import Difference, Row, best_kind
 from vllm_spechub.offline.simulation.yardstick import Yardstick
 from vllm_spechub.trees.tree import TokenTree
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGE, FIGURES = DOCS / "verification.md", DOCS / "verification"
+FIGURES = Path(__file__).parents[1] / "docs" / "verification"
 PAIRS = (
     ("ordered", "rrs"),
     ("ordered", "rrsw"),
@@ -31,17 +28,23 @@ PAIRS = (
 )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def cell(value: float, ci: float, sign: str = "") -> str:
     return f"{value:{sign}.3f} ± {ci:.3f}"
 
 
-def lengths(rows: Sequence[Row], kind: str) -> str:
+def study() -> dict:
+    """Settings and acceptance rates of the recorded run."""
+    return json.loads((FIGURES / STUDY_JSON).read_text(encoding="utf-8"))
+
+
+def measured() -> list[Row]:
+    """The recorded run's tokens per step."""
+    return read_csv(Row, FIGURES / ROWS_CSV)
+
+
+def lengths(kind: str) -> str:
     """Tokens per step of one kind of shape: a column for each rule."""
+    rows = measured()
     rules = list(dict.fromkeys(row.rule for row in rows))
     lines = []
     for (temperature, budget), found in by_setting(rows).items():
@@ -53,8 +56,9 @@ def lengths(rows: Sequence[Row], kind: str) -> str:
     return table(["T", "nodes", *rules], lines)
 
 
-def differences(found: Sequence[Difference]) -> str:
+def differences() -> str:
     """Differences at equal roots and noise: a line for each setting, a column for each pair."""
+    found = read_csv(Difference, FIGURES / DIFFERENCES_CSV)
     cells = {(d.temperature, d.budget, d.kind, d.rule, d.baseline): d for d in found}
     lines = []
     for temperature, budget, kind in dict.fromkeys(
@@ -67,8 +71,9 @@ def differences(found: Sequence[Difference]) -> str:
     return table(["T", "nodes", "shape", *names], lines)
 
 
-def slots(rates: dict) -> str:
+def slots() -> str:
     """Acceptance by slot, and in all, of nodes with 1 to 4 children."""
+    rates = study()["rates"]
     lines = []
     for temperature in next(iter(rates.values())):
         for rule, by_temperature in rates.items():
@@ -81,17 +86,19 @@ def slots(rates: dict) -> str:
     return table(["T", "rule", "1 child", "2 children", "3 children", "4 children"], lines)
 
 
-def shapes(rows: Sequence[Row], kind: str) -> str:
-    """The trees of one kind that have 15 nodes."""
+def shapes() -> str:
+    """The best trees of 15 nodes under the lowest cap of their depth."""
+    kind = best_kind(study()["settings"]["depth"][0])
     lines = [
         [f"{row.temperature:g}", row.rule, f"`{list(row.tree)}`", str(TokenTree(row.tree).depth)]
-        for row in rows
+        for row in measured()
         if row.kind == kind and row.budget == 14
     ]
     return table(["T", "rule", "tree", "depth"], lines)
 
 
-def optimum(found: Sequence[Yardstick]) -> str:
+def optimum() -> str:
+    """Acceptance at one node beside the most that any verification could accept."""
     lines = [
         [
             f"{y.temperature:g}",
@@ -100,12 +107,12 @@ def optimum(found: Sequence[Yardstick]) -> str:
             f"{y.acceptance:.4f}",
             f"{y.optimum:.4f}",
         ]
-        for y in found
+        for y in read_csv(Yardstick, FIGURES / YARDSTICK_CSV)
     ]
     return table(["T", "rule", "children", "acceptance", "optimum for its drafts"], lines)
 
 
-def paper(rows: Sequence[Row]) -> str:
+def paper() -> str:
     """Published figures and the demo pair's, on complete binary trees."""
     with (FIGURES / "paper.csv").open(newline="", encoding="utf-8") as file:
         published = list(csv.DictReader(file))
@@ -114,7 +121,7 @@ def paper(rows: Sequence[Row]) -> str:
         (float(r["temperature"]), int(r["nodes"]), r["target"], r["draft"], r["dataset"]): r
         for r in published
     }
-    ours = by_setting(rows)
+    ours = by_setting(measured())
     lines = []
     for temperature, nodes in sorted({key[:2] for key in found}):
         texts = []
@@ -127,24 +134,3 @@ def paper(rows: Sequence[Row]) -> str:
         lines.append([f"{temperature:g}", str(nodes), *texts])
     names = [f"{target}, {draft}, {data}" for target, draft, data in columns]
     return table(["T", "nodes", *names, "demo pair: rrs / rrsw / unordered / traversal"], lines)
-
-
-def render_into(page: str) -> str:
-    """The page with each table between its two comments replaced."""
-    rows = read_csv(Row, FIGURES / ROWS_CSV)
-    study = json.loads((FIGURES / STUDY_JSON).read_text(encoding="utf-8"))
-    caps = study["settings"]["depth"]
-    tables = {
-        "complete": lengths(rows, "complete"),
-        **{f"depth {cap}": lengths(rows, best_kind(cap)) for cap in caps},
-        "differences": differences(read_csv(Difference, FIGURES / DIFFERENCES_CSV)),
-        "slots": slots(study["rates"]),
-        "shapes": shapes(rows, best_kind(caps[0])),
-        "optimum": optimum(read_csv(Yardstick, FIGURES / YARDSTICK_CSV)),
-        "paper": paper(rows),
-    }
-    return fill(page, "scripts/verification_page.py", tables)
-
-
-if __name__ == "__main__":
-    PAGE.write_text(render_into(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
