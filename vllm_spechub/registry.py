@@ -49,7 +49,7 @@ class Registry(Generic[T]):
         return entries
 
     def load(self, name: str) -> type[T]:
-        """The class of that name.
+        """The class with that name, imported now.
 
         Raises:
             ValueError: no such name.
@@ -60,7 +60,7 @@ class Registry(Generic[T]):
         return getattr(import_module(module), attribute)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
