@@ -25,7 +25,7 @@ start, in a spechub configuration only |
 | `register_backend(AttentionBackendEnum.CPU_ATTN, ..)` | tree attention on the CPU, \
 in a spechub worker only |
 | `selector._cached_get_attn_backend.cache_clear()` | forgetting the backend that an earlier \
-engine of the same process chose, in a spechub CPU worker only |
+engine of the same process chose, in a spechub worker only |
 | `vllm.triton_utils.dispatcher.register_kernels` | host versions of the V2 runner's Triton \
 kernels, in a spechub CPU worker only |
 | `triton.next_power_of_2`, set where vLLM's placeholder for Triton lacks it | launchers that \

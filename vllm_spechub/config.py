@@ -160,8 +160,8 @@ def create_config(
     Raises:
         ValueError: one line that names the key and what is allowed.
     """
-    own = _proposers_own(options)
-    given = _check(options, own)
+    declared = _declared_by_proposer(options)
+    given = _check(options, declared)
     proposer = PROPOSERS.load(given.proposer)
     if proposer.needs_model and not given.model:
         raise ValueError(
@@ -177,7 +177,7 @@ def create_config(
             verification=given.verification,
             sharpening=given.sharpening,
             proposer=given.proposer,
-            proposer_options={key: options[key] for key in own},
+            proposer_options={key: options[key] for key in declared if key in options},
             num_speculative_tokens=schedule.trees[0].num_nodes,
             num_speculative_tokens_per_batch_size=schedule.nodes_by_batch_size(),
             target_model_config=target_model_config,
@@ -199,23 +199,23 @@ def create_config(
     return spechub
 
 
-def _proposers_own(options: dict[str, Any]) -> list[str]:
-    """The keys that are options of the chosen proposer. An unknown one has none."""
+def _declared_by_proposer(options: dict[str, Any]) -> list[str]:
+    """The keys that the chosen proposer declares; none if there is no such proposer."""
     name = options.get("proposer", Options.model_fields["proposer"].default)
-    declared = PROPOSERS.load(name).options if name in PROPOSERS else ()
-    return [key for key in declared if key in options]
+    return sorted(PROPOSERS.load(name).options) if name in PROPOSERS else []
 
 
-def _check(options: dict[str, Any], own: Collection[str]) -> Options:
+def _check(options: dict[str, Any], declared: Collection[str]) -> Options:
     try:
-        given = Options.model_validate({k: v for k, v in options.items() if k not in own})
+        given = Options.model_validate({k: v for k, v in options.items() if k not in declared})
     except ValidationError as error:
         first = error.errors()[0]
         key, *rest = first["loc"]
         if first["type"] == "extra_forbidden" and not rest:
+            allowed = ", ".join((*Options.model_fields, *declared))
             raise ValueError(
                 f"speculative_config[{key!r}] is not an option of method {METHOD!r}"
-                f"{HINTS.get(str(key), '')}. Allowed: {', '.join((*Options.model_fields, *own))}"
+                f"{HINTS.get(str(key), '')}. Allowed: {allowed}"
             ) from None
         raise ValueError(one_line(error, _describe)) from None
     if "tree" in given.model_fields_set and given.tree_by_batch_size is not None:

@@ -2,8 +2,8 @@
 """`TreeSchedule`: which tree is drafted, by the number of running requests.
 
 While a step mostly waits for weights, verifying one more node is nearly free; once the batch keeps
-the processor busy, it costs as much as any other token. So a few requests draft wide trees, and many
-draft narrow ones or none.
+the processor busy, it costs as much as any other token. So a few requests draft wide trees, and
+many draft narrow ones or none.
 """
 
 from dataclasses import dataclass
@@ -98,11 +98,15 @@ class TreeSchedule:
                 f"the last range must have null as its end: what do {start} requests draft?"
             )
         if not self.trees:
-            raise ValueError("no range has a tree; to run without speculation, leave out speculative_config")
+            raise ValueError(
+                "no range has a tree; to run without speculation, leave out speculative_config"
+            )
         sizes = [tree.num_nodes for tree in self.trees]
         for size in sizes:
             if sizes.count(size) > 1:
-                raise ValueError(f"two different trees have {size} nodes; give them different numbers of nodes")
+                raise ValueError(
+                    f"two different trees have {size} nodes; their numbers of nodes must differ"
+                )
 
     @classmethod
     def constant(cls, tree: TokenTree) -> "TreeSchedule":

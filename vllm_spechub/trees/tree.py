@@ -32,8 +32,8 @@ class TokenTree:
             `parents[i] <= i`. The order of siblings is the order of their slots.
 
     Raises:
-        ValueError: the tree is empty or too large, a node has too many children, or the order is not
-            breadth-first.
+        ValueError: the tree is empty or too large, a node has too many children, or the nodes are
+            not in breadth-first order.
 
     Examples::
 
@@ -79,10 +79,8 @@ class TokenTree:
         return cls._grow(depth, lambda _level, width: [branching] + [0] * (width - 1))
 
     @classmethod
-    def _grow(
-        cls, depth: int, children_of_level: Callable[[int, int], list[int]]
-    ) -> "TokenTree":
-        """`children_of_level(level, width)` gives the number of children of each node of a level."""
+    def _grow(cls, depth: int, children_of_level: Callable[[int, int], list[int]]) -> "TokenTree":
+        """`children_of_level(level, width)` gives the number of children of each of its nodes."""
         parents: list[int] = []
         level = [0]
         for d in range(depth):
