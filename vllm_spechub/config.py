@@ -6,7 +6,7 @@ Nothing here loads weights: every refusal is raised while vLLM is still building
 
 from collections.abc import Collection
 from dataclasses import field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -24,6 +24,7 @@ from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+    from vllm.config.speculative import SpeculativeMethod
 
 DEFAULT_TREE = "binary:3"
 AUTO = "auto"
@@ -163,16 +164,11 @@ def create_config(
     declared = _declared_by_proposer(options)
     given = _check(options, declared)
     proposer = PROPOSERS.load(given.proposer)
-    if proposer.needs_model and not given.model:
-        raise ValueError(
-            "speculative_config['model'] is missing: name the draft model, a folder or a "
-            "Hugging Face id (--spec-model DRAFT)"
-        )
     proposer.check_options(options, target_model_config)
     schedule = _schedule(given, target_model_config)
     try:
         spechub = SpecHubConfig(
-            method=proposer.vllm_method,
+            method=cast("SpeculativeMethod", proposer.vllm_method),  # which vLLM checks
             schedule=schedule,
             verification=given.verification,
             sharpening=given.sharpening,

@@ -3,12 +3,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_spechub.rules.kernel_rule import Kernels
+if TYPE_CHECKING:
+    from vllm_spechub.rules.kernel_rule import Kernels
 
 
 class Compactor(Protocol):
@@ -33,6 +34,10 @@ class CacheKernels(NamedTuple):
     cache_views: Callable[[torch.Tensor], Sequence[torch.Tensor]]
     # the views of all layers of a KV cache group -> their compactor
     compactor: Callable[[Sequence[torch.Tensor]], Compactor]
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,6 @@ class Platform:
     backend_entry: AttentionBackendEnum
     names_backend: bool
     cache_kernels: Callable[[], CacheKernels]
-    tree_kernels: Callable[[], Kernels]
-    prepare_process: Callable[[], None]
-    prepare_worker: Callable[[], None]
+    tree_kernels: "Callable[[], Kernels]"
+    prepare_process: Callable[[], None] = _nothing
+    prepare_worker: Callable[[], None] = _nothing

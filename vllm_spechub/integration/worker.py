@@ -2,7 +2,9 @@
 """The worker for spechub configurations, which prepares vLLM before its model runner is built."""
 
 import logging
+from typing import Any
 
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_spechub.integration import patches
@@ -16,6 +18,11 @@ logger = logging.getLogger("vllm.spechub")
 
 class SpecHubWorker(Worker):
     """vLLM's GPU worker with draft trees."""
+
+    @property
+    def _v2_runner(self) -> Any:
+        """vLLM declares the attribute as its V1 runner, which lacks what is used here."""
+        return self.model_runner
 
     def init_device(self) -> None:
         ours = platform()
@@ -33,12 +40,12 @@ class SpecHubWorker(Worker):
             return available  # the user's own number
         return available - verification_bytes(self.vllm_config)
 
-    def initialize_from_config(self, kv_cache_config) -> None:
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
         if self.is_driver_worker:
-            speculator = self.model_runner.speculator
+            speculator = self._v2_runner.speculator
             logger.info(summarize(self.vllm_config, speculator, kv_cache_config))
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         super().wake_up(tags)
-        self.model_runner.model_state.wake_up()
+        self._v2_runner.model_state.wake_up()

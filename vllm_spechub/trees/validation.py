@@ -24,6 +24,6 @@ def one_line(error: ValidationError, describe: Describe) -> str:
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{name} is not an option"
     if kind == "value_error":
-        return f"{name}: {first['ctx']['error']}"
+        return f"{name}: {first['msg'].removeprefix('Value error, ')}"
     allowed = allowed or first["msg"].removeprefix("Input should be ")
     return f"{name} is {first['input']!r}, allowed: {allowed}"
