@@ -294,6 +294,12 @@ def test_a_folder_that_is_no_model(tmp_path):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_value_that_is_not_json(capsys):
+    with pytest.raises(SystemExit):
+        from_command_line("--speculative-config", "spechubb")
+    assert "'spechubb' is neither JSON nor the word spechub" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["[1]", "3", '"ngram"'])
 def test_a_value_that_is_no_object(value):
     with pytest.raises(ValueError, match="allowed: 'spechub' or an object of options"):

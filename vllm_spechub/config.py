@@ -6,7 +6,7 @@ Nothing here loads weights: every refusal is raised while vLLM is still building
 
 from collections.abc import Collection
 from dataclasses import field, fields
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -24,7 +24,6 @@ from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
-    from vllm.config.speculative import SpeculativeMethod
 
 DEFAULT_TREE = "binary:3"
 AUTO = "auto"
@@ -168,7 +167,7 @@ def create_config(
     schedule = _schedule(given, target_model_config)
     try:
         spechub = SpecHubConfig(
-            method=cast("SpeculativeMethod", proposer.vllm_method),  # which vLLM checks
+            method=proposer.vllm_method,
             schedule=schedule,
             verification=given.verification,
             sharpening=given.sharpening,
@@ -183,12 +182,14 @@ def create_config(
     except ValidationError as error:
         raise ValueError(one_line(error, _describe).splitlines()[0]) from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"speculative_config: {str(error).strip().splitlines()[0]}") from error
+        message = str(error).strip() or repr(error)
+        raise ValueError(f"speculative_config: {message.splitlines()[0]}") from error
     if spechub.method != proposer.vllm_method:
         raise ValueError(
             f"speculative_config['model']: by its name or configuration, vLLM takes "
             f"{given.model!r} for a draft of method {spechub.method!r}, but proposer "
-            f"{given.proposer!r} needs one of method {proposer.vllm_method!r}"
+            f"{given.proposer!r} needs one of method {proposer.vllm_method!r}; rename the folder "
+            "or choose another draft"
         )
     RULES.load(spechub.verification).check_config(spechub)
     proposer.check_config(spechub)

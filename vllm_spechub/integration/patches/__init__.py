@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The patch ledger: every symbol of vLLM that is replaced, by where it is applied."""
 
-from vllm_spechub.integration import platforms
 from vllm_spechub.integration.patch import Patch
 from vllm_spechub.integration.patches import cpu, frontend, grammar, metrics, runner
+from vllm_spechub.integration.platforms import cpu as cpu_platform
 
 EVERYWHERE: tuple[Patch, ...] = (
     *frontend.PATCHES,
@@ -14,6 +14,6 @@ EVERYWHERE: tuple[Patch, ...] = (
 """In every process, when vLLM loads its plugins."""
 WORKER: tuple[Patch, ...] = (*runner.PATCHES, *metrics.WORKER_PATCHES)
 """In a worker that serves trees, before its model runner is built."""
-CPU_WORKER: tuple[Patch, ...] = platforms.cpu.PATCHES
+CPU_WORKER: tuple[Patch, ...] = cpu_platform.PATCHES
 """In such a worker on the CPU, before its host kernels are registered."""
 ALL = (*EVERYWHERE, *WORKER, *CPU_WORKER)

@@ -3,6 +3,7 @@
 
 import functools
 import json
+from argparse import ArgumentTypeError
 from typing import Any
 
 from vllm_spechub.integration.patch import Patch, PatchMismatch
@@ -18,7 +19,10 @@ def parse_speculative_config(text: str) -> dict[str, Any] | None:
     """The value of `--speculative-config`: JSON, or only the name of the method."""
     if text == METHOD:
         return {"method": METHOD}
-    return None if text in ("", "None") else json.loads(text)
+    try:
+        return None if text in ("", "None") else json.loads(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is neither JSON nor the word {METHOD}") from None
 
 
 def _add_cli_args(original):
