@@ -14,6 +14,7 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from helpers.pair import DRAFT, TARGET
+from vllm_spechub.integration.platforms import PLATFORMS
 from vllm_spechub.integration.refusals import Unsupported
 from vllm_spechub.integration.select import prepare_engine
 
@@ -47,8 +48,8 @@ def assert_one_line(error, message: str) -> None:
         ("parallel_config", "enable_dbo", True, "enable_dbo (dual-batch overlap)"),
         ("parallel_config", "enable_batch_sharded_sampling", True, "enable_batch_sharded"),
         ("parallel_config", "enable_eplb", True, "enable_eplb is not supported"),
-        ("parallel_config", "worker_cls", "my.Worker", "worker_cls='my.Worker'"),
-        ("scheduler_config", "scheduler_cls", "my.Scheduler", "scheduler_cls='my.Scheduler'"),
+        ("parallel_config", "worker_cls", "my.Worker", "leave worker_cls unset"),
+        ("scheduler_config", "scheduler_cls", "my.Scheduler", "leave scheduler_cls unset"),
         ("aux_output_config", "enable_return_routed_experts", True, "enable_return_routed_experts"),
         (None, "kv_transfer_config", KVTransferConfig(), "(KV connectors) is not supported"),
         (None, "ec_transfer_config", ECTransferConfig(), "ec_transfer_config is not supported"),
@@ -56,7 +57,7 @@ def assert_one_line(error, message: str) -> None:
         ("cache_config", "cache_dtype", "int8_per_token_head", "allowed: auto, float16"),
         ("speculative_config", "kv_cache_dtype", "nvfp4", "speculative_config['kv_cache_dtype']"),
         ("cache_config", "kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill"),
-        ("attention_config", "backend", AttentionBackendEnum.FLASH_ATTN, "attention_backend="),
+        ("attention_config", "backend", AttentionBackendEnum.FLASH_ATTN, "leave attention_b"),
         ("model_config", "enable_prompt_embeds", True, "enable_prompt_embeds"),
         ("model_config", "enable_trace_replay", True, "enable_trace_replay"),
         ("model_config", "return_sampling_mask", True, "return_sampling_mask"),
@@ -107,10 +108,27 @@ def test_rays_older_executor(accepted, monkeypatch):
 
 
 def test_platforms(accepted, monkeypatch):
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(current_platform), "device_name", "rocm")
     with pytest.raises(Unsupported) as error:
         prepare_engine(accepted)
-    assert_one_line(error, "use CUDA or the CPU")
+    assert_one_line(error, "the platform 'rocm' is not supported; use CUDA or the CPU")
+
+
+def test_a_platform_is_one_record(accepted, monkeypatch):
+    """On CUDA the configuration names its worker and backend, and refuses those of the CPU."""
+    config = copy.copy(accepted)
+    config.parallel_config = copy.copy(config.parallel_config)
+    config.attention_config = copy.copy(config.attention_config)
+    monkeypatch.setattr(type(current_platform), "device_name", "cuda")
+    with pytest.raises(Unsupported) as error:
+        prepare_engine(config)
+    assert_one_line(error, "worker_cls='vllm_spechub.integration.cpu_worker.SpecHubCPUWorker'")
+    config.parallel_config.worker_cls = "auto"
+    prepare_engine(config)
+    assert config.parallel_config.worker_cls == "vllm_spechub.integration.worker.SpecHubWorker"
+    assert config.attention_config.backend is AttentionBackendEnum.CUSTOM
+    assert AttentionBackendEnum.CUSTOM.get_path() == PLATFORMS["cuda"].attention_backend
+    prepare_engine(config)  # vLLM validates a configuration more than once
 
 
 @pytest.mark.parametrize(

@@ -30,14 +30,15 @@ def test_a_constant_schedule():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("auto:7", "'auto:7' is not [[FIRST, LAST, TREE], ...] or 'auto'"),
+        ("auto:7", "the schedule is 'auto:7', allowed: [[FIRST, LAST, TREE], ...] or 'auto'"),
         ([], "the last range must have null as its end: what do 1 requests draft?"),
-        ([[1, 8]], "range 1 is [1, 8], not [FIRST, LAST, TREE]"),
-        (["1, 8"], "range 1 is '1, 8', not"),
-        ([["1", None, "chain:2"]], "range 1: FIRST is '1', not a number"),
-        ([[1, 2.0, "chain:2"]], "range 1: LAST is 2.0, not a number"),
-        ([[None, 2, "chain:2"]], "range 1: FIRST is None, not a number"),
-        ([[1, True, "chain:2"]], "range 1: LAST is True, not a number"),
+        ([[1, 8]], "range 1 is [1, 8], allowed: [FIRST, LAST, TREE]"),
+        (["1, 8"], "range 1 is '1, 8', allowed: [FIRST, LAST, TREE]"),
+        ([[1, None, "chain:2", 3]], "range 1 is [1, None, 'chain:2', 3], allowed: [FIRST, LAST"),
+        ([["1", None, "chain:2"]], "range 1: FIRST is '1', allowed: a number"),
+        ([[1, 2.0, "chain:2"]], "range 1: LAST is 2.0, allowed: a number or null"),
+        ([[None, 2, "chain:2"]], "range 1: FIRST is None, allowed: a number"),
+        ([[1, True, "chain:2"]], "range 1: LAST is True, allowed: a number or null"),
         ([[2, None, "chain:2"]], "range 1 starts at 2, it must start at 1"),
         ([[1, 8, "chain:2"], [8, None, None]], "range 2 starts at 8, it must start at 9"),
         ([[1, 8, "chain:2"], [10, None, None]], "range 2 starts at 10, it must start at 9"),
@@ -46,10 +47,13 @@ def test_a_constant_schedule():
         ([[1, 8, "chain:2"]], "null as its end: what do 9 requests draft?"),
         ([[1, None, None]], "no range has a tree"),
         ([[1, 4, "binary:2"], [5, None, "chain:6"]], "two different trees have 6 nodes"),
-        ([[1, None, "oak"]], "range 1: 'oak' is none of: binary:DEPTH"),
+        ([[1, None, "oak"]], "range 1: TREE: 'oak' is none of: binary:DEPTH"),
+        ([[1, None, 3]], "range 1: TREE: 3 is none of: binary:DEPTH"),
+        (None, "the schedule is None, allowed: [[FIRST"),
     ],
 )
 def test_refused(spec, message):
     with pytest.raises(ValueError) as error:
         TreeSchedule.parse(spec, "ordered")
     assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm_spechub.attention.visibility import TreeAttnMetadata
 from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.layout import TreeLayout
+from vllm_spechub.engine.platform import Platform
 from vllm_spechub.engine.processors import HistoryProcessors
 from vllm_spechub.engine.request_trees import DraftedTrees
 from vllm_spechub.engine.sampler import TreeRejectionSampler
@@ -24,12 +25,12 @@ from vllm_spechub.rules.base import build_rule
 class TreeModelState(DefaultModelState):
     """`DefaultModelState` for batches whose requests may carry a draft tree."""
 
-    def __init__(self, vllm_config, model, encoder_cache, device) -> None:
+    def __init__(self, vllm_config, model, encoder_cache, device, platform: Platform) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.config = vllm_config.speculative_config
         self.drafted = DraftedTrees(self.config.schedule, self.max_num_reqs)
         self.layout = TreeLayout(self.drafted, self.max_num_tokens, device)
-        self.compactor = PathCompactor(vllm_config)
+        self.compactor = PathCompactor(vllm_config, platform)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)

@@ -6,7 +6,7 @@ states and may have a KV cache of its own, or none. A third party adds one from 
 plugin with `PROPOSERS.register("name", "package.module:Class")`.
 """
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,14 @@ class TreeProposer(Protocol):
     child. Its argument `num_speculative_tokens` says which of the schedule's trees to draft, 0 for
     none; it notes the choice in `model_state.drafted`.
     """
+
+    vllm_method: ClassVar[str] = "draft_model"
+    """The method that vLLM's configuration gets, by which its runner and scheduler decide."""
+    options: ClassVar[frozenset[str]] = frozenset()
+    """Keys of `--speculative-config` that only this proposer has; `check_options` checks their
+    values, and `config.proposer_options` holds them."""
+    needs_model: ClassVar[bool] = True
+    """Whether `model` must be given."""
 
     draft_logits: "DraftBuffers"
     """vLLM passes this attribute to the rejection sampler, whatever it is."""

@@ -34,6 +34,10 @@ from vllm_spechub.rules.draft_state import DraftBuffers, DraftLevel, DraftState
 class DraftModelProposer(StandaloneARSpeculator):
     """Drafts with a smaller model of the same vocabulary; see `TreeProposer`."""
 
+    vllm_method = "draft_model"
+    options = frozenset()
+    needs_model = True
+
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, rule: VerificationRule
     ) -> None:

@@ -30,6 +30,7 @@ def _init_model_state(original):
 
         from vllm_spechub.config import is_spechub
         from vllm_spechub.engine.model_state import TreeModelState
+        from vllm_spechub.integration.select import platform
 
         if not is_spechub(vllm_config):
             return original(vllm_config, model, encoder_cache, device)
@@ -39,7 +40,7 @@ def _init_model_state(original):
                 f"spechub: {type(model).__name__} needs {needed.__name__}, which trees do not "
                 "support; only decoder-only text models are supported"
             )
-        return TreeModelState(vllm_config, model, encoder_cache, device)
+        return TreeModelState(vllm_config, model, encoder_cache, device, platform())
 
     return init_model_state
 
