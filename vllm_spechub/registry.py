@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from vllm_spechub.proposers import TreeProposer
+    from vllm_spechub.proposers.base import TreeProposer
     from vllm_spechub.rules.base import VerificationRule
 
 T = TypeVar("T")

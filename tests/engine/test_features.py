@@ -61,7 +61,7 @@ def nodes(monkeypatch):
     original = TreeRejectionSampler.__call__
 
     def spy(self, logits, batch, *args, **kwargs):
-        trees = self.drafted.of(batch.idx_mapping_np)
+        trees = self.request_trees.trees_for(batch.idx_mapping_np)
         for r, (req_id, tree) in enumerate(zip(batch.req_ids, trees, strict=True)):
             start, end = batch.cu_num_logits_np[r : r + 2]
             tokens = batch.input_ids[batch.logits_indices[start:end]].tolist()

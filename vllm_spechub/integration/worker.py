@@ -24,6 +24,11 @@ class SpecHubWorker(Worker):
         register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
         super().init_device()
 
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        super().load_model(load_dummy_weights=load_dummy_weights)
+        # vLLM introduces the two only where the speculator has a model of its own
+        self.model_runner.speculator.bind(self.model_runner.model_state)
+
     def determine_available_memory(self) -> int:
         """vLLM's, less what its profiling run does not see of a full batch of trees."""
         available = super().determine_available_memory()
