@@ -4,6 +4,7 @@
 Nothing here loads weights: every refusal is raised while vLLM is still building its configuration.
 """
 
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError, field_validator
@@ -44,9 +45,9 @@ ALLOWED_KEYS = (
 class SpecHubConfig(SpeculativeConfig):
     """vLLM's speculative configuration with a draft tree.
 
-    `method` stays "draft_model" and `num_speculative_tokens` is the number of drafted nodes, so
-    that the scheduler, the KV cache manager and every method check treat a tree as they treat a
-    draft model's chain of that length.
+    `method` is the proposer's `vllm_method` and `num_speculative_tokens` is the number of drafted
+    nodes, so that the scheduler, the KV cache manager and every method check treat a tree as they
+    treat a chain of that length, drafted by that method.
     """
 
     tree: TokenTree | str | list[int] = DEFAULT_TREE
@@ -62,6 +63,8 @@ class SpecHubConfig(SpeculativeConfig):
     """The exponent of the draft's law in the slots that SpecHub samples."""
     proposer: str = "draft_model"
     """What drafts the tree, by its registered name."""
+    proposer_options: dict[str, Any] = field(default_factory=dict)
+    """The values of the options that the proposer alone reads (`TreeProposer.options`)."""
 
     @field_validator("tree", mode="after")
     @classmethod
@@ -107,8 +110,15 @@ def create_config(
         ValueError: one line that names the key and what is allowed.
     """
     options = dict(options)
+    for key, registry in (("verification", RULES), ("proposer", PROPOSERS)):
+        if key in options and options[key] not in registry:
+            raise ValueError(
+                f"speculative_config[{key!r}] is {options[key]!r}, allowed: {', '.join(registry)}"
+            )
+    proposer = PROPOSERS.load(options.get("proposer", SpecHubConfig.proposer))
+    allowed = (*ALLOWED_KEYS, *sorted(proposer.options))
     for key in options:
-        if key not in ALLOWED_KEYS:
+        if key not in allowed:
             reason = ""
             if key == "num_speculative_tokens":
                 reason = " (--spec-tokens): with spechub the tree says how many tokens are drafted"
@@ -116,27 +126,23 @@ def create_config(
                 reason = ": draft and target need one vocabulary"
             raise ValueError(
                 f"speculative_config[{key!r}] is not an option of method {METHOD!r}{reason}. "
-                f"Allowed: {', '.join(ALLOWED_KEYS)}"
+                f"Allowed: {', '.join(allowed)}"
             )
     options.pop("method", None)
-    for key, registry in (("verification", RULES), ("proposer", PROPOSERS)):
-        if key in options and options[key] not in registry:
-            raise ValueError(
-                f"speculative_config[{key!r}] is {options[key]!r}, allowed: {', '.join(registry)}"
-            )
     sharpening = options.get("sharpening", 1.0)
     if type(sharpening) not in (int, float) or not 0 < sharpening < float("inf"):
         raise ValueError(
             f"speculative_config['sharpening'] is {sharpening!r}, allowed: a finite number above 0"
         )
-    proposer = PROPOSERS.load(options.get("proposer", SpecHubConfig.proposer))
     proposer.check_options(options, target_model_config)
+    proposer_options = {key: options.pop(key) for key in proposer.options if key in options}
     schedule = _schedule(options, target_model_config)
     varies = schedule.nodes_by_batch_size()
     try:
         spechub = SpecHubConfig(
             **options,
-            method="draft_model",
+            method=proposer.vllm_method,
+            proposer_options=proposer_options,
             tree=schedule.trees[0],
             tree_by_batch_size=schedule if varies else None,
             num_speculative_tokens=schedule.trees[0].num_nodes,
@@ -146,6 +152,12 @@ def create_config(
         )
     except (ValidationError, OSError, ValueError) as error:
         raise ValueError(f"speculative_config: {_first_line(error)}") from error
+    if spechub.method != proposer.vllm_method:
+        raise ValueError(
+            f"speculative_config['model']: vLLM takes {spechub.model!r} for a draft of method "
+            f"{spechub.method!r} by its path or configuration, but proposer {spechub.proposer!r} "
+            f"needs {proposer.vllm_method!r}; rename the folder or choose another draft"
+        )
     RULES.load(spechub.verification).check_config(spechub)
     proposer.check_config(spechub)
     return spechub
@@ -165,7 +177,9 @@ def _schedule(options: dict[str, Any], target_model_config: "ModelConfig") -> Tr
         if by_batch_size is None:
             return TreeSchedule.constant(parse_tree(options.pop("tree", DEFAULT_TREE), rule))
         if by_batch_size == "auto":
-            by_batch_size = measured_schedule(target_model_config.model, options["model"], rule)
+            by_batch_size = measured_schedule(
+                target_model_config.model, options.get("model") or target_model_config.model, rule
+            )
         return TreeSchedule.parse(by_batch_size, rule)
     except ValueError as error:
         raise ValueError(f"speculative_config[{key!r}]: {error}") from None

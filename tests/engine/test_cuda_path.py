@@ -26,7 +26,8 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
 
-from vllm_spechub.attention import cpu_tree, triton_tree
+from vllm_spechub.attention import cpu_backend
+from vllm_spechub.attention import triton_backend as triton_tree
 from vllm_spechub.integration import cpu_worker
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -55,7 +56,7 @@ def triton_backend(monkeypatch):
         return metadata
 
     monkeypatch.setattr(cpu_worker, "register_backend", register)
-    monkeypatch.setattr(cpu_tree, "cache_views", triton_tree.cache_views)
+    monkeypatch.setattr(cpu_backend, "cache_views", triton_tree.cache_views)
     monkeypatch.setattr(triton_tree.TritonTreeImpl, "do_kv_cache_update", write)
     monkeypatch.setattr(triton_tree.TritonTreeMetadataBuilder, "build", build_ours)
 

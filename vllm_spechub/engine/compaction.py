@@ -5,7 +5,7 @@ The target wrote every tree node to its own slot. The next step, the prefix cach
 all read consecutive slots, so the path moves before anything else can look.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from vllm.config import VllmConfig
@@ -13,16 +13,13 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
 
-if TYPE_CHECKING:
-    from vllm_spechub.triton_kernels.compaction import KVCompactor
-
 
 class PathCompactor:
     """One `KVCompactor` per KV cache group of the target; the draft rewrites its own cache."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.layers = vllm_config.compilation_config.static_forward_context
-        self.compactors: list[tuple[int, KVCompactor]] = []
+        self.compactors: list[tuple[int, Callable[..., None]]] = []
 
     def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Take hold of the target's cache tensors once they are allocated."""

@@ -13,7 +13,6 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request
-from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_spechub.config import spechub_config
 from vllm_spechub.engine.grammar import unseen_drafts
@@ -113,12 +112,12 @@ class TreeScheduler(Scheduler):
 
     def make_spec_decoding_stats(
         self,
-        spec_decoding_stats: SpecDecodingStats | None,
+        spec_decoding_stats: TreeDecodingStats | None,
         num_draft_tokens: int,
         num_accepted_tokens: int,
         num_invalid_spec_tokens: dict[str, int] | None,
         request_id: str,
-    ) -> SpecDecodingStats | None:
+    ) -> TreeDecodingStats | None:
         if not self.log_stats:
             return None
         if num_invalid_spec_tokens and request_id in num_invalid_spec_tokens:
@@ -134,7 +133,7 @@ class TreeScheduler(Scheduler):
         )
 
     def make_stats(
-        self, spec_decoding_stats: SpecDecodingStats | None = None, *args: Any, **kwargs: Any
+        self, spec_decoding_stats: TreeDecodingStats | None = None, *args: Any, **kwargs: Any
     ) -> SchedulerStats | None:
         if self.fallbacks:
             stats = spec_decoding_stats or TreeDecodingStats.new(self.observer.depth)

@@ -2,6 +2,7 @@
 """Workers for spechub configurations: they prepare the V2 model runner before it is built."""
 
 import logging
+from typing import Any
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
@@ -24,10 +25,15 @@ class SpecHubWorker(Worker):
         register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
         super().init_device()
 
+    @property
+    def _runner(self) -> Any:
+        """vLLM's V2 model runner, where vLLM declares the V1 runner."""
+        return self.model_runner
+
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         super().load_model(load_dummy_weights=load_dummy_weights)
         # vLLM introduces the two only where the speculator has a model of its own
-        self.model_runner.speculator.bind(self.model_runner.model_state)
+        self._runner.speculator.bind(self._runner.model_state)
 
     def determine_available_memory(self) -> int:
         """vLLM's, less what its profiling run does not see of a full batch of trees."""
@@ -39,9 +45,8 @@ class SpecHubWorker(Worker):
     def initialize_from_config(self, kv_cache_config) -> None:
         super().initialize_from_config(kv_cache_config)
         if self.is_driver_worker:
-            speculator = self.model_runner.speculator
-            logger.info(summarize(self.vllm_config, speculator, kv_cache_config))
+            logger.info(summarize(self.vllm_config, self._runner.speculator, kv_cache_config))
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         super().wake_up(tags)
-        self.model_runner.model_state.wake_up()
+        self._runner.model_state.wake_up()

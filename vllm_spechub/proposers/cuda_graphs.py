@@ -9,6 +9,7 @@ the new root.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,8 +88,9 @@ class PassGraphs(CudaGraphManager):
 
     def fitting(self, num_reqs: int) -> BatchExecutionDescriptor | None:
         """The smallest captured batch with room for so many requests."""
-        fitting = [desc for desc in self.graphs if desc.num_reqs >= num_reqs]
-        return min(fitting, key=lambda desc: desc.num_reqs, default=None)
+        num_tokens = num_reqs * self.decode_query_len
+        fitting = [desc for desc in self.graphs if desc.num_tokens >= num_tokens]
+        return min(fitting, key=lambda desc: desc.num_tokens, default=None)
 
 
 class DraftGraphs:
@@ -119,14 +121,15 @@ class DraftGraphs:
     def capture(self) -> None:
         for rows, graphs in self.by_rows.items():
             title = f"Capturing draft CUDA graphs, {rows} rows a request"
-            graphs.capture(self._captured, progress_bar_desc=title)
+            graphs.capture(partial(self._captured, rows), progress_bar_desc=title)
 
     def _captured(
-        self, desc: BatchExecutionDescriptor, warmup: bool
+        self, rows: int, desc: BatchExecutionDescriptor, warmup: bool
     ) -> Callable[[CUDAGraphMode], None]:
         """A pass over the buffers, called inside a capture; its metadata is made outside."""
-        proposer, num_reqs, num_tokens = self.proposer, desc.num_reqs, desc.num_tokens
-        starts_np = np.arange(num_reqs + 1, dtype=np.int32) * desc.uniform_token_count
+        proposer, num_tokens = self.proposer, desc.num_tokens
+        num_reqs = num_tokens // rows
+        starts_np = np.arange(num_reqs + 1, dtype=np.int32) * rows
         self.starts[: num_reqs + 1] = async_tensor_h2d(starts_np, device=proposer.device)
         proposer.slots.fill_(PAD_SLOT_ID)
         dummy = DraftPass(
@@ -168,5 +171,6 @@ class DraftGraphs:
         # Requests of padding have no rows; their slots are padding already.
         self.starts[num_reqs + 1 :] = num_tokens
         self.seq_lens[num_reqs:] = 0
-        self.by_rows[desc.uniform_token_count].run_fullgraph(desc)
+        self.by_rows[num_tokens // num_reqs].run_fullgraph(desc)
+        assert self.hidden is not None  # since the first capture
         return self.hidden[:num_tokens]
