@@ -5,10 +5,21 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import PROMPTS, engine, greedy_params, plain_greedy, spec_metrics, token_ids
+import torch
+from conftest import (
+    PROMPTS,
+    engine,
+    greedy_params,
+    model_runner,
+    plain_greedy,
+    spec_metrics,
+    token_ids,
+)
 from vllm import SamplingParams
 
+from vllm_spechub.proposers.base import TreeProposer
 from vllm_spechub.registry import PROPOSERS
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
@@ -37,11 +48,43 @@ def installed(tmp_path, monkeypatch):
     sys.modules.pop("bigrams", None)
 
 
-def test_greedy_tokens_are_plain_vllms():
+@pytest.fixture
+def accepted(monkeypatch):
+    """Of every verified tree what its proposer is told: the accepted nodes, the last one's hidden
+    state, and the new root's token. The accepted tokens are checked here."""
+    told: list[tuple[list[int], torch.Tensor, int]] = []
+    original = TreeProposer._step
+
+    def spy(self, batch, *args):
+        step = original(self, batch, *args)
+        assert (step.accepted_paths is None) == (not batch.num_draft_tokens)
+        if step.dummy_run or step.accepted_paths is None:
+            return step
+        trees = (batch.num_draft_tokens_per_req > 0) & ~batch.is_prefilling_np
+        for r in np.flatnonzero(trees):
+            root = int(step.root_positions[r])
+            nodes = [node for node in step.accepted_paths[r].tolist() if node >= 0]
+            text = self.req_states.all_token_ids.gpu[batch.idx_mapping[r], : root + 1].tolist()
+            rows = batch.query_start_loc[r] + torch.tensor(nodes)
+            # the old root and the accepted tokens, then the new root
+            assert text[-1 - len(nodes) : -1] == batch.input_ids[rows].tolist()
+            told.append((nodes, step.hidden_states[rows[-1]].clone(), text[-1]))
+        return step
+
+    monkeypatch.setattr(TreeProposer, "_step", spy)
+    return told
+
+
+def test_greedy_tokens_are_plain_vllms(accepted):
     with engine("kary:2:3", verification="traversal", **OWN_TEXT) as llm:
         answers = token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False))
         metrics = spec_metrics(llm)
+        paths, hidden, roots = zip(*accepted, strict=True)
+        logits = model_runner(llm).model.compute_logits(torch.stack(hidden))
     assert answers == plain_greedy()
+    assert logits.argmax(dim=1).tolist() == list(roots)
+    # accepted nodes need not stand right after the root
+    assert sum(nodes != list(range(len(nodes))) for nodes in paths) > 10
     # the prompts, and code in general, repeat themselves
     assert metrics["num_accepted_tokens"] > 0.3 * metrics["num_drafts"]
 

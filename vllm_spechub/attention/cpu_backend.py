@@ -107,7 +107,7 @@ def check_cache_layout(
     """Write one block through vLLM and read it back through `cache_views`.
 
     Raises:
-        ValueError: this processor's kernel lays its cache out in another way.
+        ValueError: this processor's kernel has another cache layout.
     """
     stored_dtype = FP8.get(kv_cache_dtype, dtype)
     key, value = torch.randint(-4, 5, (2, block_size, 1, head_size)).to(dtype)
@@ -122,8 +122,8 @@ def check_cache_layout(
     for stored, expected in zip(cache_views(cache.view(stored_dtype)), (key, value), strict=True):
         if not torch.equal(stored[0].to(dtype), expected):
             raise ValueError(
-                f"spechub: the CPU attention kernel for {isa!r} lays out its KV cache in an "
-                "unknown way; supported: x86-64 with AVX2 or AVX-512"
+                f"spechub: the CPU attention kernel for {isa!r} has an unknown KV cache "
+                "layout; supported: x86-64 with AVX2 or AVX-512"
             )
 
 
@@ -177,7 +177,7 @@ class CPUTreeMetadataBuilder(CPUAttentionMetadataBuilder):
         )
 
     def _chain_rows(self, common: CommonAttentionMetadata) -> TreeRows | None:
-        """A batch of short chains as trees: each one's root is its first token."""
+        """A batch of short chains as trees whose roots are the chains' first tokens."""
         # vLLM's kernel shares its work among threads, ours does not
         if not (1 < common.max_query_len <= MAX_CHAIN and common.causal):
             return None

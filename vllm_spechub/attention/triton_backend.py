@@ -228,15 +228,15 @@ class TritonTreeImpl(TritonAttentionImpl):
         value: torch.Tensor,
         # [num_blocks, num_kv_heads, block_size, 2 * head_size]
         kv_cache: torch.Tensor,
-        # None in a profiling run, which vLLM's declaration leaves out
-        attn_metadata: Any,
+        # None in a profiling run, which vLLM does not declare
+        attn_metadata: TritonTreeMetadata,
         # [num_tokens, num_heads, head_size]
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend to the paged cache; this step's keys and values are already in it."""
-        visible_until = None if attn_metadata is None else attn_metadata.visible_until
+        visible_until: torch.Tensor | None = getattr(attn_metadata, "visible_until", None)
         if visible_until is None:
             return super().forward(
                 layer,
@@ -249,6 +249,7 @@ class TritonTreeImpl(TritonAttentionImpl):
                 output_scale,
                 output_block_scale,
             )
+        assert attn_metadata.tree_mask is not None  # set with `visible_until`
         num_tokens = attn_metadata.num_actual_tokens
         key_scale = value_scale = None
         if self._kv_quant_mode == KVQuantMode.FP8_PER_TENSOR:

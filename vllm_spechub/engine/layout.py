@@ -44,7 +44,7 @@ class TreeLayout:
         self.tree_mask = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
 
     def place_tables(self) -> None:
-        """Put the tree's tables on the device; again after its memory was given away."""
+        """Copy the trees' tables to the device, also again after sleep mode has discarded them."""
         tables = [table.to(self.device, copy=True) for table in self._tables]
         self._rope_offset, self._until_offset, self._mask = tables
 

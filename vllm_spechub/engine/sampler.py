@@ -125,7 +125,7 @@ class TreeRejectionSampler(RejectionSampler):
         batch: InputBatch,
         draft: DraftBuffers,
     ) -> VerifiedPaths:
-        """Verify the requests of every tree in the batch: nearly always there is but one."""
+        """Verify each request with its own tree. Nearly every batch has a single tree."""
         if len(self.request_trees.trees) == 1:
             return verify(num_nodes=num_nodes.to(torch.int32), state=draft.states[0])
         assert batch.num_draft_tokens_per_req is not None  # else vLLM's own sampler runs

@@ -19,7 +19,7 @@ def tensor_bytes(owner: object) -> int:
 
 
 def weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of this rank's weights, those included that a CPU's matrix kernels have packed away."""
+    """Bytes of this rank's weights, including those that a CPU's matrix kernels have repacked."""
     total: int = sum(parameter.nbytes for parameter in model.parameters())
     for layer in model.modules():
         weight = getattr(layer, "weight", None)

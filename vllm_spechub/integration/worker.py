@@ -26,14 +26,14 @@ class SpecHubWorker(Worker):
         super().init_device()
 
     @property
-    def _runner(self) -> Any:
+    def _v2_runner(self) -> Any:
         """vLLM's V2 model runner, where vLLM declares the V1 runner."""
         return self.model_runner
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         super().load_model(load_dummy_weights=load_dummy_weights)
         # vLLM introduces the two only where the speculator has a model of its own
-        self._runner.speculator.bind(self._runner.model_state)
+        self._v2_runner.speculator.bind(self._v2_runner.model_state)
 
     def determine_available_memory(self) -> int:
         """vLLM's, less what its profiling run does not see of a full batch of trees."""
@@ -45,8 +45,8 @@ class SpecHubWorker(Worker):
     def initialize_from_config(self, kv_cache_config) -> None:
         super().initialize_from_config(kv_cache_config)
         if self.is_driver_worker:
-            logger.info(summarize(self.vllm_config, self._runner.speculator, kv_cache_config))
+            logger.info(summarize(self.vllm_config, self._v2_runner.speculator, kv_cache_config))
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         super().wake_up(tags)
-        self._runner.model_state.wake_up()
+        self._v2_runner.model_state.wake_up()

@@ -87,7 +87,7 @@ class PassGraphs(CudaGraphManager):
         ]
 
     def fitting(self, num_reqs: int) -> BatchExecutionDescriptor | None:
-        """The smallest captured batch with room for so many requests."""
+        """The smallest captured batch that has room for `num_reqs` requests."""
         num_tokens = num_reqs * self.decode_query_len
         fitting = [desc for desc in self.graphs if desc.num_tokens >= num_tokens]
         return min(fitting, key=lambda desc: desc.num_tokens, default=None)
