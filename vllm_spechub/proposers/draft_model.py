@@ -132,11 +132,11 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     def may_pause(self, batch: InputBatch) -> bool:
         """Whether every request decodes its next token.
 
-        Prompts are read at once, since the prefix cache hands their blocks to others; and so is
-        everything by a draft with sliding windows, whose blocks may be another's by then.
+        Prompts are read at once, since the prefix cache hands their blocks to others. A draft with
+        sliding windows reads everything at once, as its blocks may be another request's later.
         """
         decodes = batch.num_draft_tokens == 0 and not batch.is_prefilling_np.any()
-        return decodes and not self.has_windows
+        return self.schedule.pauses and decodes and not self.has_windows
 
     def read(self, step: DraftStep) -> torch.Tensor:
         """Feed the tokens since the last one that the draft has read, then the new root.

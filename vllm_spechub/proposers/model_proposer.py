@@ -32,8 +32,6 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
     A subclass says how the network is loaded (`load_draft_model`) and called (`run_model`).
     """
 
-    draft_logits: Any  # `DraftBuffers`; vLLM's base declares a tensor
-
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, rule: VerificationRule
     ) -> None:
