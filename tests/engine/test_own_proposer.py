@@ -89,7 +89,7 @@ def test_greedy_tokens_are_plain_vllms(accepted):
     assert metrics["num_accepted_tokens"] > 0.3 * metrics["num_drafts"]
 
 
-@pytest.mark.usefixtures("async_scheduling")
+@pytest.mark.usefixtures("async_scheduling", "accepted")
 def test_a_schedule_and_sampling_parameters():
     """Trees come and go, rows are truncated, and requests end at the end of the context."""
     schedule = [[1, 2, "binary:3"], [3, 4, "chain:2"], [5, None, None]]
