@@ -62,7 +62,7 @@ class Requests:
         from vllm.v1.worker.gpu.states import RequestState
 
         from vllm_spechub.engine.processors import HistoryProcessors
-        from vllm_spechub.engine.request_trees import DraftedTrees
+        from vllm_spechub.engine.request_trees import RequestTrees
         from vllm_spechub.engine.sampler import TreeRejectionSampler
 
         width = 1 + tree.num_nodes
@@ -84,7 +84,7 @@ class Requests:
             device,
             rule=None,
             history=history,
-            drafted=DraftedTrees(schedule, batch),
+            request_trees=RequestTrees(schedule, batch, device),
             compactor=None,
         )
         for req in range(batch):

@@ -43,10 +43,10 @@ def emitted_by_tree(monkeypatch):
 
     def spy(self, logits, batch, *args, **kwargs):
         reqs = batch.idx_mapping_np
-        trees.update(zip(reqs.tolist(), self.drafted.of(reqs), strict=True))
+        trees.update(zip(reqs.tolist(), self.request_trees.trees_for(reqs), strict=True))
         output = original(self, logits, batch, *args, **kwargs)
         emitted: dict[int, list[int]] = {}
-        for r, index in enumerate(self.drafted.index[batch.idx_mapping_np].tolist()):
+        for r, index in enumerate(self.request_trees.index_for(batch.idx_mapping_np).tolist()):
             if batch.num_draft_tokens_per_req[r] > 0:
                 emitted.setdefault(index, []).append(int(output.num_sampled[r]))
         batches.append(emitted)

@@ -16,7 +16,6 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from helpers.pair import DRAFT, TARGET
-from vllm_spechub.trees.tree import TokenTree
 
 TOKENIZER = AutoTokenizer.from_pretrained(TARGET)
 EOS = TOKENIZER.eos_token_id
@@ -120,9 +119,7 @@ def manager(backend, tree=None, parser=""):
     args = EngineArgs(
         TARGET, max_model_len=128, structured_outputs_config=options, speculative_config=spec
     )
-    made = StructuredOutputManager(args.create_engine_config())
-    made.draft_trees = {"r": TokenTree.parse(tree)} if tree else {}
-    return made
+    return StructuredOutputManager(args.create_engine_config())
 
 
 def new_request(manager, constraint, output=(), stop=(STOP,)):

@@ -31,7 +31,7 @@ def recorded_nodes():
     def spy(self, logits, batch):
         raw = logits.clone()
         processed, temperature = process(self, logits, batch)
-        trees = self.drafted.of(batch.idx_mapping_np)
+        trees = self.request_trees.trees_for(batch.idx_mapping_np)
         for r, (req_id, tree) in enumerate(zip(batch.req_ids, trees, strict=True)):
             start, end = batch.cu_num_logits_np[r : r + 2]
             rows = batch.logits_indices[start:end]

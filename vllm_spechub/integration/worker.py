@@ -32,6 +32,11 @@ class SpecHubWorker(Worker):
         apply_all(patches.WORKER)
         super().init_device()
 
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        super().load_model(load_dummy_weights=load_dummy_weights)
+        # vLLM introduces the two only where the speculator has a model of its own
+        self._v2_runner.speculator.bind(self._v2_runner.model_state)
+
     def determine_available_memory(self) -> int:
         """What vLLM finds, less what verifying a full batch of trees needs, which vLLM's profiling
         run does not see."""
@@ -43,8 +48,7 @@ class SpecHubWorker(Worker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
         if self.is_driver_worker:
-            speculator = self._v2_runner.speculator
-            logger.info(summarize(self.vllm_config, speculator, kv_cache_config))
+            logger.info(summarize(self.vllm_config, self._v2_runner.speculator, kv_cache_config))
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         super().wake_up(tags)
