@@ -158,7 +158,7 @@ def test_survives_pickling_into_a_fresh_process():
         ({"sharpening": float("nan")}, "speculative_config['sharpening'] is nan, allowed: a fini"),
         (
             {"sharpening": 2, "verification": "rrsw"},
-            "speculative_config['sharpening']: verification 'rrsw' has no sampled slot to sharpen",
+            "speculative_config: sharpening must be 1 with rule 'rrsw', allowed with: ordered",
         ),
         ({"verification": "chain"}, "speculative_config['tree'] is binary:3, but verification 'ch"),
         ({"proposer": "oracle"}, "speculative_config['proposer'] is 'oracle', allowed: draft_mo"),

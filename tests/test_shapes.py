@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from vllm_spechub.trees.best_tree import best_shape, expected_accepted, parse_tree, shipped_rates
 from vllm_spechub.trees.tree import TokenTree
-from vllm_spechub.triton_kernels.rules import RULES
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
+
+RULES = tuple(BUILTIN_RULES)
 
 
 @lru_cache

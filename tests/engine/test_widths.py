@@ -18,7 +18,7 @@ from test_metrics import spechub_metrics
 from vllm import SamplingParams
 
 from vllm_spechub.engine.sampler import TreeRejectionSampler
-from vllm_spechub.rules.kernel_rule import OrderedSpecHub
+from vllm_spechub.rules.kernel_rule import KernelRule
 from vllm_spechub.trees.tree import TokenTree
 
 SCHEDULE = [[1, 2, "binary:3"], [3, 4, "chain:2"], [5, None, None]]
@@ -43,15 +43,13 @@ def emitted_by_tree(monkeypatch):
     Each request must be verified as the tree that it drafted.
     """
     batches: list[dict[int, list[int]]] = []
-    original, verify = TreeRejectionSampler.__call__, OrderedSpecHub.verify
+    original, verify = TreeRejectionSampler.__call__, KernelRule.verify
     trees: dict[int, TokenTree] = {}
 
-    def check(self, *args, num_nodes, idx_mapping, state, **kwargs):
-        for req in idx_mapping[num_nodes > 0].tolist():
+    def check(self, target, requests, state):
+        for req in requests.req_idx[target.num_nodes > 0].tolist():
             assert state.tree == trees[req]
-        return verify(
-            self, *args, num_nodes=num_nodes, idx_mapping=idx_mapping, state=state, **kwargs
-        )
+        return verify(self, target, requests, state)
 
     def spy(self, logits, batch, *args, **kwargs):
         reqs = batch.idx_mapping_np
@@ -65,7 +63,7 @@ def emitted_by_tree(monkeypatch):
         return output
 
     monkeypatch.setattr(TreeRejectionSampler, "__call__", spy)
-    monkeypatch.setattr(OrderedSpecHub, "verify", check)
+    monkeypatch.setattr(KernelRule, "verify", check)
     return batches
 
 
