@@ -21,6 +21,7 @@ from vllm_spechub.config import SpecHubConfig
 from vllm_spechub.integration.refusals import Unsupported
 from vllm_spechub.registry import PROPOSERS, RULES, Registry
 from vllm_spechub.rules.base import VerificationRule, build_rule
+from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
 from vllm_spechub.trees.best_tree import parse_tree
 from vllm_spechub.trees.measured_schedule import keep
 from vllm_spechub.trees.schedule import TreeSchedule
@@ -285,14 +286,16 @@ def test_a_third_party_registers_rules_and_proposers(monkeypatch):
 class OwnRule(VerificationRule):
     """A third party's, which knows nothing of sharpening."""
 
-    name = "own"
     sample_children = verify = None
 
 
 def test_a_third_partys_rule_need_not_know_every_option(monkeypatch):
     monkeypatch.setattr(RULES, "_entries", dict(RULES._entries))
     RULES.register("own", f"{__name__}:OwnRule")
-    assert isinstance(build_rule(configured({"verification": "own"}).speculative_config), OwnRule)
+    assert isinstance(
+        build_rule(configured({"verification": "own"}).speculative_config, PORTABLE_KERNELS),
+        OwnRule,
+    )
     with pytest.raises(ValueError, match=r"speculative_config\['sharpening'\]: verification 'own'"):
         configured({"verification": "own", "sharpening": 2})
 
@@ -307,9 +310,9 @@ def test_a_third_partys_rule_need_not_know_every_option(monkeypatch):
 )
 def test_rules_and_sharpening(spec):
     config = configured(spec).speculative_config
-    rule = build_rule(config)
+    rule = build_rule(config, PORTABLE_KERNELS)
     assert rule.name == spec["verification"]
-    assert rule.config.sharpening == spec.get("sharpening", 1.0)
+    assert rule.sharpening == spec.get("sharpening", 1.0)
 
 
 def test_registry_names_what_it_has():

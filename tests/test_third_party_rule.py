@@ -18,7 +18,9 @@ from vllm_spechub.offline.simulation.reach import reach
 from vllm_spechub.offline.simulation.texts import ModelPair, sample_roots
 from vllm_spechub.registry import RULES
 from vllm_spechub.rules.base import VerificationRule
+from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS, KernelRule
 from vllm_spechub.trees.best_tree import parse_tree
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 
 PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 TREE = TokenTree((0, 0, 1, 1, 2))
@@ -34,6 +36,17 @@ def rule(tmp_path_factory):
 def test_the_rule_is_not_one_of_ours(rule):
     assert RULES.load(rule).__module__ == "my_package.rules"
     assert issubclass(RULES.load(rule), VerificationRule)
+
+
+def test_the_registry_and_the_table_name_the_same_rules():
+    registry = RULES._builtin
+    assert list(registry) == list(BUILTIN_RULES)
+    for name, rule in BUILTIN_RULES.items():
+        assert rule.name == name
+        assert rule.rates_of in BUILTIN_RULES
+        built = RULES.load(name)(name, PORTABLE_KERNELS)
+        assert isinstance(built, KernelRule)
+        assert built.max_children == rule.max_children
 
 
 def test_the_library_is_lossless_with_it(rule):
