@@ -359,6 +359,8 @@ def _visit_node(
 ) -> tuple[torch.Tensor, TraversalOutcome]:
     probs, best, greedy = trees.target_probs(rows, nodes)
     children, sample_slot, distribution = trees.drafted(rows, nodes)
+    # recursive rules verify from the root
+    assert isinstance(distribution, SpecHubDistribution)
     outcome = traversal_outcome(
         probs, distribution, children, sample_slot, path_acceptance, ordered=ordered
     )
