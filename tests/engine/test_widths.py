@@ -54,7 +54,9 @@ def emitted_by_tree(monkeypatch):
     def spy(self, logits, batch, *args, **kwargs):
         reqs = batch.idx_mapping_np
         trees.update(zip(reqs.tolist(), self.drafted.of(reqs), strict=True))
-        output = original(self, logits, batch, *args, **kwargs)
+        with monkeypatch.context() as patch:  # the worker's warm-up verifies, too
+            patch.setattr(KernelRule, "verify", check)
+            output = original(self, logits, batch, *args, **kwargs)
         emitted: dict[int, list[int]] = {}
         for r, index in enumerate(self.drafted.index[batch.idx_mapping_np].tolist()):
             if batch.num_draft_tokens_per_req[r] > 0:
@@ -63,7 +65,6 @@ def emitted_by_tree(monkeypatch):
         return output
 
     monkeypatch.setattr(TreeRejectionSampler, "__call__", spy)
-    monkeypatch.setattr(KernelRule, "verify", check)
     return batches
 
 
@@ -133,7 +134,9 @@ def test_the_draft_reads_what_it_missed(budget):
     original = TreeRejectionSampler.__call__
 
     def spy(self, logits, batch, *args, **kwargs):
-        output = original(self, logits, batch, *args, **kwargs)
+        with monkeypatch.context() as patch:  # the worker's warm-up verifies, too
+            patch.setattr(KernelRule, "verify", check)
+            output = original(self, logits, batch, *args, **kwargs)
         if batch.num_reqs == 1:
             emitted.append(int(output.num_sampled[0]))
         return output
