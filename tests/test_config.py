@@ -22,6 +22,7 @@ from vllm_spechub.config import SpecHubConfig
 from vllm_spechub.integration.refusals import Unsupported
 from vllm_spechub.registry import PROPOSERS, RULES, Registry
 from vllm_spechub.rules.base import build_rule
+from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
 from vllm_spechub.trees.best_tree import parse_tree
 from vllm_spechub.trees.measured_schedule import keep
 from vllm_spechub.trees.schedule import TreeSchedule
@@ -156,7 +157,7 @@ def test_survives_pickling_into_a_fresh_process():
         ({"sharpening": float("nan")}, "speculative_config['sharpening'] is nan, allowed: a fini"),
         (
             {"sharpening": 2, "verification": "rrsw"},
-            "speculative_config['sharpening']: verification 'rrsw' has no sampled slot to sharpen",
+            "speculative_config: sharpening must be 1 with rule 'rrsw', allowed with: ordered",
         ),
         ({"verification": "chain"}, "speculative_config['tree'] is binary:3, but verification 'ch"),
         ({"proposer": "oracle"}, "speculative_config['proposer'] is 'oracle', allowed: draft_mo"),
@@ -316,7 +317,7 @@ from vllm_spechub.rules.base import VerificationRule
 
 class Rule(VerificationRule):
     """It knows nothing of sharpening."""
-    name = "theirs"
+
     sample_children = verify = None
 
 class Repeats:
@@ -367,7 +368,7 @@ def install(tmp_path, monkeypatch):
 def test_another_package_adds_rules_and_proposers(install):
     install(
         **{
-            RULE_GROUP: {"mine": "vllm_spechub.rules.kernel_rule:UnorderedSpecHub"},
+            RULE_GROUP: {"mine": "theirs:Rule"},
             PROPOSER_GROUP: {"mine": "vllm_spechub.proposers.draft_model:DraftModelProposer"},
         }
     )
@@ -379,9 +380,9 @@ def test_another_package_adds_rules_and_proposers(install):
 
 def test_another_packages_rule_need_not_know_every_option(install):
     install(**{RULE_GROUP: {"theirs": "theirs:Rule"}})
-    rule = build_rule(configured({"verification": "theirs"}).speculative_config)
-    assert type(rule).__module__ == "theirs"
-    with pytest.raises(ValueError, match=r"\['sharpening'\]: verification 'theirs'"):
+    options = configured({"verification": "theirs"}).speculative_config
+    assert type(build_rule(options, PORTABLE_KERNELS)).__module__ == "theirs"
+    with pytest.raises(ValueError, match="sharpening must be 1 with rule 'theirs'"):
         configured({"verification": "theirs", "sharpening": 2})
 
 
@@ -433,9 +434,9 @@ def test_a_draft_that_vllm_takes_for_another_method(tmp_path):
 )
 def test_rules_and_sharpening(spec):
     config = configured(spec).speculative_config
-    rule = build_rule(config)
+    rule = build_rule(config, PORTABLE_KERNELS)
     assert rule.name == spec["verification"]
-    assert rule.config.sharpening == spec.get("sharpening", 1.0)
+    assert rule.sharpening == spec.get("sharpening", 1.0)
 
 
 def test_registry_names_what_it_has():

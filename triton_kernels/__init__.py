@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels of SpecHub tree speculation, usable without vLLM.
 
-One folder per operation: `kernel.py` (Triton), `reference.py` (plain PyTorch, also the host
-version) and `__init__.py`, which validates its arguments and dispatches on the tensors' device.
-Nothing here imports Triton before a kernel is first launched.
+One folder per operation: `kernel.py` (Triton), `reference.py` (plain PyTorch, what the kernels must
+reproduce) and `__init__.py`, which checks the arguments and takes the kernel for CUDA tensors, else
+the reference. The CPU versions that an engine runs are compiled by Numba and live in
+`vllm_spechub/cpu/tree_kernels`. Nothing here imports Triton before a kernel is first launched.
 """

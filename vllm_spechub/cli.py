@@ -22,7 +22,7 @@ from vllm_spechub.measure import preflight
 from vllm_spechub.measure.terminal import one_line_errors, progress_bar, prompt_counter
 from vllm_spechub.registry import RULES
 from vllm_spechub.trees.tree import MAX_NODES
-from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
+from vllm_spechub.triton_kernels.rules import DEFAULT_RULE, rates_of
 
 if TYPE_CHECKING:
     import torch
@@ -209,7 +209,6 @@ def shape(
         preflight.check_models({"TARGET": target, "DRAFT": draft})
         (variant,) = _parse_rules([rule])
         others = _parse_rules(None) if rates_file else []
-        from vllm_spechub.measure.tuning.rates import rates_of
         from vllm_spechub.offline.simulation import study
         from vllm_spechub.offline.simulation.drafts import Variant
         from vllm_spechub.trees.best_tree import average_rates, best_shape
@@ -400,14 +399,11 @@ def tune(
 def _parse_rules(texts: Sequence[str] | None) -> "list[Variant]":
     """Parse `RULE` or `RULE@SHARPENING`; without any, take all registered rules."""
     from vllm_spechub.offline.simulation.drafts import Variant
-    from vllm_spechub.triton_kernels.rules import check_rule
+    from vllm_spechub.rules.base import check_rule
 
     variants = [Variant.parse(text) for text in texts or RULES]
     for variant in variants:
-        if variant.rule not in RULES:
-            raise ValueError(f"--rule is {variant.rule!r}, allowed: {', '.join(RULES)}")
-        if variant.sharpening != 1.0:
-            check_rule(variant.rule, variant.sharpening, 1)
+        check_rule(variant.rule, variant.sharpening)
     return list(dict.fromkeys(variants))
 
 

@@ -191,7 +191,11 @@ def create_config(
             f"{given.proposer!r} needs one of method {proposer.vllm_method!r}; rename the folder "
             "or choose another draft"
         )
-    RULES.load(spechub.verification).check_config(spechub)
+    try:
+        rule = RULES.load(spechub.verification)
+        rule.check(spechub.verification, spechub.sharpening, spechub.schedule.trees)
+    except ValueError as error:
+        raise ValueError(f"speculative_config: {error}") from None
     proposer.check_config(spechub)
     return spechub
 

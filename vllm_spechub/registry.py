@@ -63,12 +63,12 @@ class Registry:
 RULES = Registry(
     "verification rule",
     {
-        "ordered": "vllm_spechub.rules.kernel_rule:OrderedSpecHub",
-        "unordered": "vllm_spechub.rules.kernel_rule:UnorderedSpecHub",
-        "traversal": "vllm_spechub.rules.kernel_rule:TraversalSpecHub",
-        "rrs": "vllm_spechub.rules.kernel_rule:RecursiveRejection",
-        "rrsw": "vllm_spechub.rules.kernel_rule:RecursiveRejectionWithoutReplacement",
-        "chain": "vllm_spechub.rules.kernel_rule:ChainRejection",
+        "ordered": "vllm_spechub.rules.kernel_rule:KernelRule",
+        "unordered": "vllm_spechub.rules.kernel_rule:KernelRule",
+        "traversal": "vllm_spechub.rules.kernel_rule:KernelRule",
+        "rrs": "vllm_spechub.rules.kernel_rule:KernelRule",
+        "rrsw": "vllm_spechub.rules.kernel_rule:KernelRule",
+        "chain": "vllm_spechub.rules.kernel_rule:KernelRule",
     },
     "vllm_spechub.rules",
 )

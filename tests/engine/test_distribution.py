@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Above temperature 0 the emitted prefixes have exactly the target's distribution."""
 
+from dataclasses import replace
+
 import pytest
 from vllm import SamplingParams
 
@@ -141,16 +143,14 @@ def test_a_seed_fixes_the_tokens(tree):
 
 def test_the_checked_entry_points_take_what_the_engine_passes(monkeypatch):
     """On CUDA the engine calls `triton_kernels`, whose references must sample the same tokens."""
-    from vllm_spechub.rules import kernel_rule
-    from vllm_spechub.triton_kernels.child_sampling import sample_children
-    from vllm_spechub.triton_kernels.verification import verify_tree
+    from vllm_spechub.integration.platforms import PLATFORMS
+    from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
 
     params = SamplingParams(temperature=0.9, top_p=0.95, seed=5, max_tokens=24, ignore_eos=True)
     tokens = []
-    for calls in ({}, {"sample_children": sample_children, "verify_tree": verify_tree}):
-        for name, function in calls.items():
-            ours = kernel_rule.kernels()._replace(**{name: function})
-            monkeypatch.setattr(kernel_rule, "kernels", lambda ours=ours: ours)
+    for kernels in (PLATFORMS["cpu"].tree_kernels(), PORTABLE_KERNELS):
+        record = replace(PLATFORMS["cpu"], tree_kernels=lambda kernels=kernels: kernels)
+        monkeypatch.setitem(PLATFORMS, "cpu", record)
         with engine(WIDE) as llm:
             outputs = llm.generate(PROMPTS, params, use_tqdm=False)
         tokens.append([list(o.outputs[0].token_ids) for o in outputs])

@@ -8,17 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    PROMPTS,
-    engine,
-    greedy_params,
-    model_runner,
-    plain_greedy,
-    spec_metrics,
-    token_ids,
-)
 from vllm import SamplingParams
 
+from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids
+from helpers.metrics import spec_metrics
+from helpers.pair import PROMPTS
 from vllm_spechub.proposers.base import TreeProposer
 from vllm_spechub.registry import PROPOSERS
 

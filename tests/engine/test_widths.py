@@ -13,7 +13,7 @@ from helpers.pair import PROMPTS, TARGET
 from helpers.recording import recorded_nodes, request_of
 from helpers.schedules import SCHEDULE, params
 from vllm_spechub.engine.sampler import TreeRejectionSampler
-from vllm_spechub.rules.kernel_rule import OrderedSpecHub
+from vllm_spechub.rules.kernel_rule import KernelRule
 from vllm_spechub.trees.tree import TokenTree
 
 # the other way round: wide trees leave most requests out of a tight budget, chains let them in
@@ -31,20 +31,20 @@ def emitted_by_tree(monkeypatch):
     Each request must be verified as the tree that it drafted.
     """
     batches: list[dict[int, list[int]]] = []
-    original, verify = TreeRejectionSampler.__call__, OrderedSpecHub.verify
+    original, verify = TreeRejectionSampler.__call__, KernelRule.verify
     trees: dict[int, TokenTree] = {}
 
-    def check(self, *args, num_nodes, idx_mapping, state, **kwargs):
-        for req in idx_mapping[num_nodes > 0].tolist():
+    def check(self, target, requests, state):
+        for req in requests.req_idx[target.num_nodes > 0].tolist():
             assert state.tree == trees[req]
-        return verify(
-            self, *args, num_nodes=num_nodes, idx_mapping=idx_mapping, state=state, **kwargs
-        )
+        return verify(self, target, requests, state)
 
     def spy(self, logits, batch, *args, **kwargs):
         reqs = batch.idx_mapping_np
         trees.update(zip(reqs.tolist(), self.request_trees.trees_for(reqs), strict=True))
-        output = original(self, logits, batch, *args, **kwargs)
+        with monkeypatch.context() as patch:  # the worker's warm-up verifies, too
+            patch.setattr(KernelRule, "verify", check)
+            output = original(self, logits, batch, *args, **kwargs)
         emitted: dict[int, list[int]] = {}
         for r, index in enumerate(self.request_trees.index_for(batch.idx_mapping_np).tolist()):
             if batch.num_draft_tokens_per_req[r] > 0:
@@ -53,7 +53,6 @@ def emitted_by_tree(monkeypatch):
         return output
 
     monkeypatch.setattr(TreeRejectionSampler, "__call__", spy)
-    monkeypatch.setattr(OrderedSpecHub, "verify", check)
     return batches
 
 

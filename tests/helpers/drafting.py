@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_spechub.triton_kernels.arguments import Requests, TreeTables
 from vllm_spechub.triton_kernels.child_sampling import sample_children
 
 
@@ -31,6 +32,12 @@ class Tree:
         for node, count in reversed([*enumerate(self.counts)]):
             first = int(self.first_child[node])
             self.subtree_sizes[node] += self.subtree_sizes[first : first + count].sum()
+
+    @property
+    def tables(self) -> TreeTables:
+        return TreeTables(
+            self.first_child, self.num_children, self.internal_index, self.subtree_sizes
+        )
 
     @property
     def num_drafted(self) -> int:
@@ -82,12 +89,9 @@ def draft_tree(
         logits.append(logits_of(paths[node]))
         children, slot = sample_children(
             logits[-1],
-            temperature,
-            seeds,
-            req_idx,
-            root_positions,
             torch.full((num_reqs,), node, dtype=torch.int32),
             torch.full((num_reqs,), count, dtype=torch.int32),
+            Requests(req_idx, root_positions, temperature, seeds),
             rule=rule,
             max_children=count,
             sharpening=sharpening,

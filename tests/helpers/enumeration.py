@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_spechub.triton_kernels.verification.node_rules import draft_law
+from vllm_spechub.triton_kernels.verification.node_rules import draft_distribution
 
 
 @dataclass
@@ -93,11 +93,11 @@ def draw_spechub(q: np.ndarray, k: int, rule: str, greedy: bool, hubs: list[int]
 
 
 def laws_of(q: np.ndarray, drafts: Drafts, rule: str, greedy=False, sharpening=1.0, dtype=None):
-    """`draft_law` of every draft: what verification makes of the logits."""
+    """`draft_distribution` of every draft: what verification makes of the logits."""
     num_drafts, dtype = len(drafts.prob), dtype or torch.float64
     temperature = torch.full((num_drafts,), 0.0 if greedy else 1.0, dtype=dtype)
     logits = log(q).to(dtype).expand(num_drafts, -1)
-    return draft_law(
+    return draft_distribution(
         logits, temperature, drafts.children, drafts.sample_slot, rule=rule, sharpening=sharpening
     )
 

@@ -14,6 +14,7 @@ import torch
 from vllm_spechub.triton_kernels import rng
 from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
 from vllm_spechub.triton_kernels.compaction.kernel import ELEMENT_BITS, _compact_kernel
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 from vllm_spechub.triton_kernels.tree_attention.kernel import (
     _merge_splits_kernel,
     _tree_attention_kernel,
@@ -92,7 +93,7 @@ def test_child_sampling(compile_for, capability, dtype, rule, max_children):
         child_sampling._sample_children_kernel,
         CHILD_SAMPLING_ARGUMENTS | {"logits_ptr": f"*{dtype}"},
         {
-            "RULE": rule,
+            **child_sampling.constants(BUILTIN_RULES[rule]),
             "MAX_CHILDREN": max_children,
             "SHARPENED": False,
             **LANES,
@@ -138,7 +139,7 @@ def test_verification(compile_for, capability, dtype, rule, sharpened):
         constants["MAX_NODES"] = 64
     else:
         function = verification._verify_tree_kernel
-        constants["RULE"] = rule
+        constants |= verification.constants(BUILTIN_RULES[rule])
     resources = compile_for(function, arguments, constants, capability, verification.NUM_WARPS)
     sharpness = ", sharpened" if sharpened else ""
     print(f"verify_tree, {rule}{sharpness}, {dtype}, sm_{capability}: {resources}")

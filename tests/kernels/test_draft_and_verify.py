@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from vllm_spechub import TokenTree, draft_tree, verify_tree
-from vllm_spechub.triton_kernels.rules import RULES
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
+
+RULES = tuple(BUILTIN_RULES)
 
 VOCAB = 11
 

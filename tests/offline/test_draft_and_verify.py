@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from vllm_spechub import TokenTree, acceptance, draft_tree, otm, verify_tree
-from vllm_spechub.triton_kernels.rules import RECURSIVE, RULES, SPECHUB
-from vllm_spechub.triton_kernels.verification.node_rules import draft_law, node_outcome
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
+from vllm_spechub.triton_kernels.verification.node_rules import draft_distribution, node_outcome
+
+RECURSIVE = tuple(name for name, rule in BUILTIN_RULES.items() if rule.is_recursive)
+RULES = tuple(BUILTIN_RULES)
+SPECHUB = tuple(name for name, rule in BUILTIN_RULES.items() if rule.sharpens)
 
 VOCAB = 4
 # Unequal subtrees, up to three children, a leaf beside each inner node.
@@ -254,7 +258,7 @@ def test_acceptance_by_slot_is_what_verification_does(rule, sharpening):
         )
         slots = draft.sample_slots[:, 0].long()
         ones = torch.ones(num_drafts)
-        law = draft_law(
+        law = draft_distribution(
             draft.logits[:, 0], ones, draft.tokens, slots, rule=rule, sharpening=sharpening
         )
         found = node_outcome(p.expand(num_drafts, -1), law, draft.tokens, slots, rule=rule).accept

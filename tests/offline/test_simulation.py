@@ -14,14 +14,17 @@ from typer.testing import CliRunner
 from vllm_spechub.cli import app
 from vllm_spechub.offline.draft_and_verify import DraftTree, verify_tree
 from vllm_spechub.offline.simulation import report, study
-from vllm_spechub.offline.simulation.drafts import Law, Plan, Variant, draft_plans
-from vllm_spechub.offline.simulation.reach import Reach
+from vllm_spechub.offline.simulation.drafts import NodeKind, Plan, Variant, draft_plans
+from vllm_spechub.offline.simulation.reach import reach
 from vllm_spechub.offline.simulation.study import Difference, Row, Sampling, mean_and_ci, measure
 from vllm_spechub.offline.simulation.texts import ModelPair, Roots, read_prompts, sample_roots
 from vllm_spechub.offline.simulation.yardstick import Yardstick
 from vllm_spechub.trees.best_tree import parse_tree
 from vllm_spechub.trees.tree import TokenTree
-from vllm_spechub.triton_kernels.rules import RECURSIVE, RULES
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
+
+RECURSIVE = tuple(name for name, rule in BUILTIN_RULES.items() if rule.is_recursive)
+RULES = tuple(BUILTIN_RULES)
 
 VOCAB = 40
 TREE = TokenTree((0, 0, 0, 1, 1, 2, 4, 4, 6))
@@ -77,7 +80,7 @@ def path_tokens(drafts, plan, root: int) -> list[list[int]]:
     tree, paths = plan.tree, [[] for _ in range(plan.tree.num_nodes + 1)]
     for index, node in enumerate(tree.internal_nodes.tolist()):
         count, first = int(tree.num_children[node]), int(tree.first_child[node])
-        children = drafts.children[Law(plan.variant, count)]
+        children = drafts.children[NodeKind(plan.variant, count)]
         row = children.rows(drafts.nodes[plan][root, index])
         for slot, token in enumerate(children.tokens[row].tolist()):
             paths[first + slot] = [*paths[node], token]
@@ -110,9 +113,8 @@ def test_rows_are_those_of_a_plain_forward_pass(pair, roots):
                     target = pair.target(ids).logits[0, -1]
                     draft = pair.draft(ids).logits[0, -1]
                 number = drafts.nodes[plan][root, index]
-                expected = torch.softmax(target / 0.7, dim=0)
                 torch.testing.assert_close(
-                    drafts.target_probs[number], expected, atol=1e-5, rtol=1e-4
+                    drafts.target_logits[number], target, atol=1e-4, rtol=1e-4
                 )
                 torch.testing.assert_close(drafts.draft_logits[number], draft, atol=1e-4, rtol=1e-4)
 
@@ -123,15 +125,18 @@ def test_expected_tokens_are_what_verification_emits(pair, roots, rule):
     variant = Variant.parse(rule)
     plan = Plan(variant, TokenTree.chain(4) if rule == "chain" else TREE)
     drafts = draft_plans(pair, roots, [plan], 1.0, seed=5)
-    reach = Reach(drafts).of(plan)
-    assert (reach[:, 0] - 1).abs().max() < 1e-5
+    reached = reach(drafts, plan)
+    assert (reached[:, 0] - 1).abs().max() < 1e-5
     nodes, tosses = drafts.nodes[plan], 3000
     for root in (0, 3):
         paths = path_tokens(drafts, plan, root)
         slots = [
             drafts.children[law].sample_slot[drafts.children[law].rows(number)]
             for law, number in zip(
-                (Law(variant, int(plan.tree.num_children[n])) for n in plan.tree.internal_nodes),
+                (
+                    NodeKind(variant, int(plan.tree.num_children[n]))
+                    for n in plan.tree.internal_nodes
+                ),
                 nodes[root],
                 strict=True,
             )
@@ -146,11 +151,11 @@ def test_expected_tokens_are_what_verification_emits(pair, roots, rule):
         )
         # leaves' rows do not bear on the length
         rows = torch.full((plan.tree.num_nodes + 1, VOCAB), 1 / VOCAB)
-        rows[plan.tree.internal_nodes] = drafts.target_probs[nodes[root]]
+        rows[plan.tree.internal_nodes] = drafts.target_logits[nodes[root]].softmax(dim=-1)
         generator = torch.Generator().manual_seed(root)
         _, num_tokens = verify_tree(drafted, rows.expand(tosses, -1, -1), generator=generator)
         error = num_tokens.double().std().item() / tosses**0.5
-        assert abs(num_tokens.double().mean() - reach[root].sum()) < 4.5 * error + 1e-6
+        assert abs(num_tokens.double().mean() - reached[root].sum()) < 4.5 * error + 1e-6
 
 
 def test_common_noise(pair, roots):
@@ -179,8 +184,8 @@ def test_common_noise(pair, roots):
 
 def test_greedy_plans_accept_the_best_path(pair, roots):
     plans = [Plan(Variant(rule), TREE) for rule in RULES if rule != "chain"]
-    reach = Reach(draft_plans(pair, roots, plans, 0.0, seed=0))
-    found = [reach.of(plan).sum(dim=1) for plan in plans]
+    drafts = draft_plans(pair, roots, plans, 0.0, seed=0)
+    found = [reach(drafts, plan).sum(dim=1) for plan in plans]
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert found[0].unique().tolist() == found[0].round().unique().tolist()
 

@@ -2,15 +2,20 @@
 """The best shape for given rates, against all trees of a small size; "auto" in configurations."""
 
 import itertools
+import json
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_spechub.trees.best_tree import best_shape, expected_accepted, parse_tree, shipped_rates
+from vllm_spechub.trees import best_tree
+from vllm_spechub.trees.best_tree import best_shape, parse_tree, shipped_rates
 from vllm_spechub.trees.tree import TokenTree
-from vllm_spechub.triton_kernels.rules import RULES
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
+
+RULES = tuple(BUILTIN_RULES)
 
 
 @lru_cache
@@ -39,6 +44,38 @@ def breadth_first(children: tuple) -> TokenTree:
                 following.append((len(parents), child))
         level = following
     return TokenTree(tuple(parents))
+
+
+def expected_accepted(tree: TokenTree, rates: dict) -> float:
+    """What `best_shape` maximises."""
+    reach = [1.0] * (tree.num_nodes + 1)
+    for node, parent in enumerate(tree.parents, start=1):
+        slot = node - int(tree.first_child[parent])
+        reach[node] = reach[parent] * rates[int(tree.num_children[parent])][slot]
+    return sum(reach[1:])
+
+
+def most_accepted(rates: dict, max_nodes: int, max_depth: int) -> float:
+    """The largest `expected_accepted`, by recursion over a node's descendants and slots."""
+
+    @lru_cache(None)
+    def node(descendants: int, depth: int) -> float:
+        if descendants == 0 or depth == 0:
+            return 0.0
+        counts = [k for k in rates if k <= descendants]
+        return max(slots(k, 0, descendants, depth) for k in counts)
+
+    @lru_cache(None)
+    def slots(k: int, slot: int, left: int, depth: int) -> float:
+        if slot == k:
+            return 0.0
+        return max(
+            rates[k][slot] * (1 + node(size - 1, depth - 1))
+            + slots(k, slot + 1, left - size, depth)
+            for size in range(1, left - (k - slot - 1) + 1)
+        )
+
+    return node(max_nodes, max_depth)
 
 
 rate = st.floats(0.01, 0.5)
@@ -88,6 +125,42 @@ def test_bad_shapes(arguments, message):
         best_shape(*arguments)
 
 
+def file_rates(rule: str) -> dict[int, list[float]]:
+    """A rule's rates as the file has them, averaged over temperatures."""
+    tables = json.loads(Path(best_tree.__file__).with_name("rates.json").read_text())["rates"][rule]
+    by_count = ({int(k): slots for k, slots in table.items()} for table in tables.values())
+    pooled: dict[int, list[list[float]]] = {}
+    for table in by_count:
+        for k, slots in table.items():
+            pooled.setdefault(k, []).append(slots)
+    return {
+        k: [sum(rates) / len(rates) for rates in zip(*tables, strict=True)]
+        for k, tables in pooled.items()
+    }
+
+
+# docs/library.md says that `traversal` takes `ordered`'s rates
+TRAVERSAL_TREES = {
+    ("auto", 15): (0, 0, 1, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 10),
+    ("auto:7", 7): (0, 0, 1, 2, 3, 5, 6),
+    ("auto:31", 31): (
+        *(0, 0, 0, 0, 1, 1, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10),
+        *(11, 11, 12, 13, 14, 15, 16, 17, 18, 18, 19, 20, 21, 23),
+    ),
+}
+
+
+@pytest.mark.parametrize(("spec", "nodes"), TRAVERSAL_TREES)
+def test_traversal_takes_the_trees_of_ordered(spec, nodes):
+    tree = TokenTree(TRAVERSAL_TREES[spec, nodes])
+    assert parse_tree(spec, "traversal") == parse_tree(spec, "ordered") == tree
+    most = most_accepted(file_rates("ordered"), nodes, 5)
+    assert expected_accepted(tree, file_rates("ordered")) == pytest.approx(most, abs=1e-9)
+    # its own rates would give another
+    own = most_accepted(file_rates("traversal"), nodes, 5)
+    assert expected_accepted(tree, file_rates("traversal")) < own - 1e-3
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_auto_for_every_rule(rule):
     rates = shipped_rates(rule)
@@ -96,7 +169,9 @@ def test_auto_for_every_rule(rule):
         tree = parse_tree(spec, rule)
         assert tree.depth <= depth
         assert tree.num_nodes == (depth if rule == "chain" else nodes)
-        assert tree == best_shape(rates, nodes, depth).tree
+        by_file = file_rates("ordered" if rule == "traversal" else rule)
+        most = most_accepted(by_file, nodes, depth)
+        assert expected_accepted(tree, by_file) == pytest.approx(most, abs=1e-9)
         # as `vllm-spechub shape` prints it
         assert parse_tree(list(tree.parents), rule) == tree
 

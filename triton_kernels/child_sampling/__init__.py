@@ -1,33 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draft up to `MAX_CHILDREN` children of tree nodes, by the law of a verification rule."""
+"""Draft up to `MAX_CHILDREN` children of tree nodes, as a verification rule has it."""
 
 import torch
 
-from ..rules import check_rule
-
-MAX_CHILDREN = 4
+from ..arguments import Children, Requests
+from ..constants import MAX_CHILDREN
+from ..rules import builtin_rule
 
 
 def sample_children(
     # [num_rows, vocab_size]
     logits: torch.Tensor,
-    # [max_num_reqs]
-    temperature: torch.Tensor,
-    # [max_num_reqs]
-    seeds: torch.Tensor,
-    # [num_rows]
-    req_idx: torch.Tensor,
-    # [num_rows]
-    root_positions: torch.Tensor,
     # [num_rows]
     node_ids: torch.Tensor,
     # [num_rows]
     num_children: torch.Tensor,
+    # of each row
+    requests: Requests,
     *,
     rule: str,
     max_children: int,
     sharpening: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Children:
     """Draft `k = num_children[row]` tokens for each row.
 
     SpecHub rules: the hubs are the k - 1 most probable tokens of `q = softmax(logits /
@@ -46,20 +40,12 @@ def sample_children(
 
     Args:
         logits: any float dtype; -inf for masked tokens; last dimension contiguous.
-        temperature: float32, per request; 0 is greedy.
-        seeds: int64, per request.
-        req_idx: integer index into the per-request tensors; -1 leaves the row undrafted.
-        root_positions: int64, position of the tree's root in its sequence.
         node_ids: int32, the node whose children the row drafts.
         num_children: int32, 1..max_children.
-        rule: one of `rules.RULES`; verification must use the same.
+        requests: whose rows these are.
+        rule: a built-in rule's name; verification must use the same.
         max_children: the largest of `num_children`, at most MAX_CHILDREN.
         sharpening: the exponent of w, above 0; verification must use the same.
-
-    Returns:
-        tokens: int64 [num_rows, max_children], -1 past `num_children` and in undrafted rows.
-        sample_slot: int32 [num_rows], slot of the sampled child, 0 for rules without one; -1 in
-            undrafted rows.
 
     Raises:
         ValueError: a shape, `max_children`, `rule` or `sharpening` does not fit.
@@ -67,18 +53,18 @@ def sample_children(
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError("logits must be [num_rows, vocab_size] with contiguous rows")
     num_rows, vocab_size = logits.shape
-    check_rule(rule, sharpening, max_children)
     if not 1 <= max_children <= min(MAX_CHILDREN, vocab_size):
         raise ValueError(f"max_children must be in 1..{min(MAX_CHILDREN, vocab_size)}")
+    builtin_rule(rule, sharpening, max_children)
     for name, value in (
-        ("req_idx", req_idx),
-        ("root_positions", root_positions),
+        ("req_idx", requests.req_idx),
+        ("root_positions", requests.root_positions),
         ("node_ids", node_ids),
         ("num_children", num_children),
     ):
         if value.shape != (num_rows,):
             raise ValueError(f"{name} must be [num_rows] = [{num_rows}], not {list(value.shape)}")
-    if temperature.dim() != 1 or seeds.shape != temperature.shape:
+    if requests.temperature.dim() != 1 or requests.seeds.shape != requests.temperature.shape:
         raise ValueError("temperature and seeds must both be [max_num_reqs]")
 
     if logits.is_cuda:
@@ -87,12 +73,9 @@ def sample_children(
         from . import reference as implementation
     return implementation.sample_children(
         logits,
-        temperature,
-        seeds,
-        req_idx,
-        root_positions,
         node_ids,
         num_children,
+        requests,
         rule=rule,
         max_children=max_children,
         sharpening=sharpening,

@@ -6,11 +6,14 @@ import triton
 import triton.language as tl
 
 from .. import rng
+from ..arguments import Children, Requests
+from ..constants import LOWEST
 from ..rng_device import CHILD, LABEL, element_hash, exponential, fast_log, row_key, uniform
+from ..rules import BUILTIN_RULES, Rule
 from ..sums_device import join
 
 # Stands for the logit -inf, so that masked tokens still rank above empty list entries.
-_LOWEST = tl.constexpr(-3.0e38)
+_LOWEST = tl.constexpr(LOWEST)
 _EMPTY = tl.constexpr(-3.4e38)
 # What a lane's list begins with, in its order.
 _FIRST = tl.constexpr(-3.1e38)
@@ -151,16 +154,17 @@ def _sample_children_kernel(
     num_children_ptr,
     vocab_size,
     sharpening,
-    RULE: tl.constexpr,
+    # whether slot 0 is distributed as the draft
+    ORDERED: tl.constexpr,
+    # whether all children are ranked in the race, not by logit; and drawn independently
+    RACED: tl.constexpr,
+    REPLACED: tl.constexpr,
     MAX_CHILDREN: tl.constexpr,
     SHARPENED: tl.constexpr,
     # the lanes of `rng.draw`, and at least as many as a lane has tokens
     BLOCK_SIZE: tl.constexpr,
     LANE_SIZE: tl.constexpr,
 ):
-    ORDERED: tl.constexpr = RULE == "ordered" or RULE == "traversal"
-    # Rules that rank all their children in the race, not by logit.
-    RACED: tl.constexpr = RULE == "rrs" or RULE == "rrsw"
     row = tl.program_id(0).to(tl.int64)
     row_tokens_ptr = tokens_ptr + row * MAX_CHILDREN
     req = tl.load(req_idx_ptr + row).to(tl.int64)
@@ -178,7 +182,7 @@ def _sample_children_kernel(
     node = tl.load(node_ids_ptr + row)
     race_scale = scale * sharpening
     key = row_key(seed, position, node, CHILD)
-    if RULE == "rrs" and not greedy:
+    if REPLACED and not greedy:
         _draw_independently(
             row_tokens_ptr,
             logits_ptr + row * logits_stride,
@@ -329,46 +333,48 @@ def _sample_children_kernel(
 def sample_children(
     # [num_rows, vocab_size]
     logits: torch.Tensor,
-    # [max_num_reqs]
-    temperature: torch.Tensor,
-    # [max_num_reqs]
-    seeds: torch.Tensor,
-    # [num_rows]
-    req_idx: torch.Tensor,
-    # [num_rows]
-    root_positions: torch.Tensor,
     # [num_rows]
     node_ids: torch.Tensor,
     # [num_rows]
     num_children: torch.Tensor,
+    requests: Requests,
     *,
     rule: str,
     max_children: int,
     sharpening: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Children:
     """`child_sampling.sample_children` on the GPU, without argument checks."""
     num_rows, vocab_size = logits.shape
     tokens = torch.empty(num_rows, max_children, dtype=torch.int64, device=logits.device)
-    sample_slot = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
+    sample_slots = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     if num_rows:
         _sample_children_kernel[(num_rows,)](
             tokens,
-            sample_slot,
+            sample_slots,
             logits,
             logits.stride(0),
-            temperature,
-            seeds,
-            req_idx,
-            root_positions,
+            requests.temperature,
+            requests.seeds,
+            requests.req_idx,
+            requests.root_positions,
             node_ids,
             num_children,
             vocab_size,
             float(sharpening),
-            RULE=rule,
+            **constants(BUILTIN_RULES[rule]),
             MAX_CHILDREN=max_children,
             SHARPENED=sharpening != 1.0,
             BLOCK_SIZE=rng.LANES,
             LANE_SIZE=triton.next_power_of_2(triton.cdiv(vocab_size, rng.LANES)),
             num_warps=NUM_WARPS,
         )
-    return tokens, sample_slot
+    return Children(tokens, sample_slots)
+
+
+def constants(rule: Rule) -> dict[str, bool]:
+    """What the kernel must know of a rule."""
+    return {
+        "ORDERED": rule.ordered_slots,
+        "RACED": rule.is_recursive,
+        "REPLACED": rule.replaces,
+    }

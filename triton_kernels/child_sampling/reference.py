@@ -1,58 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child sampling in plain PyTorch: what the kernel must reproduce, and the host version."""
+"""Child sampling in plain PyTorch: what the kernels must reproduce."""
 
 import torch
 
 from .. import rng
-from ..rules import ORDERED_SLOTS, RECURSIVE
-
-# Stands for the logit -inf, so that masked tokens still rank above tokens taken out (-inf).
-LOWEST = -3.0e38
+from ..arguments import Children, Requests
+from ..constants import LOWEST
+from ..rules import BUILTIN_RULES
 
 
 def sample_children(
     # [num_rows, vocab_size]
     logits: torch.Tensor,
-    # [max_num_reqs]
-    temperature: torch.Tensor,
-    # [max_num_reqs]
-    seeds: torch.Tensor,
-    # [num_rows]
-    req_idx: torch.Tensor,
-    # [num_rows]
-    root_positions: torch.Tensor,
     # [num_rows]
     node_ids: torch.Tensor,
     # [num_rows]
     num_children: torch.Tensor,
+    requests: Requests,
     *,
     rule: str,
     max_children: int,
     sharpening: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Children:
     """`child_sampling.sample_children` on any device, without argument checks."""
-    req = req_idx.clamp(min=0).long()
+    traits = BUILTIN_RULES[rule]
+    req = requests.req_idx.clamp(min=0).long()
+    # Masked tokens still rank above tokens that are taken out, which are -inf.
     logits = logits.to(torch.float32).clamp(min=LOWEST)
     # [num_rows, 1]
-    row_temperature = temperature[req].unsqueeze(1)
+    row_temperature = requests.temperature[req].unsqueeze(1)
     # A row without any possible token is drafted as a greedy one.
     greedy = (row_temperature == 0) | (logits.amax(dim=1, keepdim=True) == LOWEST)
     scale = 1.0 / torch.where(row_temperature == 0, 1.0, row_temperature)
     last_slot = num_children.unsqueeze(1) - 1
     keys = [
-        rng.row_key(seeds[req], root_positions, node_ids, use) for use in (rng.CHILD, rng.LABEL)
+        rng.row_key(requests.seeds[req], requests.root_positions, node_ids, use)
+        for use in (rng.CHILD, rng.LABEL)
     ]
-    if rule in RECURSIVE:
-        tokens = _draw_all(logits, scale, greedy, keys[0], rule == "rrs", max_children)
+    if traits.is_recursive:
+        tokens = _draw_all(logits, scale, greedy, keys[0], traits.replaces, max_children)
         tokens.masked_fill_(torch.arange(max_children, device=logits.device) > last_slot, -1)
         sample_slot = torch.zeros_like(last_slot)
     else:
         tokens, sample_slot = _draw_spechub(
-            logits, scale, greedy, keys, last_slot, max_children, sharpening, rule in ORDERED_SLOTS
+            logits, scale, greedy, keys, last_slot, max_children, sharpening, traits.ordered_slots
         )
-    undrafted = (req_idx < 0).unsqueeze(1)
+    undrafted = (requests.req_idx < 0).unsqueeze(1)
     tokens.masked_fill_(undrafted, -1)
-    return tokens, sample_slot.masked_fill(undrafted, -1).squeeze(1).to(torch.int32)
+    sample_slots = sample_slot.masked_fill(undrafted, -1).squeeze(1).to(torch.int32)
+    return Children(tokens, sample_slots)
 
 
 def _race(

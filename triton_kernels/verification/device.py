@@ -4,14 +4,14 @@
 import triton
 import triton.language as tl
 
+from .. import constants
 from ..rng_device import element_hash, exponential
 from ..sums_device import join
 
-# Stands for the peak of logits that are all -inf.
-LOWEST = tl.constexpr(-3.0e38)
-MAX_CHILDREN = tl.constexpr(4)
-NO_SLOT = tl.constexpr(4)
-# The peak of a law that is a point mass on the sampled child: beside it no logit has any weight.
+LOWEST = tl.constexpr(constants.LOWEST)
+MAX_CHILDREN = tl.constexpr(constants.MAX_CHILDREN)
+NO_SLOT = tl.constexpr(constants.MAX_CHILDREN)
+# The peak of a point mass on the sampled child: beside it no logit has any weight.
 CERTAIN = tl.constexpr(3.0e38)
 _NO_INDEX = tl.constexpr(2**31 - 1)
 
@@ -177,7 +177,7 @@ def sample_scale(draft_temperature, sharpening):
 
 
 @triton.jit
-def _sample_law(peak, total, draft_temperature, sharpening):
+def _sample_distribution(peak, total, draft_temperature, sharpening):
     """w as `_sample_prob` takes it, from the draft's peak and sum off the hubs."""
     # Nothing off the hubs, or a greedy draft: the sampled child was certain.
     certain = (draft_temperature == 0.0) | (peak == LOWEST)
@@ -186,7 +186,7 @@ def _sample_law(peak, total, draft_temperature, sharpening):
 
 
 @triton.jit
-def spechub_law(
+def spechub_distribution(
     # [vocab_size]
     target_ptr,
     # [vocab_size]
@@ -202,7 +202,8 @@ def spechub_law(
     SHARPENED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """First pass over a node's rows: `node_rules.draft_law`, and what makes p of the target's.
+    """First pass over a node's rows: what `node_rules.draft_distribution` finds, and what makes p
+    of the target's.
 
     Returns p as `_prob` takes it: peak and inverse sum of the target's exponentials, and their
     scale; w as `_sample_prob` takes it; the masses that the label has on the hubs and off them, and
@@ -254,7 +255,7 @@ def spechub_law(
         hub_probs = tl.exp((hub_logits - peak) * scale)
         nothing = greedy | (draft_peak == LOWEST)
         off_hub_mass = tl.where(nothing, 0.0, label_sum * tl.exp((draft_peak - peak) * scale))
-        # A greedy draft's law is a point mass on the first child.
+        # A greedy draft's distribution is a point mass on the first child.
         hub_probs = tl.where(greedy, tl.where((slots == 0) & is_hub, 1.0, 0.0), hub_probs)
         # Without hubs all the mass is off them.
         off_hub_mass = tl.where(tl.sum(is_hub.to(tl.int32), axis=0) == 0, 1.0, off_hub_mass)
@@ -264,7 +265,7 @@ def spechub_law(
         hub_mass /= mass
         off_hub_mass /= mass
     p = (target_peak, 1.0 / target_sum, target_scale)
-    w = _sample_law(draft_peak, draft_sum, draft_temperature, sharpening)
+    w = _sample_distribution(draft_peak, draft_sum, draft_temperature, sharpening)
     return p, w, (hub_mass, off_hub_mass), hub_probs
 
 
@@ -338,7 +339,7 @@ def spechub_parts(
     # [MAX_CHILDREN]
     children,
     sample_slot,
-    law,
+    distribution,
     acceptance,
     ordered,
     vocab_size,
@@ -347,7 +348,7 @@ def spechub_parts(
 ):
     """Second pass over a node's rows: `node_rules._SpecHubParts` of T = acceptance * p, with
     `ordered` as a scalar where ORDERED allows it. The residual's mass is returned by lane."""
-    p, w, masses, hub_probs = law
+    p, w, masses, hub_probs = distribution
     hub_mass, off_hub_mass = masses
     hubs, sample = spechub_children(children, sample_slot)
     slots = tl.arange(0, MAX_CHILDREN)
@@ -450,7 +451,7 @@ def emit_residual(
 
 @triton.jit
 def _slot_prob(logit, is_child, peak, total, scale, greedy):
-    """A slot's law: a point mass on its child where drafting had no choice."""
+    """A slot's distribution: a point mass on its child where drafting had no choice."""
     certain = greedy | (peak == LOWEST)
     prob = tl.exp((logit - peak) * scale) / tl.where(certain, 1.0, total)
     return tl.where(certain, tl.where(is_child, 1.0, 0.0), prob)
@@ -458,14 +459,14 @@ def _slot_prob(logit, is_child, peak, total, scale, greedy):
 
 @triton.jit
 def _residual_after(
-    prob, logit, index, tokens, laws, masses, COUNT: tl.constexpr, REPLACED: tl.constexpr
+    prob, logit, index, tokens, distributions, masses, COUNT: tl.constexpr, REPLACED: tl.constexpr
 ):
     """What recursive rejection of the first COUNT slots leaves of a target probability.
 
     `masses` holds the mass that each slot's residual had; a slot that was not tried, or whose
     residual had none, holds 0 and leaves all as it was.
     """
-    scale, greedy, peaks, totals = laws
+    scale, greedy, peaks, totals = distributions
     for slot in tl.static_range(COUNT):
         is_child = index == tokens[slot]
         draft = _slot_prob(logit, is_child, peaks[slot], totals[slot], scale, greedy)
@@ -485,7 +486,7 @@ def _recursive_lanes(
     draft_ptr,
     p,
     tokens,
-    laws,
+    distributions,
     masses,
     vocab_size,
     COUNT: tl.constexpr,
@@ -499,7 +500,7 @@ def _recursive_lanes(
         index = start + lane
         prob = _prob(_load(target_ptr, index, vocab_size), p)
         draft = _load(draft_ptr, index, vocab_size)
-        mass += _residual_after(prob, draft, index, tokens, laws, masses, COUNT, REPLACED)
+        mass += _residual_after(prob, draft, index, tokens, distributions, masses, COUNT, REPLACED)
     return mass
 
 
@@ -511,7 +512,7 @@ def _emit_recursive(
     draft_ptr,
     p,
     tokens,
-    laws,
+    distributions,
     masses,
     vocab_size,
     key,
@@ -525,7 +526,7 @@ def _emit_recursive(
         draft_ptr,
         p,
         tokens,
-        laws,
+        distributions,
         masses,
         vocab_size,
         MAX_CHILDREN,
@@ -537,7 +538,9 @@ def _emit_recursive(
     index = own_lane + place * BLOCK_SIZE
     prob = _prob(_load(target_ptr, index, vocab_size), p)
     draft = _load(draft_ptr, index, vocab_size)
-    weights = _residual_after(prob, draft, index, tokens, laws, masses, MAX_CHILDREN, REPLACED)
+    weights = _residual_after(
+        prob, draft, index, tokens, distributions, masses, MAX_CHILDREN, REPLACED
+    )
     return own_lane + BLOCK_SIZE * _drawn_place(place, weights, key, BLOCK_SIZE)
 
 
@@ -558,10 +561,11 @@ def verify_recursive(
     BLOCK_SIZE: tl.constexpr,
     LANE_SIZE: tl.constexpr,
 ):
-    """The accepted slot, or NO_SLOT, and the token to emit in that case: `rrs` where children are
-    REPLACED, else `rrsw`. Source: `node_rules._recursive_law` and `node_rules._recursive_outcome`.
+    """The accepted slot, or NO_SLOT, and the token to emit in that case, where all children were
+    drawn from the draft: independently if REPLACED, else without replacement. Source:
+    `node_rules._recursive_distribution` and `node_rules._recursive_outcome`.
 
-    A pass for the laws, one for each child rejected, and one to draw when all were.
+    A pass for the distributions, one for each child rejected, and one to draw when all were.
     """
     lane = tl.arange(0, BLOCK_SIZE)
     slots = tl.arange(0, MAX_CHILDREN)
@@ -597,13 +601,13 @@ def verify_recursive(
     total0, total1, total2 = total3, total3, total3
     logits = tl.load(draft_ptr + children, mask=children >= 0, other=float("-inf")).to(tl.float32)
     if not REPLACED:
-        # A slot's law has its own child and those after it besides: added up from the last one.
+        # A slot is drawn from its own child, those after it and the rest: added up from the last.
         peak3, total3 = _accumulate(at(logits, slots, 3), peak3, total3, scale)
         peak2, total2 = _accumulate(at(logits, slots, 2), peak3, total3, scale)
         peak1, total1 = _accumulate(at(logits, slots, 1), peak2, total2, scale)
         peak0, total0 = _accumulate(at(logits, slots, 0), peak1, total1, scale)
     # A row without any possible token was drafted as a greedy one.
-    laws = (
+    distributions = (
         scale,
         greedy | (peak0 == LOWEST),
         (peak0, peak1, peak2, peak3),
@@ -622,9 +626,11 @@ def verify_recursive(
         if (slot == NO_SLOT) & (token >= 0):
             logit = at(logits, slots, tried)
             prob = at(probs, slots, tried)
-            prob = _residual_after(prob, logit, token, tokens, laws, masses, tried, REPLACED)
-            peak, total = laws[2][tried], laws[3][tried]
-            chance = ratio(prob, _slot_prob(logit, True, peak, total, scale, laws[1]))
+            prob = _residual_after(
+                prob, logit, token, tokens, distributions, masses, tried, REPLACED
+            )
+            peak, total = distributions[2][tried], distributions[3][tried]
+            chance = ratio(prob, _slot_prob(logit, True, peak, total, scale, distributions[1]))
             threshold += reach * chance
             reach *= 1.0 - chance
             if draw < threshold:
@@ -635,7 +641,7 @@ def verify_recursive(
                     draft_ptr,
                     p,
                     tokens,
-                    laws,
+                    distributions,
                     _with(masses, 1.0, tried),
                     vocab_size,
                     tried + 1,
@@ -655,7 +661,7 @@ def verify_recursive(
             draft_ptr,
             p,
             tokens,
-            laws,
+            distributions,
             masses,
             vocab_size,
             residual_key,

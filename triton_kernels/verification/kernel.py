@@ -6,7 +6,9 @@ import triton
 import triton.language as tl
 
 from .. import rng
+from ..arguments import Drafts, Requests, TargetRows, TreeTables, VerifiedPaths
 from ..rng_device import ACCEPT, RESIDUAL, row_key, uniform
+from ..rules import BUILTIN_RULES, Rule
 from . import device
 from .device import MAX_CHILDREN, NO_SLOT
 from .traversal_kernel import traverse_kernel
@@ -39,7 +41,7 @@ def _verify_spechub(
     The mathematics are `node_rules.node_outcome`.
     """
     slots = tl.arange(0, MAX_CHILDREN)
-    law = device.spechub_law(
+    distribution = device.spechub_distribution(
         target_ptr,
         draft_ptr,
         children,
@@ -57,7 +59,7 @@ def _verify_spechub(
         draft_ptr,
         children,
         sample_slot,
-        law,
+        distribution,
         1.0,
         True,
         vocab_size,
@@ -83,7 +85,7 @@ def _verify_spechub(
     slot = tl.sum((threshold <= draw * total).to(tl.int32), axis=0)
     token = tl.full([], -1, tl.int32)
     if slot == NO_SLOT:
-        p, w, _, _ = law
+        p, w, _, _ = distribution
         token = device.emit_residual(
             target_ptr,
             draft_ptr,
@@ -144,7 +146,11 @@ def _verify_tree_kernel(
     max_depth,
     vocab_size,
     sharpening,
-    RULE: tl.constexpr,
+    # whether slot 0 is distributed as the draft
+    ORDERED: tl.constexpr,
+    # whether children are tried one after the other; and may be equal
+    RECURSIVE: tl.constexpr,
+    REPLACED: tl.constexpr,
     SHARPENED: tl.constexpr,
     # the lanes of `rng.draw`, and at least as many as a lane has tokens
     BLOCK_SIZE: tl.constexpr,
@@ -190,7 +196,7 @@ def _verify_tree_kernel(
                 + internal * draft_logits_node_stride
             )
             draw = uniform(row_key(seed, position, node, ACCEPT))
-            if RULE == "rrs" or RULE == "rrsw":
+            if RECURSIVE:
                 slot, token = device.verify_recursive(
                     target_ptr,
                     draft_ptr,
@@ -200,7 +206,7 @@ def _verify_tree_kernel(
                     vocab_size,
                     draw,
                     residual_key,
-                    RULE == "rrs",
+                    REPLACED,
                     BLOCK_SIZE,
                     LANE_SIZE,
                 )
@@ -216,7 +222,7 @@ def _verify_tree_kernel(
                     vocab_size,
                     draw,
                     residual_key,
-                    RULE == "ordered",
+                    ORDERED,
                     SHARPENED,
                     BLOCK_SIZE,
                     LANE_SIZE,
@@ -229,88 +235,72 @@ def _verify_tree_kernel(
 
 
 def verify_tree(
-    # [num_rows, vocab_size]
-    target_logits: torch.Tensor,
-    # [num_reqs]
-    row_start: torch.Tensor,
-    # [num_reqs]
-    num_nodes: torch.Tensor,
-    # [num_rows]
-    node_tokens: torch.Tensor,
-    # [max_num_reqs, num_internal, vocab_size]
-    draft_logits: torch.Tensor,
-    # [max_num_reqs, num_internal]
-    sample_slots: torch.Tensor,
-    # [num_reqs]
-    req_idx: torch.Tensor,
-    # [max_num_reqs]
-    target_temperature: torch.Tensor,
-    # [max_num_reqs]
-    draft_temperature: torch.Tensor,
-    # [max_num_reqs]
-    seeds: torch.Tensor,
-    # [num_reqs]
-    root_positions: torch.Tensor,
-    # [num_tree_nodes]
-    first_child: torch.Tensor,
-    # [num_tree_nodes]
-    num_children: torch.Tensor,
-    # [num_tree_nodes]
-    internal_index: torch.Tensor,
-    # [num_tree_nodes]
-    subtree_sizes: torch.Tensor,
+    target: TargetRows,
+    drafts: Drafts,
+    requests: Requests,
+    tree: TreeTables,
     *,
     max_depth: int,
     rule: str,
     sharpening: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> VerifiedPaths:
     """`verification.verify_tree` on the GPU, without argument checks."""
-    num_reqs = row_start.shape[0]
-    device = target_logits.device
+    num_reqs = target.row_start.shape[0]
+    device = target.logits.device
     tokens = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int64, device=device)
     path = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int32, device=device)
     num_emitted = torch.empty(num_reqs, dtype=torch.int32, device=device)
     if num_reqs == 0:
-        return tokens, num_emitted, path
+        return VerifiedPaths(tokens, num_emitted, path)
+    vocab_size = target.logits.shape[1]
     arguments = (
         tokens,
         num_emitted,
         path,
-        target_logits,
-        target_logits.stride(0),
-        row_start,
-        num_nodes,
-        node_tokens,
-        draft_logits,
-        draft_logits.stride(0),
-        draft_logits.stride(1),
-        sample_slots,
-        sample_slots.stride(0),
-        req_idx,
-        target_temperature,
-        draft_temperature,
-        seeds,
-        root_positions,
-        first_child,
-        num_children,
-        internal_index,
+        target.logits,
+        target.logits.stride(0),
+        target.row_start,
+        target.num_nodes,
+        target.node_tokens,
+        drafts.logits,
+        drafts.logits.stride(0),
+        drafts.logits.stride(1),
+        drafts.sample_slots,
+        drafts.sample_slots.stride(0),
+        requests.req_idx,
+        target.temperature,
+        requests.temperature,
+        requests.seeds,
+        requests.root_positions,
+        tree.first_child,
+        tree.num_children,
+        tree.internal_index,
         max_depth,
-        target_logits.shape[1],
+        vocab_size,
         float(sharpening),
     )
-    lane_size = triton.next_power_of_2(triton.cdiv(target_logits.shape[1], rng.LANES))
     options = {
         "SHARPENED": sharpening != 1.0,
         "BLOCK_SIZE": rng.LANES,
-        "LANE_SIZE": lane_size,
+        "LANE_SIZE": triton.next_power_of_2(triton.cdiv(vocab_size, rng.LANES)),
         "num_warps": NUM_WARPS,
     }
-    if rule == "traversal":
-        num_tree_nodes = first_child.shape[0]
+    traits = BUILTIN_RULES[rule]
+    if traits.is_leaf_to_root:
+        num_tree_nodes = tree.first_child.shape[0]
         max_nodes = triton.next_power_of_2(num_tree_nodes)
         traverse_kernel[(num_reqs,)](
-            *arguments, subtree_sizes, num_tree_nodes, MAX_NODES=max_nodes, **options
+            *arguments, tree.subtree_sizes, num_tree_nodes, MAX_NODES=max_nodes, **options
         )
     else:
-        _verify_tree_kernel[(num_reqs,)](*arguments, RULE=rule, **options)
-    return tokens, num_emitted, path
+        _verify_tree_kernel[(num_reqs,)](*arguments, **constants(traits), **options)
+    return VerifiedPaths(tokens, num_emitted, path)
+
+
+def constants(rule: Rule) -> dict[str, bool]:
+    """What the root-to-leaf kernel must know of a rule."""
+    return {
+        "ORDERED": rule.ordered_slots,
+        "RECURSIVE": rule.is_recursive,
+        "REPLACED": rule.replaces,
+    }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mathematics of one node, in plain PyTorch and in the dtype of the arguments.
 
-`draft_law` recovers the law that a node's children were drafted from, `node_outcome` says what
+`draft_distribution` recovers what a node's children were drafted from, `node_outcome` says what
 verification from root to leaf does with them, `traversal_outcome` what it does from leaf to root.
 All of them are probabilities: nothing here draws.
 """
@@ -10,16 +10,14 @@ from typing import NamedTuple
 
 import torch
 
-from ..rules import ORDERED_SLOTS, RECURSIVE
-
-# Stands for the peak of logits that are all -inf.
-LOWEST = -3.0e38
+from ..constants import LOWEST
+from ..rules import BUILTIN_RULES
 
 
-class SpecHubLaw(NamedTuple):
-    """The law of a node's children under the SpecHub rules and `chain`."""
+class SpecHubDistribution(NamedTuple):
+    """What children are drafted from by rules with one sample."""
 
-    # [num_rows, vocab_size]: law of the sampled child, 0 at the hubs
+    # [num_rows, vocab_size]: distribution of the sampled child, 0 at the hubs
     sample_probs: torch.Tensor
     # [num_rows, max_children]: probability that each hub is the main child, 0 in other slots
     hub_probs: torch.Tensor
@@ -27,10 +25,10 @@ class SpecHubLaw(NamedTuple):
     off_hub_mass: torch.Tensor
 
 
-class RecursiveLaw(NamedTuple):
-    """The law of a node's children under `rrs` and `rrsw`."""
+class RecursiveDistribution(NamedTuple):
+    """What children are drafted from by recursive rules."""
 
-    # [num_rows, max_children, vocab_size]: law of each slot's child given the slots before it
+    # [num_rows, max_children, vocab_size]: of each slot's child, given the slots before it
     slot_probs: torch.Tensor
 
 
@@ -41,7 +39,7 @@ class NodeOutcome(NamedTuple):
     accept: torch.Tensor
     # [num_rows]: probability of accepting none
     reject: torch.Tensor
-    # [num_rows, vocab_size]: unnormalised law of the token emitted on rejection
+    # [num_rows, vocab_size]: unnormalised distribution of the token emitted on rejection
     residual: torch.Tensor
 
 
@@ -53,11 +51,11 @@ class TraversalOutcome(NamedTuple):
     visit: torch.Tensor
     # [num_rows]: probability of accepting the node itself once its children have failed
     leave: torch.Tensor
-    # [num_rows, vocab_size]: unnormalised law of the token emitted then
+    # [num_rows, vocab_size]: unnormalised distribution of the token emitted then
     residual: torch.Tensor
 
 
-def draft_law(
+def draft_distribution(
     # [num_rows, vocab_size]
     logits: torch.Tensor,
     # [num_rows]
@@ -69,15 +67,15 @@ def draft_law(
     *,
     rule: str,
     sharpening: float = 1.0,
-) -> SpecHubLaw | RecursiveLaw:
-    """Recover the draft law of nodes from the logits and the tokens that were drafted.
+) -> SpecHubDistribution | RecursiveDistribution:
+    """Recover the draft distribution of nodes from the logits and the tokens that were drafted.
 
     Args:
         logits: float32 or float64; -inf for masked tokens.
         temperature: of the logits' dtype; 0 for a greedy draft.
         children: int64 tokens, -1 past a node's last child.
-        sample_slot: int64, slot of the sampled child; not read for `rrs` and `rrsw`.
-        rule: one of `rules.RULES`.
+        sample_slot: int64, slot of the sampled child; not read for recursive rules.
+        rule: a built-in rule's name.
         sharpening: the exponent that the sampled child was drawn with.
     """
     # [num_rows, 1]
@@ -85,12 +83,15 @@ def draft_law(
     scale = 1.0 / torch.where(greedy, 1.0, temperature.unsqueeze(1))
     # A row without any possible token was drafted as a greedy one.
     greedy = greedy | (logits.amax(dim=1, keepdim=True) <= LOWEST)
-    if rule in RECURSIVE:
-        return _recursive_law(logits, scale, greedy, children, rule == "rrsw")
-    return _spechub_law(logits, scale, greedy, children, sample_slot.unsqueeze(1), sharpening)
+    traits = BUILTIN_RULES[rule]
+    if traits.is_recursive:
+        return _recursive_distribution(logits, scale, greedy, children, traits.replaces)
+    return _spechub_distribution(
+        logits, scale, greedy, children, sample_slot.unsqueeze(1), sharpening
+    )
 
 
-def _recursive_law(
+def _recursive_distribution(
     # [num_rows, vocab_size]
     logits: torch.Tensor,
     # [num_rows, 1]
@@ -99,23 +100,23 @@ def _recursive_law(
     greedy: torch.Tensor,
     # [num_rows, max_children]
     children: torch.Tensor,
-    without_replacement: bool,
-) -> RecursiveLaw:
+    replaces: bool,
+) -> RecursiveDistribution:
     """Point masses where drafting had no choice: for greedy rows, and past q's support.
 
-    Without replacement each slot's law is a softmax of its own over what is left, so a confident
-    draft loses no precision after its first child.
+    Without replacement each slot has a softmax of its own over what is left, so a confident draft
+    loses no precision after its first child.
     """
-    laws = []
+    distributions = []
     for child in children.clamp(min=0).split(1, dim=1):
         peak = logits.amax(dim=1, keepdim=True).clamp(min=LOWEST)
         certain = greedy | (peak == LOWEST)
         weight = torch.exp((logits - peak) * scale).masked_fill_(certain, 0.0)
         weight.scatter_add_(1, child, certain.to(weight.dtype))
-        laws.append(weight.div_(weight.sum(dim=1, keepdim=True)))
-        if without_replacement:
+        distributions.append(weight.div_(weight.sum(dim=1, keepdim=True)))
+        if not replaces:
             logits = logits.scatter(1, child, -torch.inf)
-    return RecursiveLaw(torch.stack(laws, dim=1))
+    return RecursiveDistribution(torch.stack(distributions, dim=1))
 
 
 def _hub_index(
@@ -131,7 +132,7 @@ def _hub_index(
     return sample, is_hub, torch.where(is_hub, children, sample)
 
 
-def _spechub_law(
+def _spechub_distribution(
     # [num_rows, vocab_size]
     logits: torch.Tensor,
     # [num_rows, 1]
@@ -143,13 +144,14 @@ def _spechub_law(
     # [num_rows, 1]
     slot: torch.Tensor,
     sharpening: float,
-) -> SpecHubLaw:
+) -> SpecHubDistribution:
     """The hubs are the children outside the sampled slot, never recomputed: a tie broken the other
-    way would verify against a law that nothing was drafted from. The law off the hubs is a softmax
-    of its own, so a confident draft, whose mass there rounds to nothing, loses no precision."""
+    way would verify against a distribution that nothing was drafted from. Off the hubs is a
+    softmax of its own, so a confident draft, whose mass there rounds to nothing, loses no
+    precision."""
     sample, is_hub, index = _hub_index(children, slot)
 
-    # The law off the hubs. Where nothing is left there, and for a greedy draft, it is a point mass.
+    # Off the hubs. Where nothing is left there, and for a greedy draft, a point mass.
     hub_logits = logits.gather(1, index).masked_fill_(~is_hub, -torch.inf)
     kept = torch.where(is_hub, -torch.inf, logits.gather(1, index))
     off_hub = logits.scatter(1, index, kept)
@@ -165,12 +167,12 @@ def _spechub_law(
     hub_weight = torch.exp((hub_logits - peak) * scale)
     off_hub_weight = torch.exp(off_hub.mul_(scale)).sum(dim=1, keepdim=True)
     off_hub_weight.mul_(torch.exp((off_hub_peak - peak) * scale)).masked_fill_(certain, 0.0)
-    # A greedy draft's law is a point mass on the first child.
+    # A greedy draft's distribution is a point mass on the first child.
     hub_weight.masked_fill_(greedy, 0.0)[:, :1].masked_fill_(greedy & is_hub[:, :1], 1.0)
     # Without hubs all the mass is off them.
     off_hub_weight.masked_fill_(~is_hub.any(dim=1, keepdim=True), 1.0)
     mass = hub_weight.sum(dim=1, keepdim=True) + off_hub_weight
-    return SpecHubLaw(weight, hub_weight / mass, (off_hub_weight / mass).squeeze(1))
+    return SpecHubDistribution(weight, hub_weight / mass, (off_hub_weight / mass).squeeze(1))
 
 
 def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
@@ -184,7 +186,7 @@ def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
 def node_outcome(
     # [num_rows, vocab_size]
     target_probs: torch.Tensor,
-    law: SpecHubLaw | RecursiveLaw,
+    distribution: SpecHubDistribution | RecursiveDistribution,
     # [num_rows, max_children]
     children: torch.Tensor,
     # [num_rows]
@@ -200,15 +202,16 @@ def node_outcome(
 
     Args:
         target_probs: float32 or float64, p.
-        law: of the same dtype, from `draft_law`.
+        distribution: of the same dtype, from `draft_distribution`.
         children: int64 tokens, -1 past a node's last child.
-        sample_slot: int64, slot of the sampled child; not read for `rrs` and `rrsw`.
+        sample_slot: int64, slot of the sampled child; not read for recursive rules.
         rule: the rule that children were drafted for.
     """
-    if rule in RECURSIVE:
-        return _recursive_outcome(target_probs, law.slot_probs, children)
+    if isinstance(distribution, RecursiveDistribution):
+        return _recursive_outcome(target_probs, distribution.slot_probs, children)
     slot = sample_slot.unsqueeze(1)
-    parts = _spechub_parts(target_probs, law, children, slot, rule in ORDERED_SLOTS)
+    ordered = BUILTIN_RULES[rule].ordered_slots
+    parts = _spechub_parts(target_probs, distribution, children, slot, ordered)
     failed = 1.0 - parts.accept_sample
     pool = failed * (1.0 - parts.accept_main)
     pool_mass = parts.hub_gain.sum(dim=1, keepdim=True) + parts.residual_mass
@@ -228,7 +231,7 @@ def node_outcome(
 class _SpecHubParts(NamedTuple):
     """SpecHub at a node that is to emit the masses T, at most 1 in all.
 
-    With q the draft, H the hubs, Z = q off H, w the law of the sampled child x, 0 on H:
+    With q the draft, H the hubs, Z = q off H, w the distribution of the sampled child x, 0 on H:
 
     Unordered: accept x with min(1, T_x / w_x), else pool. The pool, whose mass is T(H) + sum off H
     of (T - w)+ plus whatever T lacks to 1, holds T_h on H and (T - w)+ off H.
@@ -259,7 +262,7 @@ class _SpecHubParts(NamedTuple):
 def _spechub_parts(
     # [num_rows, vocab_size]
     target: torch.Tensor,
-    law: SpecHubLaw,
+    distribution: SpecHubDistribution,
     # [num_rows, max_children]
     children: torch.Tensor,
     # [num_rows, 1]
@@ -268,10 +271,10 @@ def _spechub_parts(
 ) -> _SpecHubParts:
     sample, is_hub, index = _hub_index(children, slot)
     sample_target = target.gather(1, sample)
-    sample_draft = law.sample_probs.gather(1, sample)
+    sample_draft = distribution.sample_probs.gather(1, sample)
     hub_target = target.gather(1, index).masked_fill_(~is_hub, 0.0)
 
-    residual = (target - law.sample_probs).clamp_(min=0)
+    residual = (target - distribution.sample_probs).clamp_(min=0)
     residual.scatter_(1, index, residual.gather(1, index).masked_fill_(is_hub, 0.0))
     residual_mass = residual.sum(dim=1, keepdim=True)
     if not ordered:
@@ -280,13 +283,13 @@ def _spechub_parts(
         return _SpecHubParts(
             accept_sample, accept_main, hub_target, residual_mass, residual, sample_target
         )
-    off_hub_mass = law.off_hub_mass.unsqueeze(1)
-    hub_mass = law.hub_probs.sum(dim=1, keepdim=True)
+    off_hub_mass = distribution.off_hub_mass.unsqueeze(1)
+    hub_mass = distribution.hub_probs.sum(dim=1, keepdim=True)
     # What T leaves of w to be matched by the hubs: B. Hubs add nothing, as w is 0 there.
-    claimed = (target - off_hub_mass * law.sample_probs).clamp_(min=0)
-    unclaimed = (hub_mass * law.sample_probs).sub_(claimed).clamp_(min=0)
+    claimed = (target - off_hub_mass * distribution.sample_probs).clamp_(min=0)
+    unclaimed = (hub_mass * distribution.sample_probs).sub_(claimed).clamp_(min=0)
     unclaimed = unclaimed.sum(dim=1, keepdim=True)
-    share = unclaimed * law.hub_probs / hub_mass.masked_fill(hub_mass == 0, 1.0)
+    share = unclaimed * distribution.hub_probs / hub_mass.masked_fill(hub_mass == 0, 1.0)
     excess = sample_target - off_hub_mass * sample_draft
     accept_sample = torch.where(
         slot == 0,
@@ -303,7 +306,7 @@ def _spechub_parts(
 def traversal_outcome(
     # [num_rows, vocab_size]
     target_probs: torch.Tensor,
-    law: SpecHubLaw,
+    distribution: SpecHubDistribution,
     # [num_rows, max_children]
     children: torch.Tensor,
     # [num_rows]
@@ -320,11 +323,11 @@ def traversal_outcome(
     In the pool, whose mass is 1 - a plus all that it holds, each hub takes its mass in turn; a hub
     that fails leaves the pool. Last the node itself is accepted with the off-hub mass over what is
     then left, and emits from (a p - w)+ off the hubs. Source: traversal verification (Weng et al.,
-    arXiv 2505.12398), whose step is the case of a single law; with SpecHub it is this project's.
+    arXiv 2505.12398), whose step is the case without hubs; with SpecHub it is this project's.
 
     Args:
         target_probs: float32 or float64, p.
-        law: of the same dtype, from `draft_law`.
+        distribution: of the same dtype, from `draft_distribution`.
         children: int64 tokens, -1 past a node's last child.
         sample_slot: int64, slot of the sampled child.
         path_acceptance: of the same dtype, a, 0 to 1.
@@ -335,7 +338,7 @@ def traversal_outcome(
     """
     slot = sample_slot.unsqueeze(1)
     acceptance = path_acceptance.unsqueeze(1)
-    parts = _spechub_parts(acceptance * target_probs, law, children, slot, ordered)
+    parts = _spechub_parts(acceptance * target_probs, distribution, children, slot, ordered)
     lacking = 1.0 - acceptance
     # The pool's mass when each hub's turn comes, summed from the end: nothing cancels.
     rest = parts.residual_mass + lacking
@@ -369,15 +372,15 @@ def _recursive_outcome(
     accept = []
     for slot, child in enumerate(children.split(1, dim=1)):
         present = child >= 0
-        law, child = slot_probs[:, slot], child.clamp(min=0)
-        left = (residual - law).clamp_(min=0)
+        distribution, child = slot_probs[:, slot], child.clamp(min=0)
+        left = (residual - distribution).clamp_(min=0)
         mass = left.sum(dim=1, keepdim=True)
         # A residual without mass is reached by rounding only: accept the child. If the residual
         # rules that token out, go on as if it had not been tried.
         stuck = mass <= 0
         target = residual.gather(1, child)
         chance = torch.where(
-            stuck, (target > 0).to(target.dtype), _ratio(target, law.gather(1, child))
+            stuck, (target > 0).to(target.dtype), _ratio(target, distribution.gather(1, child))
         ).masked_fill_(~present, 0.0)
         accept.append(reach * chance)
         reach = reach * (1.0 - chance)

@@ -38,9 +38,9 @@ def _visit_children(
     BLOCK_SIZE: tl.constexpr,
 ):
     """`node_rules.traversal_outcome`: what each child is visited with, [MAX_CHILDREN], and what the
-    node is accepted with once they have failed. Also p and w of `device.spechub_law`."""
+    node is accepted with once they have failed. Also p and w of `device.spechub_distribution`."""
     slots = tl.arange(0, MAX_CHILDREN)
-    law = device.spechub_law(
+    distribution = device.spechub_distribution(
         target_ptr,
         draft_ptr,
         children,
@@ -58,7 +58,7 @@ def _visit_children(
         draft_ptr,
         children,
         sample_slot,
-        law,
+        distribution,
         acceptance,
         ordered,
         vocab_size,
@@ -77,7 +77,7 @@ def _visit_children(
     stuck = residual_mass <= 0.0
     leave = residual_mass / tl.where(stuck, 1.0, rest)
     leave = tl.where(stuck, tl.where(acceptance == 1.0, 1.0, 0.0), leave)
-    p, w, _, _ = law
+    p, w, _, _ = distribution
     return visit, leave, p, w
 
 

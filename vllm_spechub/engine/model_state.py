@@ -114,7 +114,7 @@ class TreeModelState(DefaultModelState):
             sampler,
             self.config,
             self.device,
-            build_rule(self.config),
+            build_rule(self.config, self.platform.tree_kernels()),
             history,
             self.request_trees,
             self.compactor,

@@ -3,13 +3,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-if TYPE_CHECKING:
-    from vllm_spechub.rules.kernel_rule import Kernels
+from vllm_spechub.rules.base import TreeKernels
 
 
 class Compactor(Protocol):
@@ -65,6 +64,6 @@ class Platform:
     backend_entry: AttentionBackendEnum
     names_backend: bool
     cache_kernels: Callable[[], CacheKernels]
-    tree_kernels: "Callable[[], Kernels]"
+    tree_kernels: Callable[[], TreeKernels]
     prepare_process: Callable[[], None] = _nothing
     prepare_worker: Callable[[], None] = _nothing

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verifies every request's tree and puts the accepted path where a plain decode would have it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -28,8 +26,9 @@ from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.processors import HistoryProcessors, UnrolledRows, unroll
 from vllm_spechub.engine.request_trees import RequestTrees
 from vllm_spechub.engine.truncation import truncates
-from vllm_spechub.rules.base import VerificationRule, VerifiedPaths
-from vllm_spechub.rules.draft_state import DraftBuffers
+from vllm_spechub.rules.base import VerificationRule
+from vllm_spechub.rules.draft_state import DraftBuffers, DraftState
+from vllm_spechub.triton_kernels.arguments import Requests, TargetRows, VerifiedPaths
 
 
 @dataclass
@@ -89,18 +88,12 @@ class TreeRejectionSampler(RejectionSampler):
 
         processed, target_temperature = self.process(logits, batch)
         temperature = sampler.sampling_states.temperature.gpu
-        verify = partial(
-            self.rule.verify,
-            processed,
-            row_start,
-            node_tokens=batch.input_ids[batch.logits_indices],
-            idx_mapping=batch.idx_mapping,
-            root_positions=root_positions,
-            target_temperature=target_temperature,
-            draft_temperature=temperature,
-            seeds=sampler.sampling_states.seeds.gpu,
+        node_tokens = batch.input_ids[batch.logits_indices]
+        target = TargetRows(processed, target_temperature, row_start, num_nodes, node_tokens)
+        requests = Requests(
+            batch.idx_mapping, root_positions, temperature, sampler.sampling_states.seeds.gpu
         )
-        tokens, num_emitted, path = self._verify_each_tree(verify, num_nodes, batch, draft)
+        tokens, num_emitted, path = self._verify_each_tree(target, requests, batch, draft)
         self._sample_without_tree(processed, target_temperature, batch, root_positions, tokens)
         self.compactor(root_positions, path)
         self.request_trees.record_accepted(path)
@@ -119,26 +112,34 @@ class TreeRejectionSampler(RejectionSampler):
 
     def _verify_each_tree(
         self,
-        verify: Callable[..., VerifiedPaths],
-        # [num_reqs]
-        num_nodes: torch.Tensor,
+        target: TargetRows,
+        requests: Requests,
         batch: InputBatch,
         draft: DraftBuffers,
     ) -> VerifiedPaths:
         """Verify each request with its own tree. Nearly every batch has a single tree."""
+
+        def verify(
+            # [num_reqs]
+            num_nodes: torch.Tensor,
+            state: DraftState,
+        ) -> VerifiedPaths:
+            checked = target._replace(num_nodes=num_nodes.to(torch.int32))
+            return self.rule.verify(checked, requests, state)
+
+        num_nodes = target.num_nodes
         if len(self.request_trees.trees) == 1:
-            return verify(num_nodes=num_nodes.to(torch.int32), state=draft.states[0])
+            return verify(num_nodes, draft.states[0])
         assert batch.num_draft_tokens_per_req is not None  # else vLLM's own sampler runs
         tree_index = self.request_trees.index_for(batch.idx_mapping_np)
         first, *others = np.unique(tree_index[batch.num_draft_tokens_per_req > 0])
         if not others:
-            return verify(num_nodes=num_nodes.to(torch.int32), state=draft.states[first])
+            return verify(num_nodes, draft.states[first])
         width = 1 + max(draft.states[index].tree.depth for index in (first, *others))
 
         def verify_tree(index: int) -> tuple[torch.Tensor, VerifiedPaths]:
             mine = async_tensor_h2d(tree_index == index, device=num_nodes.device)
-            nodes = (num_nodes * mine).to(torch.int32)
-            return mine, verify(num_nodes=nodes, state=draft.states[index]).padded(width)
+            return mine, verify(num_nodes * mine, draft.states[index]).padded(width)
 
         _, merged = verify_tree(first)
         for index in others:

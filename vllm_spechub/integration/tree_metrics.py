@@ -16,7 +16,7 @@ from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_spechub.trees.schedule import TreeSchedule
-from vllm_spechub.trees.tree import MAX_BRANCHING
+from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
 
 FALLBACKS = {
     "grammar": "its drafts were not known when its grammar was asked",
@@ -44,7 +44,7 @@ class TreeDecodingStats(SpecDecodingStats):
     def new(cls, num_spec_tokens: int) -> "TreeDecodingStats":
         # vLLM's makes a `cls`, but declares its own class
         stats = cast(TreeDecodingStats, super().new(num_spec_tokens))
-        stats.accepted_by_slot = [0] * MAX_BRANCHING
+        stats.accepted_by_slot = [0] * MAX_CHILDREN
         return stats
 
 

@@ -8,15 +8,19 @@ logits, and a `torch.Generator` instead of request seeds.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Literal
 
 import torch
 
+from vllm_spechub.registry import RULES
 from vllm_spechub.rules.acceptance import check_probs
+from vllm_spechub.rules.base import TreeKernels, check_rule
+from vllm_spechub.rules.draft_state import DraftBuffers, DraftState
+from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
 from vllm_spechub.trees.tree import TokenTree
-from vllm_spechub.triton_kernels.child_sampling import sample_children
-from vllm_spechub.triton_kernels.rules import DEFAULT_RULE, check_rule
+from vllm_spechub.triton_kernels.arguments import Drafts, Requests, TargetRows
+from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
+from vllm_spechub.triton_kernels.verification import reference
 
 DraftProbs = Callable[[torch.Tensor], torch.Tensor]
 
@@ -64,11 +68,11 @@ def draft_tree(
             once for every node that has children, in the tree's order; the first call's `prefixes`
             are on the generator's device (the CPU without one), later calls' on its result's.
         batch_size: sequences.
-        rule: how children are drafted; `verify_tree` must verify by the same.
+        rule: the registered rule that drafts the children; `verify_tree` verifies by the same.
         generator: where the noise comes from; PyTorch's default generator if None. Every call
             takes one 64-bit seed for each sequence from it, and all draws are functions of that
             seed, the node and their purpose, so equal generator states give equal trees.
-        sharpening: exponent of the sampled child's law, for the SpecHub rules.
+        sharpening: the exponent that sampled children are drawn with, for rules that read it.
 
     Returns:
         The drafted trees.
@@ -89,54 +93,27 @@ def draft_tree(
         raise ValueError(f"tree must be a TokenTree, got {type(tree).__name__}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer from 1, got {batch_size!r}")
-    most = int(tree.num_children.max())
-    check_rule(rule, sharpening, most)
+    check_rule(rule, sharpening, [tree])
+    verification = RULES.load(rule)(rule, PORTABLE_KERNELS, sharpening)
     device = generator.device if generator is not None else torch.device("cpu")
     seeds = _seeds(batch_size, generator)
-    logits, slots = [], []
-    # by node: [batch_size, depth of the node]
-    prefixes = {0: torch.empty(batch_size, 0, dtype=torch.int64, device=device)}
-    for node in tree.internal_nodes.tolist():
-        probs = draft_probs_fn(prefixes[node])
-        shape = (batch_size, logits[0].shape[1]) if logits else None
-        check_probs("draft_probs_fn's result", probs, shape)
-        if probs.dim() != 2 or len(probs) != batch_size or probs.shape[1] < most:
-            raise ValueError(
-                f"draft_probs_fn's result must be [{batch_size}, vocab_size] with at least {most} "
-                f"tokens, not {list(probs.shape)}"
-            )
-        if not logits:
-            seeds = seeds.to(probs.device)
-            temperature = torch.ones(batch_size, device=probs.device)
-            rows = torch.arange(batch_size, device=probs.device)
-            prefixes[0] = prefixes[0].to(probs.device)
-        logits.append(_log(probs))
-        count = int(tree.num_children[node])
-        children, sample_slot = sample_children(
-            logits[-1],
-            temperature,
-            seeds,
-            rows,
-            torch.zeros_like(seeds),
-            torch.full_like(seeds, node, dtype=torch.int32),
-            torch.full_like(seeds, count, dtype=torch.int32),
-            rule=rule,
-            max_children=count,
-            sharpening=sharpening,
-        )
-        slots.append(sample_slot)
-        first = int(tree.first_child[node])
-        for slot, token in enumerate(children.split(1, dim=1)):
-            prefixes[first + slot] = torch.cat([prefixes[node], token], dim=1)
-    tokens = [prefixes[node][:, -1] for node in range(1, tree.num_nodes + 1)]
-    return DraftTree(
-        tree,
-        rule,
-        sharpening,
-        torch.stack(tokens, dim=1),
-        torch.stack(logits, dim=1),
-        torch.stack(slots, dim=1),
-    )
+    root = torch.empty(batch_size, 0, dtype=torch.int64, device=device)
+    logits = _draft_logits(tree, 0, draft_probs_fn, root, None)
+    device, vocab_size = logits.device, logits.shape[1]
+    (state,) = DraftBuffers([tree], batch_size, vocab_size, torch.float32, device).states
+    everyone = torch.arange(batch_size, device=device)
+    ones = torch.ones(batch_size, device=device)
+    requests = Requests(everyone, torch.zeros_like(everyone), ones, seeds.to(device))
+    for level in state.levels:
+        if level is not state.levels[0]:
+            rows = []
+            for node in level.nodes_np.tolist():
+                columns = [ancestor - 1 for ancestor in tree.paths[node][1:]]
+                prefixes = state.tokens[:, columns]
+                rows.append(_draft_logits(tree, node, draft_probs_fn, prefixes, vocab_size))
+            logits = torch.stack(rows, dim=1).flatten(0, 1)
+        verification.sample_children(logits, level, requests, state)
+    return DraftTree(tree, rule, sharpening, state.tokens, *state.drafts)
 
 
 def verify_tree(
@@ -158,7 +135,7 @@ def verify_tree(
         generator: where the noise comes from; see `draft_tree`. It may be in the state that
             drafting began with: drafting and verification never share noise.
         backend: "torch" runs anywhere; "triton" runs the kernels, on CUDA tensors, or on CPU
-            tensors under TRITON_INTERPRET=1.
+            tensors under TRITON_INTERPRET=1. Rules of other packages choose their own.
 
     Returns:
         tokens: int64 [batch_size, depth + 1], the accepted tokens and then the residual or bonus
@@ -181,7 +158,8 @@ def verify_tree(
     if not isinstance(draft, DraftTree):
         raise ValueError(f"draft must be a DraftTree, got {type(draft).__name__}")
     rule = draft.rule if rule is None else rule
-    check_rule(rule, sharpening=1.0, max_children=1)
+    if rule not in RULES:
+        raise ValueError(f"rule is {rule!r}, allowed: {', '.join(RULES)}")
     if rule != draft.rule:
         raise ValueError(f"rule is {rule!r}, but draft was drafted by {draft.rule!r}")
     tree, device = draft.tree, draft.tokens.device
@@ -189,37 +167,45 @@ def verify_tree(
     check_probs("target_probs", target_probs, (draft.batch_size, num_rows, draft.vocab_size))
     if target_probs.device != device:
         raise ValueError(f"target_probs is on {target_probs.device}, draft on {device}")
-    implementation = _implementation(backend, device)
+    verification = RULES.load(rule)(rule, _kernels(backend, device), draft.sharpening)
 
-    def table(array) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
-    seeds = _seeds(draft.batch_size, generator).to(device)
-    requests = torch.arange(draft.batch_size, device=device)
-    # Every tree's rows one after the other; the root's own token is not read.
-    tokens = torch.cat([draft.tokens.new_zeros(draft.batch_size, 1), draft.tokens], dim=1)
+    everyone = torch.arange(draft.batch_size, device=device)
     ones = torch.ones(draft.batch_size, device=device)
-    emitted, num_emitted, _path = implementation.verify_tree(
+    # Every tree's rows one after the other; the root's own token is not read.
+    node_tokens = torch.cat([draft.tokens.new_zeros(draft.batch_size, 1), draft.tokens], dim=1)
+    target = TargetRows(
         _log(target_probs).flatten(0, 1),
-        (requests * num_rows).to(torch.int32),
-        torch.full_like(requests, tree.num_nodes, dtype=torch.int32),
-        tokens.flatten(),
-        draft.logits,
-        draft.sample_slots,
-        requests,
         ones,
-        ones,
-        seeds,
-        torch.zeros_like(requests),
-        table(tree.first_child),
-        table(tree.num_children),
-        table(tree.internal_index),
-        table(tree.subtree_sizes),
-        max_depth=tree.depth,
-        rule=rule,
-        sharpening=draft.sharpening,
+        (everyone * num_rows).to(torch.int32),
+        torch.full_like(everyone, tree.num_nodes, dtype=torch.int32),
+        node_tokens.flatten(),
     )
-    return emitted, num_emitted.long()
+    seeds = _seeds(draft.batch_size, generator).to(device)
+    requests = Requests(everyone, torch.zeros_like(everyone), ones, seeds)
+    state = DraftState(tree, draft.tokens, Drafts(draft.logits, draft.sample_slots))
+    paths = verification.verify(target, requests, state)
+    return paths.tokens, paths.num_emitted.long()
+
+
+def _draft_logits(
+    tree: TokenTree,
+    node: int,
+    draft_probs_fn: DraftProbs,
+    # [batch_size, depth of the node]
+    prefixes: torch.Tensor,
+    vocab_size: int | None,
+) -> torch.Tensor:
+    """The draft's checked distribution at a node, as logarithms. [batch_size, vocab_size]"""
+    batch_size, most = len(prefixes), int(tree.num_children.max())
+    probs = draft_probs_fn(prefixes)
+    shape = (batch_size, vocab_size) if vocab_size is not None else None
+    check_probs("draft_probs_fn's result", probs, shape)
+    if probs.dim() != 2 or len(probs) != batch_size or probs.shape[1] < most:
+        raise ValueError(
+            f"draft_probs_fn's result must be [{batch_size}, vocab_size] with at least {most} "
+            f"tokens, not {list(probs.shape)}"
+        )
+    return _log(probs)
 
 
 def _log(probs: torch.Tensor) -> torch.Tensor:
@@ -240,11 +226,9 @@ def _seeds(batch_size: int, generator: torch.Generator | None) -> torch.Tensor:
     )
 
 
-def _implementation(backend: str, device: torch.device) -> ModuleType:
+def _kernels(backend: str, device: torch.device) -> TreeKernels:
     if backend == "torch":
-        from vllm_spechub.triton_kernels.verification import reference
-
-        return reference
+        return PORTABLE_KERNELS._replace(verify_tree=reference.verify_tree)
     if backend != "triton":
         raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -256,4 +240,4 @@ def _implementation(backend: str, device: torch.device) -> ModuleType:
         from vllm_spechub.triton_kernels.verification import kernel
     except ImportError as error:
         raise ValueError(f"backend 'triton' cannot be imported: {error}") from error
-    return kernel
+    return PORTABLE_KERNELS._replace(verify_tree=kernel.verify_tree)

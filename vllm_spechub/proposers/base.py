@@ -26,6 +26,7 @@ from vllm_spechub.engine.request_trees import RequestTrees
 from vllm_spechub.engine.truncation import truncate, truncates
 from vllm_spechub.rules.base import VerificationRule
 from vllm_spechub.rules.draft_state import DraftBuffers, DraftLevel, DraftState
+from vllm_spechub.triton_kernels.arguments import Requests
 
 Carried = TypeVar("Carried")
 """What a proposer hands from one level to the next, such as hidden states."""
@@ -266,12 +267,11 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             self.request_trees.record_drafted(reqs, index)
             (truncated,) = truncates(self.sampling_states, reqs).nonzero()
         state = buffers.states[index]
+        requests = Requests(idx_mapping, step.root_positions, temperature, seeds)
         for depth, level in enumerate(state.levels):
             logits, carried = self.level_logits(step, depth, level, state, carried)
             truncate(logits, self.sampling_states, idx_mapping, reqs, truncated)
-            self.rule.sample_children(
-                logits, level, idx_mapping, step.root_positions, temperature, seeds, state
-            )
+            self.rule.sample_children(logits, level, requests, state)
         return buffers.tokens[idx_mapping]
 
     def _step(

@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_spechub.trees.tree import MAX_BRANCHING
-from vllm_spechub.triton_kernels.rules import DEFAULT_RULE, ORDERED_SLOTS, check_rule
+from vllm_spechub.triton_kernels.rules import DEFAULT_RULE, Rule, builtin_rule
 
 MAX_STATES = 1 << 22
 """Most (rejected tokens, next token) pairs that sampling without replacement is summed over."""
@@ -56,8 +55,8 @@ def acceptance(
 ) -> Acceptance:
     """The probability that a node accepts one of its k children, and which.
 
-    With H the k - 1 most probable tokens of q, Z = q off H and w the law of the sampled child,
-    proportional to `q ** sharpening` off H:
+    With H the k - 1 most probable tokens of q, Z = q off H and w the distribution of the sampled
+    child, proportional to `q ** sharpening` off H:
 
     - "ordered", "unordered" and "traversal": `p(H) + sum off H of min(p, w)`. They differ in the
       slots. Traversal's slots hold for children that are leaves; those with subtrees are accepted
@@ -73,8 +72,8 @@ def acceptance(
         p: the target's distribution, any float dtype.
         q: the draft's, of the same shape.
         k: children, 1 to 4 and at most vocab_size.
-        rule: a verification rule's name.
-        sharpening: exponent of the sampled child's law; 1 leaves it alone.
+        rule: a built-in rule's name.
+        sharpening: exponent of the sampled child's distribution; 1 leaves it alone.
 
     Returns:
         `node` and `slots`, float64, in the order of the rule's slots.
@@ -89,43 +88,43 @@ def acceptance(
         >>> round(acceptance(p, q, 2, "ordered").node.item(), 3)  # p(0) + min(.3, .5) + min(.2, .5)
         1.0
     """
-    check_rule(rule, sharpening, max_children=1)
+    row = builtin_rule(rule, sharpening, max_children=1)
     check_probs("p", p)
     check_probs("q", q)
     if p.shape != q.shape:
         raise ValueError(f"q must be {list(p.shape)}, as p is, not {list(q.shape)}")
-    most = 1 if rule == "chain" else min(MAX_BRANCHING, p.shape[-1])
+    most = min(row.max_children, p.shape[-1])
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
         raise ValueError(f"k must be in 1..{most} for rule {rule!r}, got {k!r}")
     lead = p.shape[:-1]
     # [num_rows, vocab_size]
     p, q = (value.double().reshape(-1, value.shape[-1]) for value in (p, q))
-    if rule == "rrs":
+    if row.replaces:
         slots = _with_replacement(p, q, k)
-    elif rule == "rrsw":
-        slots = torch.stack([_without_replacement(*row, k) for row in zip(p, q, strict=True)])
+    elif row.is_recursive:
+        slots = torch.stack([_without_replacement(*pair, k) for pair in zip(p, q, strict=True)])
     else:
-        slots = _spechub(p, q, k, rule, sharpening)
+        slots = _spechub(p, q, k, row, sharpening)
     return Acceptance(slots.sum(dim=1).reshape(lead), slots.reshape(*lead, k))
 
 
-class SampledLaw(NamedTuple):
+class SampledDistribution(NamedTuple):
     """SpecHub's draft at a node, before a sample is drawn."""
 
     # [num_rows, k - 1]
     hubs: torch.Tensor
-    # [num_rows, vocab_size]: law of the sampled child, 0 at the hubs
+    # [num_rows, vocab_size]: distribution of the sampled child, 0 at the hubs
     w: torch.Tensor
     # [num_rows, 1]: the draft's mass off the hubs
     off_hub_mass: torch.Tensor
 
 
-def sampled_law(
+def sampled_distribution(
     # [num_rows, vocab_size]
     q: torch.Tensor,
     k: int,
     sharpening: float,
-) -> SampledLaw:
+) -> SampledDistribution:
     """The hubs (ties: lowest id first) and `w`, a point mass on the next rank where Z is 0."""
     ranked = q.argsort(dim=1, descending=True, stable=True)
     hubs = ranked[:, : k - 1]
@@ -135,30 +134,38 @@ def sampled_law(
     peak = off_hub.amax(dim=1, keepdim=True)
     w = (off_hub / peak.masked_fill(peak == 0, 1.0)).pow(sharpening).masked_fill(off_hub == 0, 0.0)
     w = w.scatter_add(1, ranked[:, k - 1 : k], (peak == 0).to(w.dtype))
-    return SampledLaw(hubs, w / w.sum(dim=1, keepdim=True), mass)
+    return SampledDistribution(hubs, w / w.sum(dim=1, keepdim=True), mass)
 
 
-def _spechub(p, q, k: int, rule: str, sharpening: float) -> torch.Tensor:
-    law = sampled_law(q, k, sharpening)
-    hub_target = p.gather(1, law.hubs)
-    off_hub = p.scatter(1, law.hubs, 0.0)
-    if rule not in ORDERED_SLOTS or k == 1:
-        sample = torch.minimum(off_hub, law.w).sum(dim=1, keepdim=True)
+def _spechub(
+    # [num_rows, vocab_size]
+    p: torch.Tensor,
+    # [num_rows, vocab_size]
+    q: torch.Tensor,
+    k: int,
+    rule: Rule,
+    sharpening: float,
+) -> torch.Tensor:
+    drafted = sampled_distribution(q, k, sharpening)
+    hub_target = p.gather(1, drafted.hubs)
+    off_hub = p.scatter(1, drafted.hubs, 0.0)
+    if not rule.ordered_slots or k == 1:
+        sample = torch.minimum(off_hub, drafted.w).sum(dim=1, keepdim=True)
         return torch.cat([hub_target, sample], dim=1)
-    hub_draft = q.gather(1, law.hubs)
+    hub_draft = q.gather(1, drafted.hubs)
     hub_mass = hub_draft.sum(dim=1, keepdim=True)
-    if rule == "traversal":
+    if rule.is_leaf_to_root:
         # As unordered, but main, which is independent of what is accepted, comes first.
-        sample = torch.minimum(off_hub, law.w).sum(dim=1)
+        sample = torch.minimum(off_hub, drafted.w).sum(dim=1)
         slots = p.new_zeros(p.shape[0], k)
-        slots[:, 0] = law.off_hub_mass[:, 0] * sample + (hub_draft * hub_target).sum(dim=1)
+        slots[:, 0] = drafted.off_hub_mass[:, 0] * sample + (hub_draft * hub_target).sum(dim=1)
         slots[:, -1] += hub_mass[:, 0] * sample
-        _add_hubs_behind(slots, hub_target, law.off_hub_mass[:, 0], hub_draft)
+        _add_hubs_behind(slots, hub_target, drafted.off_hub_mass[:, 0], hub_draft)
         return slots
     # `main` is distributed as q on the hubs and as Z w off them.
-    main = law.off_hub_mass * law.w
+    main = drafted.off_hub_mass * drafted.w
     excess = (off_hub - main).clamp(min=0)
-    unclaimed = (hub_mass * law.w - excess).clamp(min=0).sum(dim=1, keepdim=True)
+    unclaimed = (hub_mass * drafted.w - excess).clamp(min=0).sum(dim=1, keepdim=True)
     share = unclaimed * hub_draft / hub_mass
     gain = (hub_target - share).clamp(min=0)
     # What fails with the sampled child as main, and with each hub.
@@ -169,7 +176,7 @@ def _spechub(p, q, k: int, rule: str, sharpening: float) -> torch.Tensor:
     slots = p.new_zeros(p.shape[0], k)
     slots[:, 0] = torch.minimum(off_hub, main).sum(dim=1)
     slots[:, 0] += torch.minimum(hub_target, share).sum(dim=1)
-    slots[:, -1] += torch.minimum(excess, hub_mass * law.w).sum(dim=1)
+    slots[:, -1] += torch.minimum(excess, hub_mass * drafted.w).sum(dim=1)
     _add_hubs_behind(slots, gain_share, sample_lost[:, 0], hub_lost)
     return slots
 
@@ -191,7 +198,13 @@ def _add_hubs_behind(
         slots[:, rank] += chance[:, rank] * hub_main[:, :rank].sum(dim=1)
 
 
-def _with_replacement(p, q, k: int) -> torch.Tensor:
+def _with_replacement(
+    # [num_rows, vocab_size]
+    p: torch.Tensor,
+    # [num_rows, vocab_size]
+    q: torch.Tensor,
+    k: int,
+) -> torch.Tensor:
     slots = []
     reached = torch.ones_like(p[:, :1])
     for _ in range(k):

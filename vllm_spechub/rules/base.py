@@ -1,126 +1,170 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verification rules: how a node's children are drawn, and how a drawn tree is accepted.
 
-The two halves are one law, so one class holds both. A third party adds a rule from its own vLLM
-plugin with `RULES.register("name", "package.module:Class")`.
+The two halves must fit together, so one class holds both. Other packages add rules under the entry
+point group `vllm_spechub.rules`; docs/extending.md shows a complete one.
 """
 
 from abc import ABC, abstractmethod
-from functools import partial
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
 from vllm_spechub.registry import RULES
+from vllm_spechub.rules.draft_state import DraftLevel, DraftState
+from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.triton_kernels.arguments import (
+    Children,
+    Requests,
+    TargetRows,
+    VerifiedPaths,
+)
+from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
+from vllm_spechub.triton_kernels.rules import check_sharpening
 
-if TYPE_CHECKING:
-    from vllm_spechub.config import SpecHubConfig
-    from vllm_spechub.rules.draft_state import DraftLevel, DraftState
+ESTIMATE_REPETITIONS = 64
+"""How often a rule without a closed form verifies a tree to estimate its chances."""
 
 
-class VerifiedPaths(NamedTuple):
-    """What verification emits for every request."""
+class TreeKernels(NamedTuple):
+    """One platform's implementations of what rules compute."""
 
-    # [num_reqs, depth + 1] int64: accepted tokens, then the bonus token; -1 past the end
-    tokens: torch.Tensor
-    # [num_reqs] int32: accepted tokens plus the bonus token
-    num_emitted: torch.Tensor
-    # [num_reqs, depth + 1] int32: the accepted node of each depth, 0 first; -1 past the end
-    path: torch.Tensor
+    # as `triton_kernels.child_sampling.sample_children`
+    sample_children: Callable[..., Children]
+    # as `triton_kernels.verification.verify_tree`
+    verify_tree: Callable[..., VerifiedPaths]
+    # as `DraftState.write_children`, with the state as the first argument
+    write_children: Callable[..., None]
 
-    def padded(self, width: int) -> "VerifiedPaths":
-        """The same in `width` columns."""
-        missing = (0, width - self.path.shape[1])
-        pad = partial(torch.nn.functional.pad, pad=missing, value=-1)
-        return VerifiedPaths(pad(self.tokens), self.num_emitted, pad(self.path))
 
-    def where(
-        self,
-        # [num_reqs] bool
-        chosen: torch.Tensor,
-        other: "VerifiedPaths",
-    ) -> "VerifiedPaths":
-        """These for the chosen requests, the other's for the rest."""
-        columns = chosen.unsqueeze(1)
-        return VerifiedPaths(
-            torch.where(columns, self.tokens, other.tokens),
-            torch.where(chosen, self.num_emitted, other.num_emitted),
-            torch.where(columns, self.path, other.path),
-        )
+class RuleConfig(Protocol):
+    """What a configuration says about rules."""
+
+    @property
+    def verification(self) -> str: ...
+
+    @property
+    def sharpening(self) -> float: ...
 
 
 class VerificationRule(ABC):
-    """A lossless pair of a drafting law and its acceptance test.
+    """A lossless pair: how children are drafted, and how they are accepted.
 
     What is emitted must have exactly the target's distribution, whatever the draft's is. Random
     draws are functions of (seed, root position, node, purpose), never of a global generator:
     every tensor-parallel rank draws alone and must draw alike.
+
+    Args:
+        name: the registered name.
+        kernels: what the platform computes with. A rule may use them or not.
+        sharpening: the exponent that sampled children are drawn with.
     """
 
-    name: ClassVar[str]
+    max_children: int = MAX_CHILDREN
+    """Most children of a node."""
+    sharpens: ClassVar[bool] = False
+    """Whether `sharpening` may be other than 1."""
 
-    def __init__(self, config: "SpecHubConfig") -> None:
-        """The drafting side and the verifying side each build one from the configuration."""
-        self.config = config
+    def __init__(self, name: str, kernels: TreeKernels, sharpening: float = 1.0) -> None:
+        """The drafting side and the verifying side each build one."""
+        self.name = name
+        self.kernels = kernels
+        self.sharpening = sharpening
 
     @classmethod
-    def check_config(cls, config: "SpecHubConfig") -> None:
-        """Refuse what this rule cannot do, before any weights are loaded; a rule that reads
-        `config.sharpening` overrides this.
+    def check(cls, name: str, sharpening: float, trees: Sequence[TokenTree] = ()) -> None:
+        """Refuse what this rule cannot do, before any weights are loaded.
+
+        Args:
+            name: the registered name.
+            sharpening: as configured.
+            trees: those that are to be drafted.
 
         Raises:
-            ValueError: one line that names the key and what is allowed.
+            ValueError: one line that names the option and what is allowed.
         """
-        if config.sharpening != 1.0:
-            raise ValueError(
-                f"speculative_config['sharpening']: verification {config.verification!r} does not "
-                "read it; leave it out"
-            )
+        check_sharpening(sharpening)
+        if sharpening != 1.0 and not cls.sharpens:
+            raise ValueError(f"sharpening must be 1 with rule {name!r}, which does not read it")
+        for tree in trees:
+            check_children(name, tree, cls.max_children)
 
     @abstractmethod
     def sample_children(
         self,
         # [num_reqs * num_expanded, vocab_size], a request's nodes side by side
         logits: torch.Tensor,
-        level: "DraftLevel",
-        # [num_reqs] int64, request-state index
-        idx_mapping: torch.Tensor,
-        # [num_reqs] int64
-        root_positions: torch.Tensor,
-        # [max_num_reqs] float32
-        temperature: torch.Tensor,
-        # [max_num_reqs] int64
-        seeds: torch.Tensor,
-        state: "DraftState",
+        level: DraftLevel,
+        # [num_reqs]
+        requests: Requests,
+        state: DraftState,
     ) -> None:
-        """Draw the children of a level's nodes and store them in `state`."""
+        """Draw the children of a level's nodes and store them with `state.write_children`.
+
+        A row's node is in `level.rows(num_reqs).nodes`: noise must depend on it.
+        """
 
     @abstractmethod
     def verify(
         self,
-        # [num_rows, vocab_size], a request's rows in node order, the root's first
-        target_logits: torch.Tensor,
-        # [num_reqs] int32, each request's first row
-        row_start: torch.Tensor,
-        # [num_reqs] int32, drafted nodes that were checked: the tree may be truncated
-        num_nodes: torch.Tensor,
-        # [num_rows] int64, the token of each row's node
-        node_tokens: torch.Tensor,
-        # [num_reqs] int64, request-state index
-        idx_mapping: torch.Tensor,
-        # [num_reqs] int64
-        root_positions: torch.Tensor,
-        # [max_num_reqs] float32, what `target_logits` are still to be divided by; 0 for greedy
-        target_temperature: torch.Tensor,
-        # [max_num_reqs] float32
-        draft_temperature: torch.Tensor,
-        # [max_num_reqs] int64
-        seeds: torch.Tensor,
-        state: "DraftState",
+        # a request's rows are in node order, the root's first
+        target: TargetRows,
+        # [num_reqs]
+        requests: Requests,
+        state: DraftState,
     ) -> VerifiedPaths:
-        """Walk every request's tree and emit tokens with the target's distribution."""
+        """Walk every request's tree and emit tokens with the target's distribution.
+
+        A node of which some child is not among the first `target.num_nodes` is a leaf.
+        """
+
+    def reach(
+        self,
+        target: TargetRows,
+        # [num_reqs]
+        requests: Requests,
+        state: DraftState,
+    ) -> torch.Tensor:
+        """The probability that `verify` accepts each node, given the drafted trees.
+
+        Simulations need it. It is estimated here by verifying repeatedly, as if at other root
+        positions; a rule with a closed form overrides this.
+
+        Returns:
+            float32 [num_reqs, num_nodes + 1], 1 for the root.
+        """
+        counts = torch.zeros(
+            len(requests.req_idx), state.tree.num_nodes + 1, device=target.logits.device
+        )
+        for repetition in range(ESTIMATE_REPETITIONS):
+            moved = requests._replace(root_positions=requests.root_positions + repetition)
+            path = self.verify(target, moved, state).path
+            counts.scatter_add_(1, path.clamp(min=0).long(), (path >= 0).float())
+        return counts / ESTIMATE_REPETITIONS
 
 
-def build_rule(config: "SpecHubConfig") -> VerificationRule:
+def check_children(name: str, tree: TokenTree, most: int) -> None:
+    """Refuse a tree whose nodes have more children than a rule takes."""
+    if tree.num_children.max() > most:
+        allowed = "one child" if most == 1 else f"at most {most} children"
+        raise ValueError(
+            f"tree is {tree}, but rule {name!r} takes {allowed} per node"
+            + (": use chain:DEPTH, or another rule" if most == 1 else "")
+        )
+
+
+def build_rule(config: RuleConfig, kernels: TreeKernels) -> VerificationRule:
     """The configured rule."""
-    return RULES.load(config.verification)(config)
+    return RULES.load(config.verification)(config.verification, kernels, config.sharpening)
+
+
+def check_rule(name: str, sharpening: float, trees: Sequence[TokenTree] = ()) -> None:
+    """Refuse a rule that is not registered, or options that it does not take.
+
+    Raises:
+        ValueError: one line that names the option and what is allowed.
+    """
+    if name not in RULES:
+        raise ValueError(f"rule is {name!r}, allowed: {', '.join(RULES)}")
+    RULES.load(name).check(name, sharpening, trees)

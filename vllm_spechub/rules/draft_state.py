@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.triton_kernels.arguments import Children, Drafts, TreeTables
 
 
 class LevelRows(NamedTuple):
@@ -88,30 +89,38 @@ class DraftBuffers:
         self.sample_slots = torch.zeros(
             max_num_reqs, num_internal, dtype=torch.int32, device=device
         )
-        self.states = [DraftState(tree, self) for tree in trees]
+        drafts = Drafts(self.logits, self.sample_slots)
+        self.states = [DraftState(tree, self.tokens, drafts) for tree in trees]
 
 
 class DraftState:
     """Per-request drafts of a static tree, and the tree's tables on the device.
 
+    The buffers may be those of a larger tree: a smaller one leaves the last columns unused.
+
     Args:
         tree: the tree that was drafted.
-        buffers: where its drafts are, among those of other trees.
+        tokens: int64, node i in column i - 1.
+        drafts: how they were drafted.
     """
 
-    def __init__(self, tree: TokenTree, buffers: DraftBuffers) -> None:
-        def table(array) -> torch.Tensor:
-            return torch.tensor(array, device=buffers.tokens.device)
+    def __init__(
+        self,
+        tree: TokenTree,
+        # [max_num_reqs, num_nodes]
+        tokens: torch.Tensor,
+        drafts: Drafts,
+    ) -> None:
+        def table(array: np.ndarray) -> torch.Tensor:
+            return torch.tensor(array, device=tokens.device)
 
-        self.tree = tree
-        # A smaller tree leaves the last columns of each unused.
-        self.tokens, self.logits = buffers.tokens, buffers.logits
-        self.sample_slots = buffers.sample_slots
-        # [num_nodes + 1] each
-        self.first_child = table(tree.first_child)
-        self.num_children = table(tree.num_children)
-        self.internal_index = table(tree.internal_index)
-        self.subtree_sizes = table(tree.subtree_sizes)
+        self.tree, self.tokens, self.drafts = tree, tokens, drafts
+        self.tables = TreeTables(
+            table(tree.first_child),
+            table(tree.num_children),
+            table(tree.internal_index),
+            table(tree.subtree_sizes),
+        )
         self.levels = [self._level(nodes, table) for nodes in tree.internal_levels()]
 
     def _level(self, nodes: np.ndarray, table) -> DraftLevel:
@@ -148,17 +157,16 @@ class DraftState:
         idx_mapping: torch.Tensor,
         # [num_reqs * num_expanded, vocab_size]
         logits: torch.Tensor,
-        # [num_reqs * num_expanded, max_children] int64
-        tokens: torch.Tensor,
-        # [num_reqs * num_expanded] int32
-        sample_slots: torch.Tensor,
+        # of the same rows
+        children: Children,
     ) -> None:
         """Store the children of one level's nodes."""
         num_reqs, num_expanded = len(idx_mapping), len(level.nodes_np)
-        logits = logits.to(self.logits.dtype).view(num_reqs, num_expanded, -1)
-        self.logits[idx_mapping, level.internal] = logits
-        self.sample_slots[idx_mapping, level.internal] = sample_slots.view(num_reqs, num_expanded)
-        tokens = tokens.view(num_reqs, -1)
+        logits = logits.to(self.drafts.logits.dtype).view(num_reqs, num_expanded, -1)
+        self.drafts.logits[idx_mapping, level.internal] = logits
+        sample_slots = children.sample_slots.view(num_reqs, num_expanded)
+        self.drafts.sample_slots[idx_mapping, level.internal] = sample_slots
+        tokens = children.tokens.view(num_reqs, -1)
         if level.select is not None:
             tokens = tokens[:, level.select]
         self.tokens[idx_mapping, level.children] = tokens

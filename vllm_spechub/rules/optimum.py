@@ -18,9 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vllm_spechub.rules.acceptance import check_probs, sampled_law
-from vllm_spechub.trees.tree import MAX_BRANCHING
-from vllm_spechub.triton_kernels.rules import check_rule
+from vllm_spechub.rules.acceptance import check_probs, sampled_distribution
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES, builtin_rule
 
 MAX_VOCAB_SIZE = 12
 
@@ -28,24 +27,25 @@ MAX_VOCAB_SIZE = 12
 def draft_sets(
     q: Sequence[float], k: int, rule: str, *, sharpening: float = 1.0
 ) -> dict[frozenset[int], float]:
-    """The law of the set of children that `rule` drafts at a node.
+    """How probable each set of children is that `rule` drafts at a node.
 
     Args:
         q: the draft's distribution. [vocab_size]
         k: children.
-        rule: a verification rule's name.
-        sharpening: exponent of the sampled child's law, for SpecHub drafts.
+        rule: a built-in rule's name.
+        sharpening: the exponent that the sampled child is drawn with, for SpecHub drafts.
 
     Returns:
         The probability of every set that can be drafted. Independent draws may coincide, so
         sets of "rrs" have 1 to k tokens; those of the other rules have k.
     """
-    law: dict[frozenset[int], float] = defaultdict(float)
+    probs: dict[frozenset[int], float] = defaultdict(float)
     tokens = range(len(q))
-    if rule == "rrs":
+    row = BUILTIN_RULES[rule]
+    if row.replaces:
         for draw in itertools.product(tokens, repeat=k):
-            law[frozenset(draw)] += float(np.prod([q[i] for i in draw]))
-    elif rule == "rrsw":
+            probs[frozenset(draw)] += float(np.prod([q[i] for i in draw]))
+    elif row.is_recursive:
         ranked = sorted(tokens, key=lambda i: (-q[i], i))
         for draw in itertools.permutations(tokens, k):
             prob = 1.0
@@ -53,24 +53,35 @@ def draft_sets(
                 rest = [j for j in ranked if j not in draw[:position]]
                 free = sum(q[j] for j in rest)
                 prob *= q[i] / free if free > 0 else float(i == rest[0])
-            law[frozenset(draw)] += prob
+            probs[frozenset(draw)] += prob
     else:
-        sampled = sampled_law(torch.tensor(np.asarray(q)).double().unsqueeze(0), k, sharpening)
+        sampled = sampled_distribution(
+            torch.tensor(np.asarray(q)).double().unsqueeze(0), k, sharpening
+        )
         hubs = sampled.hubs[0].tolist()
         for x in tokens:
-            law[frozenset([*hubs, x])] += sampled.w[0, x].item()
-    return {tokens: prob for tokens, prob in law.items() if prob > 0}
+            probs[frozenset([*hubs, x])] += sampled.w[0, x].item()
+    return {tokens: prob for tokens, prob in probs.items() if prob > 0}
 
 
-def otm(p: Sequence[float], q: Sequence[float], k: int, rule: str, *, sharpening: float = 1.0):
+def otm(
+    # [vocab_size]
+    p: torch.Tensor | Sequence[float],
+    # [vocab_size]
+    q: torch.Tensor | Sequence[float],
+    k: int,
+    rule: str,
+    *,
+    sharpening: float = 1.0,
+) -> float:
     """The most that a lossless verification can accept of `rule`'s drafts at one node.
 
     Args:
         p: the target's distribution. [vocab_size], at most 12
         q: the draft's. [vocab_size]
         k: children, 1 to 4 and at most vocab_size.
-        rule: whose draft law; how that rule verifies does not matter.
-        sharpening: exponent of the sampled child's law, for SpecHub drafts.
+        rule: a built-in rule: whose drafts; how it verifies does not matter.
+        sharpening: the exponent that the sampled child is drawn with, for SpecHub drafts.
 
     Returns:
         The optimum, a float in 0..1.
@@ -87,7 +98,7 @@ def otm(p: Sequence[float], q: Sequence[float], k: int, rule: str, *, sharpening
     from scipy.optimize import linprog
     from scipy.sparse import csr_array
 
-    check_rule(rule, sharpening, max_children=1)
+    row = builtin_rule(rule, sharpening, max_children=1)
     p, q = torch.as_tensor(p), torch.as_tensor(q)
     for name, probs in (("p", p), ("q", q)):
         if probs.dim() != 1 or len(probs) > MAX_VOCAB_SIZE:
@@ -95,7 +106,7 @@ def otm(p: Sequence[float], q: Sequence[float], k: int, rule: str, *, sharpening
         check_probs(name, probs)
     if p.shape != q.shape:
         raise ValueError(f"q must be {list(p.shape)}, as p is, not {list(q.shape)}")
-    most = 1 if rule == "chain" else min(MAX_BRANCHING, len(p))
+    most = min(row.max_children, len(p))
     if not 1 <= k <= most:
         raise ValueError(f"k must be in 1..{most} for rule {rule!r}, got {k!r}")
 

@@ -11,9 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from vllm_spechub.trees.tree import FAMILIES, MAX_BRANCHING, MAX_NODES, TokenTree
+from vllm_spechub.trees.tree import FAMILIES, MAX_NODES, TokenTree
+from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
+from vllm_spechub.triton_kernels.rules import rates_of
 
 Rates = Mapping[int, Sequence[float]]
 """For each number of children, the acceptance rate of each slot."""
@@ -21,10 +23,6 @@ Rates = Mapping[int, Sequence[float]]
 AUTO_NODES = 15
 AUTO_DEPTH = 5
 AUTO_FORM = "auto[:NODES[:DEPTH]]"
-GUIDES = {"traversal": "ordered"}
-"""Rules that take another's rates. A traversal accepts a child more often the more hangs below it,
-so the rates that it has on complete trees mislead on others; it drafts as `ordered` does, whose
-rates gave it the better trees (docs/verification.md)."""
 SHIPPED = "rates.json"
 _AUTO = re.compile(r"auto(?::(\d+)(?::(\d+))?)?")
 
@@ -68,11 +66,11 @@ def best_shape(rates: Rates, max_nodes: int, max_depth: int) -> Shape:
     if not 1 <= max_depth <= MAX_NODES:
         raise ValueError(f"max_depth must be in 1..{MAX_NODES}, got {max_depth}")
     if not rates or any(
-        not 1 <= k <= MAX_BRANCHING or len(slots) != k or not all(0 <= r <= 1 for r in slots)
+        not 1 <= k <= MAX_CHILDREN or len(slots) != k or not all(0 <= r <= 1 for r in slots)
         for k, slots in rates.items()
     ):
         raise ValueError(
-            f"rates must hold k acceptance rates in 0..1 for each k in 1..{MAX_BRANCHING}"
+            f"rates must hold k acceptance rates in 0..1 for each k in 1..{MAX_CHILDREN}"
         )
     leaf = _Node(0.0)
     # below[n]: the best node with at most n descendants, within the levels left
@@ -116,28 +114,23 @@ def best_shape(rates: Rates, max_nodes: int, max_depth: int) -> Shape:
     return Shape(TokenTree(tuple(parents)), root.value)
 
 
-def expected_accepted(tree: TokenTree, rates: Rates) -> float:
-    """What `best_shape` maximises, for any tree whose numbers of children `rates` has."""
-    reach = [1.0] * (tree.num_nodes + 1)
-    for node, parent in enumerate(tree.parents, start=1):
-        slot = node - int(tree.first_child[parent])
-        reach[node] = reach[parent] * rates[int(tree.num_children[parent])][slot]
-    return sum(reach[1:])
-
-
 def shipped_rates(rule: str) -> dict[int, list[float]]:
-    """The demo pair's rates for a rule, averaged over the temperatures that were measured.
+    """The demo pair's rates that choose trees for a rule, averaged over the temperatures that were
+    measured. They are its own or those of the rule that the table of rules names instead.
 
     Raises:
         ValueError: none are shipped for this rule.
     """
     by_rule = _shipped()["rates"]
-    if rule not in by_rule:
+    source = rates_of(rule)
+    if source not in by_rule:
         raise ValueError(
             f"'auto' has no acceptance rates for verification {rule!r}, only for "
             f"{', '.join(by_rule)}; measure a shape with `vllm-spechub shape`"
         )
-    tables = [{int(k): by_slot for k, by_slot in table.items()} for table in by_rule[rule].values()]
+    tables = [
+        {int(k): by_slot for k, by_slot in table.items()} for table in by_rule[source].values()
+    ]
     return average_rates(tables)
 
 
@@ -150,7 +143,7 @@ def average_rates(tables: Sequence[Rates]) -> dict[int, list[float]]:
 
 
 @lru_cache(maxsize=1)
-def _shipped() -> dict:
+def _shipped() -> dict[str, Any]:
     return json.loads(files("vllm_spechub.trees").joinpath(SHIPPED).read_text(encoding="utf-8"))
 
 

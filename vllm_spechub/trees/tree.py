@@ -13,10 +13,10 @@ from functools import cached_property
 
 import numpy as np
 
+from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
+
 MAX_NODES = 63
 """The largest number of drafted nodes: with the root they fill one 64-bit ancestor mask."""
-MAX_BRANCHING = 4
-"""The largest number of children: the verification kernels unroll over siblings."""
 
 FAMILIES = "binary:DEPTH, kary:BRANCHING:DEPTH, chain:DEPTH, caterpillar:DEPTH[:BRANCHING]"
 _FAMILY = re.compile(r"(binary|kary|chain|caterpillar)((?::\d+)+)")
@@ -59,9 +59,9 @@ class TokenTree:
                 f"parents must not decrease (breadth-first order), got {list(self.parents)}"
             )
         most = int(self.num_children.max())
-        if most > MAX_BRANCHING:
+        if most > MAX_CHILDREN:
             node = int(self.num_children.argmax())
-            raise ValueError(f"node {node} has {most} children, at most {MAX_BRANCHING} allowed")
+            raise ValueError(f"node {node} has {most} children, at most {MAX_CHILDREN} allowed")
 
     @classmethod
     def complete(cls, branching: int, depth: int) -> "TokenTree":

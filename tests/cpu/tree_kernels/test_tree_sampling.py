@@ -16,10 +16,22 @@ from vllm_spechub.cpu.tree_kernels.sampling import (
 from vllm_spechub.rules.draft_state import DraftBuffers
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels import rng
+from vllm_spechub.triton_kernels.arguments import (
+    Children,
+    Requests,
+    TargetRows,
+    TreeTables,
+)
+from vllm_spechub.triton_kernels.arguments import (
+    Drafts as DraftTensors,
+)
 from vllm_spechub.triton_kernels.child_sampling import reference as child_reference
-from vllm_spechub.triton_kernels.rules import RULES, SPECHUB
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 from vllm_spechub.triton_kernels.tree_attention import tree_attention_reference
 from vllm_spechub.triton_kernels.verification import reference as tree_reference
+
+RULES = tuple(BUILTIN_RULES)
+SPECHUB = tuple(name for name, rule in BUILTIN_RULES.items() if rule.sharpens)
 
 TREES = ["binary:3", "chain:3", "kary:4:2", [0, 0, 0, 0, 1, 1, 2, 5]]
 
@@ -32,9 +44,9 @@ class Drafts:
         self.tree = TokenTree.parse(tree)
         self.num_reqs, width = num_reqs, self.tree.num_nodes + 1
         self.law = {"rule": rule, "sharpening": sharpening}
-        tables = (self.tree.first_child, self.tree.num_children, self.tree.internal_index)
-        self.first_child, self.num_children, self.internal = map(torch.from_numpy, tables)
-        self.subtree_sizes = torch.from_numpy(self.tree.subtree_sizes)
+        self.tables = TreeTables(
+            *(torch.from_numpy(getattr(self.tree, name)) for name in TreeTables._fields)
+        )
         self.temperature = torch.tensor(temperatures).repeat(num_reqs)[:num_reqs]
         self.seeds = torch.randint(-(2**62), 2**62, (num_reqs,), generator=g)
         self.positions = torch.randint(0, 10000, (num_reqs,), generator=g)
@@ -43,7 +55,9 @@ class Drafts:
         self.draft = torch.randn(num_reqs, num_internal, vocab_size, generator=g) * 2
         self.target = torch.randn(num_reqs, width, vocab_size, generator=g) * 2
         for node in self.tree.internal_nodes:
-            self.target[:, node] = 0.5 * self.target[:, node] + self.draft[:, self.internal[node]]
+            self.target[:, node] = (
+                0.5 * self.target[:, node] + self.draft[:, self.tables.internal_index[node]]
+            )
         self.draft[:, :, 1] = -torch.inf
         self.target[:, :, 2] = -torch.inf
         self.draft[::7, :, 3] = self.draft[::7, :, 0]  # ties
@@ -57,10 +71,13 @@ class Drafts:
 
     def node_arguments(self, node):
         full = torch.full((self.num_reqs,), int(node), dtype=torch.int32)
-        count = torch.full_like(full, int(self.num_children[node]))
-        draft = self.draft[:, self.internal[node]]
-        ids = (self.reqs, self.positions, full, count)
-        return (draft, self.temperature, self.seeds, *ids), int(count[0])
+        count = torch.full_like(full, int(self.tables.num_children[node]))
+        draft = self.draft[:, self.tables.internal_index[node]]
+        return (draft, full, count, self.requests), int(count[0])
+
+    @property
+    def requests(self):
+        return Requests(self.reqs, self.positions, self.temperature, self.seeds)
 
     def draw(self, sampler):
         """Draw every node's children; what differs between samplers stays comparable."""
@@ -68,30 +85,25 @@ class Drafts:
         for node in self.tree.internal_nodes:
             arguments, count = self.node_arguments(node)
             tokens, slots = sampler(*arguments, **self.law, max_children=count)
-            first = int(self.first_child[node])
+            first = int(self.tables.first_child[node])
             self.tokens[:, first : first + count] = tokens
-            self.slots[:, self.internal[node]] = slots
+            self.slots[:, self.tables.internal_index[node]] = slots
             drawn.append(torch.cat([tokens, slots[:, None]], dim=1))
         return drawn
 
     def verify(self, verifier):
         width = self.tree.num_nodes + 1
         return verifier(
-            self.target.flatten(0, 1),
-            torch.arange(self.num_reqs, dtype=torch.int32) * width,
-            self.num_nodes,
-            self.tokens.flatten(),
-            self.draft,
-            self.slots,
-            self.reqs,
-            self.temperature,
-            self.temperature,
-            self.seeds,
-            self.positions,
-            self.first_child,
-            self.num_children,
-            self.internal,
-            self.subtree_sizes,
+            TargetRows(
+                self.target.flatten(0, 1),
+                self.temperature,
+                torch.arange(self.num_reqs, dtype=torch.int32) * width,
+                self.num_nodes,
+                self.tokens.flatten(),
+            ),
+            DraftTensors(self.draft, self.slots),
+            self.requests,
+            self.tables,
             max_depth=self.tree.depth,
             **self.law,
         )
@@ -135,11 +147,11 @@ def test_children_are_stored_as_the_state_would(tree):
         logits = torch.randn(num_rows, 64)
         tokens = torch.randint(0, 64, (num_rows, level.max_children))
         slots = torch.randint(0, 4, (num_rows,), dtype=torch.int32)
-        write_children(ours, level, reqs, logits, tokens, slots)
-        theirs.write_children(level, reqs, logits, tokens, slots)
-        assert torch.equal(ours.logits, theirs.logits)
+        write_children(ours, level, reqs, logits, Children(tokens, slots))
+        theirs.write_children(level, reqs, logits, Children(tokens, slots))
+        assert torch.equal(ours.drafts.logits, theirs.drafts.logits)
         assert torch.equal(ours.tokens, theirs.tokens)
-        assert torch.equal(ours.sample_slots, theirs.sample_slots)
+        assert torch.equal(ours.drafts.sample_slots, theirs.drafts.sample_slots)
     assert (ours.tokens[reqs] != 0).any()
 
 
@@ -149,7 +161,8 @@ def test_skipped_rows_and_half_precision(rule):
     arguments, count = drafts.node_arguments(0)
     arguments = list(arguments)
     arguments[0] = arguments[0].bfloat16()
-    arguments[3] = torch.where(drafts.reqs % 3 == 0, -1, drafts.reqs)
+    skipped = torch.where(drafts.reqs % 3 == 0, -1, drafts.reqs)
+    arguments[3] = drafts.requests._replace(req_idx=skipped)
     ours = sample_children(*arguments, rule=rule, max_children=count)
     theirs = child_reference.sample_children(*arguments, rule=rule, max_children=count)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -4,9 +4,9 @@
 import numpy as np
 
 from vllm_spechub.cpu.tree_kernels.vector_math import argmax, exp_row, exp_sum, f32, jit, jit_sums
+from vllm_spechub.triton_kernels import constants
 
-# Stands for the peak of logits that are all -inf.
-LOWEST = f32(-3.0e38)
+LOWEST = f32(constants.LOWEST)
 
 
 @jit
@@ -42,8 +42,8 @@ def softmax(
 
 
 @jit_sums
-def spechub_law(
-    # [size] the draft's logits; on return the sampled child's law
+def spechub_distribution(
+    # [size] the draft's logits; on return what the sampled child is drawn from
     draft,
     temperature,
     sharpening,
@@ -109,7 +109,7 @@ def spechub_law(
 def spechub_parts(
     # [size] the masses that the node is to emit
     target,
-    # [size] the sampled child's law
+    # [size] what the sampled child was drawn from
     draft,
     # [num_children] tokens
     children,
@@ -248,12 +248,11 @@ def choose_recursive(
     replaced,
     draw,
     # [size] each
-    law,
+    distribution,
     scratch,
     scratch_bits,
 ):
-    """`node_outcome` of `rrs` where children are replaced, else of `rrsw`: the accepted slot, the
-    number of children if none."""
+    """`node_outcome` of recursive rules: the accepted slot, the number of children if none."""
     size, count = target.shape[0], children.shape[0]
     greedy = temperature == f32(0.0)
     scale = f32(1.0) if greedy else f32(1.0) / temperature
@@ -263,20 +262,20 @@ def choose_recursive(
         child = children[slot]
         certain = greedy or draft[argmax(draft)] <= LOWEST
         if certain:
-            law[:] = f32(0.0)
-            law[child] = f32(1.0)
+            distribution[:] = f32(0.0)
+            distribution[child] = f32(1.0)
         elif slot == 0 or not replaced:
-            law[:] = draft
-            softmax(law, scale, scratch, scratch_bits)
+            distribution[:] = draft
+            softmax(distribution, scale, scratch, scratch_bits)
         prob = target[child]
-        chance = _ratio(prob, law[child])
+        chance = _ratio(prob, distribution[child])
         threshold += reach * chance
         reach *= f32(1.0) - chance
         if draw < threshold:
             return slot
         mass = f32(0.0)
         for i in range(size):
-            scratch[i] = max(target[i] - law[i], f32(0.0))
+            scratch[i] = max(target[i] - distribution[i], f32(0.0))
             mass += scratch[i]
         if mass > f32(0.0):
             for i in range(size):

@@ -5,6 +5,8 @@ They draw the same numbers as the Triton kernels and the PyTorch references, and
 at a time: on rows this small a PyTorch operation costs more than the arithmetic.
 """
 
+from typing import NamedTuple, TypeVar
+
 import numpy as np
 import torch
 
@@ -13,7 +15,7 @@ from vllm_spechub.cpu.tree_kernels.node import (
     choose_recursive,
     choose_spechub,
     softmax,
-    spechub_law,
+    spechub_distribution,
     spechub_parts,
     visit_spechub,
 )
@@ -31,25 +33,68 @@ from vllm_spechub.cpu.tree_kernels.vector_math import (
 )
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
 from vllm_spechub.triton_kernels import rng
-from vllm_spechub.triton_kernels.rules import ORDERED_SLOTS, RECURSIVE
+from vllm_spechub.triton_kernels.arguments import (
+    Children,
+    Drafts,
+    Requests,
+    TargetRows,
+    TreeTables,
+    VerifiedPaths,
+)
+from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES, Rule
+
+
+class Scratch(NamedTuple):
+    """Rows to work in. [size] each; the second field is the first one's memory, as int32."""
+
+    race: np.ndarray
+    race_bits: np.ndarray
+    spare: np.ndarray
+    spare_bits: np.ndarray
+    uniforms: np.ndarray
+
+
+class Traits(NamedTuple):
+    """What the compiled loops must know of a rule; see `triton_kernels.rules`."""
+
+    recursive: bool
+    replaces: bool
+    ordered: bool
+    sharpening: np.float32
+
+
+@jit
+def _scratch(size):
+    race, spare = np.empty(size, f32), np.empty(size, f32)
+    return Scratch(race, race.view(i32), spare, spare.view(i32), np.empty(size, f32))
+
+
+@jit
+def _first(scratch, size):
+    """The first `size` elements of every row."""
+    return Scratch(
+        scratch.race[:size],
+        scratch.race_bits[:size],
+        scratch.spare[:size],
+        scratch.spare_bits[:size],
+        scratch.uniforms[:size],
+    )
 
 
 @jit_sums
 def _race(
-    # [size] each
+    # [size]
     logits,
     scale,
     key,
     start,
-    # [size], written: scores whose largest is a draw from softmax(logits * scale)
-    race,
-    race_bits,
-    # [size] each
+    # of [size]; on return `race` has scores whose largest is a draw from softmax(logits * scale)
     scratch,
-    uniforms,
 ):
-    exponential_row(key, start, race, race_bits, scratch, uniforms)
-    log_row(race, race_bits, scratch)
+    race = scratch.race
+    exponential_row(key, start, race, scratch.race_bits, scratch.spare, scratch.uniforms)
+    log_row(race, scratch.race_bits, scratch.spare)
     for i in range(logits.shape[0]):
         race[i] = max(logits[i] * scale - race[i], LOWEST)
 
@@ -61,25 +106,22 @@ def _draw_all(
     scale,
     greedy,
     key,
-    replaced,
+    replaces,
     # [num_children], written
     children,
-    # [size] each
-    race,
-    race_bits,
+    # of [size]
     scratch,
-    uniforms,
 ):
     """Children drawn from the draft one after the other: independently or without replacement."""
-    size = logits.shape[0]
+    size, race = logits.shape[0], scratch.race
     if greedy or logits[argmax(logits)] == LOWEST:
         race[:] = logits
-        replaced = False
+        replaces = False
     else:
-        _race(logits, scale, key, 0, race, race_bits, scratch, uniforms)
+        _race(logits, scale, key, 0, scratch)
     for slot in range(children.shape[0]):
-        if replaced and slot > 0:
-            _race(logits, scale, key, slot * size, race, race_bits, scratch, uniforms)
+        if replaces and slot > 0:
+            _race(logits, scale, key, slot * size, scratch)
         children[slot] = argmax(race)
         race[children[slot]] = -np.inf
 
@@ -90,14 +132,11 @@ def _draw_off_hubs(
     logits,
     scale,
     key,
-    # [size] each
-    race,
-    race_bits,
+    # of [size]
     scratch,
-    uniforms,
 ):
     """A draw from softmax(logits * scale), by lanes as in `rng.draw`."""
-    size = logits.shape[0]
+    size, race = logits.shape[0], scratch.race
     lanes = min(size, rng.LANES)
     depth = (size + lanes - 1) // lanes
     # [lanes] each, as if a lane were a token with its mass
@@ -112,7 +151,7 @@ def _draw_off_hubs(
         for lane in range(lanes):
             if masses[lane] > f32(0.0):
                 peaks[lane] += np.log(masses[lane]) / scale
-    _race(peaks, scale, key, 0, race[:lanes], race_bits[:lanes], scratch[:lanes], uniforms[:lanes])
+    _race(peaks, scale, key, 0, _first(scratch, lanes))
     for lane in range(lanes):
         if peaks[lane] == -np.inf:
             race[lane] = -np.inf
@@ -122,16 +161,7 @@ def _draw_off_hubs(
     own = np.full(depth, -np.inf, f32)
     for place in range((size - lane + lanes - 1) // lanes):
         own[place] = logits[lane + place * lanes]
-    _race(
-        own,
-        scale,
-        key,
-        rng.LANES,
-        race[:depth],
-        race_bits[:depth],
-        scratch[:depth],
-        uniforms[:depth],
-    )
+    _race(own, scale, key, rng.LANES, _first(scratch, depth))
     for place in range(depth):
         if own[place] == -np.inf:
             race[place] = -np.inf
@@ -150,16 +180,12 @@ def _draw_spechub(
     ordered,
     # [num_children], written
     children,
-    # [size] each
-    race,
-    race_bits,
+    # of [size]
     scratch,
-    scratch_bits,
-    uniforms,
 ):
     """The hubs and one token sampled off them; returns the sampled one's slot."""
-    size, num_hubs = logits.shape[0], children.shape[0] - 1
-    hub_logits = np.empty(4, f32)
+    size, num_hubs, race = logits.shape[0], children.shape[0] - 1, scratch.race
+    hub_logits = np.empty(MAX_CHILDREN, f32)
     for rank in range(num_hubs):
         hub = argmax(logits)
         hub_logits[rank] = logits[hub]
@@ -170,9 +196,7 @@ def _draw_spechub(
     else:
         sample = argmax(logits)
         if logits[sample] > LOWEST:
-            sample = _draw_off_hubs(
-                logits, scale * sharpening, child_key, race, race_bits, scratch, uniforms
-            )
+            sample = _draw_off_hubs(logits, scale * sharpening, child_key, scratch)
     children[num_hubs] = sample
     if not ordered or num_hubs == 0:
         return num_hubs
@@ -182,7 +206,7 @@ def _draw_spechub(
         peak = hub_logits[0]
         for i in range(size):
             race[i] = (logits[i] - peak) * scale
-        exp_row(race, scratch, scratch_bits)
+        exp_row(race, scratch.spare, scratch.spare_bits)
         total = f32(0.0)
         for i in range(size):
             total += race[i]
@@ -208,58 +232,42 @@ def _draw_spechub(
 def _sample_children(
     # [num_rows, vocab_size]
     logits,
-    # [max_num_reqs] each
-    temperature,
-    seeds,
     # [num_rows] each
-    req_idx,
-    root_positions,
     node_ids,
     num_children,
-    raced,
-    replaced,
-    ordered,
-    sharpening,
-    # [num_rows, max_children], -1 throughout
-    tokens,
-    # [num_rows], -1 throughout
-    sample_slots,
+    requests,
+    traits,
+    # -1 throughout, written
+    drawn,
 ):
     size = logits.shape[1]
-    row, race = np.empty(size, f32), np.empty(size, f32)
-    race_bits = race.view(i32)
-    scratch, uniforms = np.empty(size, f32), np.empty(size, f32)
-    scratch_bits = scratch.view(i32)
+    row, scratch = np.empty(size, f32), _scratch(size)
     for r in range(logits.shape[0]):
-        req = req_idx[r]
+        req = requests.req_idx[r]
         if req < 0:
             continue
-        greedy = temperature[req] == f32(0.0)
-        scale = f32(1.0) if greedy else f32(1.0) / temperature[req]
+        temperature, seed = requests.temperature[req], requests.seeds[req]
+        greedy = temperature == f32(0.0)
+        scale = f32(1.0) if greedy else f32(1.0) / temperature
         for i in range(size):
             row[i] = max(logits[r, i], LOWEST)
-        children = tokens[r, : num_children[r]]
-        key = row_key(seeds[req], root_positions[r], node_ids[r], rng.CHILD)
-        if raced:
-            _draw_all(
-                row, scale, greedy, key, replaced, children, race, race_bits, scratch, uniforms
-            )
-            sample_slots[r] = 0
+        children = drawn.tokens[r, : num_children[r]]
+        position = requests.root_positions[r]
+        key = row_key(seed, position, node_ids[r], rng.CHILD)
+        if traits.recursive:
+            _draw_all(row, scale, greedy, key, traits.replaces, children, scratch)
+            drawn.sample_slots[r] = 0
         else:
-            sample_slots[r] = _draw_spechub(
+            drawn.sample_slots[r] = _draw_spechub(
                 row,
                 scale,
                 greedy,
-                sharpening,
+                traits.sharpening,
                 key,
-                row_key(seeds[req], root_positions[r], node_ids[r], rng.LABEL),
-                ordered,
+                row_key(seed, position, node_ids[r], rng.LABEL),
+                traits.ordered,
                 children,
-                race,
-                race_bits,
                 scratch,
-                scratch_bits,
-                uniforms,
             )
 
 
@@ -268,11 +276,8 @@ def _emit(
     # [size] unnormalised probabilities
     weights,
     key,
-    # [size] each
-    noise,
-    noise_bits,
+    # of [size]
     scratch,
-    uniforms,
 ):
     """`rng.draw`: a token drawn from the weights."""
     size = weights.shape[0]
@@ -283,75 +288,54 @@ def _emit(
         masses = np.zeros(lanes, f32)
         for i in range(size):
             masses[i % lanes] += weights[i]
-    exponential_row(key, 0, noise[:lanes], noise_bits[:lanes], scratch[:lanes], uniforms[:lanes])
+    part = _first(scratch, lanes)
+    noise = part.race
+    exponential_row(key, 0, noise, part.race_bits, part.spare, part.uniforms)
     for lane in range(lanes):
         noise[lane] = masses[lane] / noise[lane]
-    lane = argmax(noise[:lanes])
+    lane = argmax(noise)
     if depth == 1:
         return lane
     places = (size - lane + lanes - 1) // lanes
-    exponential_row(
-        key, rng.LANES, noise[:places], noise_bits[:places], scratch[:places], uniforms[:places]
-    )
+    part = _first(scratch, places)
+    noise = part.race
+    exponential_row(key, rng.LANES, noise, part.race_bits, part.spare, part.uniforms)
     for place in range(places):
         noise[place] = weights[lane + place * lanes] / noise[place]
-    return lane + lanes * argmax(noise[:places])
+    return lane + lanes * argmax(noise)
 
 
 @jit
 def _walk_trees(
-    # [num_rows, vocab_size]
-    target_logits,
-    # [num_reqs] each
-    row_start,
-    num_nodes,
-    # [num_rows]
-    node_tokens,
-    # [num_drafts, num_internal, vocab_size]
-    draft_logits,
-    # [num_reqs], each request's draft
+    target_rows,
+    drafts,
+    # [num_reqs], where each request's drafts are
     draft_idx,
-    # [max_num_reqs, num_internal]
-    sample_slots,
-    # [num_reqs]
-    req_idx,
-    # [max_num_reqs] each
-    target_temperature,
-    draft_temperature,
-    seeds,
-    # [num_reqs]
-    root_positions,
-    # [num_tree_nodes] each
-    first_child,
-    num_children,
-    internal_index,
-    raced,
-    replaced,
-    ordered,
-    sharpening,
-    # [num_reqs, max_depth + 1] each, -1 throughout
-    tokens,
-    path,
-    # [num_reqs]
-    num_emitted,
+    requests,
+    tree,
+    traits,
+    # -1 throughout, written
+    paths,
 ):
     """From the root while children are accepted."""
-    size = target_logits.shape[1]
+    size = target_rows.logits.shape[1]
     target, draft, spare = np.empty(size, f32), np.empty(size, f32), np.empty(size, f32)
-    scratch, uniforms = np.empty(size, f32), np.empty(size, f32)
-    scratch_bits, draft_bits = scratch.view(i32), draft.view(i32)
-    hub_probs, gain = np.empty(4, f32), np.empty(4, f32)
-    for r in range(row_start.shape[0]):
-        req = req_idx[r]
-        greedy = target_temperature[req] == f32(0.0)
-        scale = f32(1.0) if greedy else f32(1.0) / target_temperature[req]
+    work = _scratch(size)
+    scratch, scratch_bits = work.spare, work.spare_bits
+    hub_probs, gain = np.empty(MAX_CHILDREN, f32), np.empty(MAX_CHILDREN, f32)
+    for r in range(target_rows.row_start.shape[0]):
+        req = requests.req_idx[r]
+        greedy = target_rows.temperature[req] == f32(0.0)
+        scale = f32(1.0) if greedy else f32(1.0) / target_rows.temperature[req]
         node, depth = np.int64(0), 0
-        path[r, 0] = 0
+        paths.path[r, 0] = 0
         while True:
-            logits = target_logits[row_start[r] + node]
-            first, count = np.int64(first_child[node]), np.int64(num_children[node])
-            leaf = count == 0 or first + count - 1 > num_nodes[r]
-            children = node_tokens[row_start[r] + first : row_start[r] + first + count]
+            logits = target_rows.logits[target_rows.row_start[r] + node]
+            first, count = np.int64(tree.first_child[node]), np.int64(tree.num_children[node])
+            leaf = count == 0 or first + count - 1 > target_rows.num_nodes[r]
+            children = target_rows.node_tokens[
+                target_rows.row_start[r] + first : target_rows.row_start[r] + first + count
+            ]
             slot = count
             if greedy:
                 best = argmax(logits)
@@ -364,28 +348,30 @@ def _walk_trees(
                 target[:] = logits
                 softmax(target, scale, scratch, scratch_bits)
                 if not leaf:
-                    inner = internal_index[node]
-                    draft[:] = draft_logits[draft_idx[r], inner]
-                    draw = uniform(row_key(seeds[req], root_positions[r], node, rng.ACCEPT))
-                    temperature = draft_temperature[req]
-                    if raced:
+                    inner = tree.internal_index[node]
+                    draft[:] = drafts.logits[draft_idx[r], inner]
+                    draw = uniform(
+                        row_key(requests.seeds[req], requests.root_positions[r], node, rng.ACCEPT)
+                    )
+                    temperature = requests.temperature[req]
+                    if traits.recursive:
                         slot = choose_recursive(
                             target,
                             draft,
                             temperature,
                             children,
-                            replaced,
+                            traits.replaces,
                             draw,
                             spare,
                             scratch,
                             scratch_bits,
                         )
                     else:
-                        sample_slot = sample_slots[req, inner]
-                        hub_mass, off_mass = spechub_law(
+                        sample_slot = drafts.sample_slots[req, inner]
+                        hub_mass, off_mass = spechub_distribution(
                             draft,
                             temperature,
-                            sharpening,
+                            traits.sharpening,
                             children,
                             sample_slot,
                             hub_probs[:count],
@@ -398,7 +384,7 @@ def _walk_trees(
                             draft,
                             children,
                             sample_slot,
-                            ordered,
+                            traits.ordered,
                             hub_probs[:count],
                             hub_mass,
                             off_mass,
@@ -418,90 +404,70 @@ def _walk_trees(
                         )
             if leaf or slot == count:
                 break
-            tokens[r, depth] = children[slot]
+            paths.tokens[r, depth] = children[slot]
             node = first + slot
             depth += 1
-            path[r, depth] = node
+            paths.path[r, depth] = node
         if not greedy:
-            key = row_key(seeds[req], root_positions[r], node, rng.RESIDUAL)
-            best = _emit(target, key, draft, draft_bits, scratch, uniforms)
-        tokens[r, depth] = best
-        num_emitted[r] = depth + 1
+            key = row_key(requests.seeds[req], requests.root_positions[r], node, rng.RESIDUAL)
+            best = _emit(target, key, work)
+        paths.tokens[r, depth] = best
+        paths.num_emitted[r] = depth + 1
 
 
 @jit
 def _traverse_trees(
-    # [num_rows, vocab_size]
-    target_logits,
-    # [num_reqs] each
-    row_start,
-    num_nodes,
-    # [num_rows]
-    node_tokens,
-    # [num_drafts, num_internal, vocab_size]
-    draft_logits,
-    # [num_reqs], each request's draft
+    target_rows,
+    drafts,
+    # [num_reqs], where each request's drafts are
     draft_idx,
-    # [max_num_reqs, num_internal]
-    sample_slots,
-    # [num_reqs]
-    req_idx,
-    # [max_num_reqs] each
-    target_temperature,
-    draft_temperature,
-    seeds,
-    # [num_reqs]
-    root_positions,
-    # [num_tree_nodes] each
-    first_child,
-    num_children,
-    internal_index,
-    # [num_tree_nodes]
-    subtree_sizes,
-    sharpening,
-    # [num_reqs, max_depth + 1] each, -1 throughout
-    tokens,
-    path,
-    # [num_reqs]
-    num_emitted,
+    requests,
+    tree,
+    traits,
+    # -1 throughout, written
+    paths,
 ):
     """Depth first, each node after its children, until one is accepted."""
-    size = target_logits.shape[1]
+    size = target_rows.logits.shape[1]
     target, draft, spare = np.empty(size, f32), np.empty(size, f32), np.empty(size, f32)
-    scratch, uniforms = np.empty(size, f32), np.empty(size, f32)
-    scratch_bits, draft_bits = scratch.view(i32), draft.view(i32)
-    hub_probs, gain = np.empty(4, f32), np.empty(4, f32)
-    width = first_child.shape[0]
+    work = _scratch(size)
+    scratch, scratch_bits = work.spare, work.spare_bits
+    hub_probs, gain = np.empty(MAX_CHILDREN, f32), np.empty(MAX_CHILDREN, f32)
+    width = tree.first_child.shape[0]
     parents, depths = np.zeros(width, i32), np.zeros(width, i32)
     for node in range(width):
-        for child in range(first_child[node], first_child[node] + num_children[node]):
+        for child in range(
+            tree.first_child[node], tree.first_child[node] + tree.num_children[node]
+        ):
             parents[child] = node
             depths[child] = depths[node] + 1
     # the path acceptance that a node is visited with; the probability of accepting it once its
     # children have failed
     visit, leave = np.empty(width, f32), np.empty(width, f32)
-    for r in range(row_start.shape[0]):
-        req = req_idx[r]
-        greedy = target_temperature[req] == f32(0.0)
-        scale = f32(1.0) if greedy else f32(1.0) / target_temperature[req]
+    for r in range(target_rows.row_start.shape[0]):
+        req = requests.req_idx[r]
+        greedy = target_rows.temperature[req] == f32(0.0)
+        scale = f32(1.0) if greedy else f32(1.0) / target_rows.temperature[req]
         visit[0] = f32(1.0)
         node, arriving, emitting = np.int64(0), True, False
         best = np.int64(-1)
         while True:
-            first, count = np.int64(first_child[node]), np.int64(num_children[node])
-            leaf = count == 0 or first + count - 1 > num_nodes[r]
+            first, count = np.int64(tree.first_child[node]), np.int64(tree.num_children[node])
+            leaf = count == 0 or first + count - 1 > target_rows.num_nodes[r]
             if emitting or (arriving and not leaf and visit[node] > f32(0.0)):
                 # look at the rows of a node: for its children, or for the bonus token
-                target[:] = target_logits[row_start[r] + node]
+                target[:] = target_rows.logits[target_rows.row_start[r] + node]
                 if greedy:
                     best = argmax(target)
                 else:
                     softmax(target, scale, scratch, scratch_bits)
                 if emitting and (greedy or leaf):
                     break
-                children = node_tokens[row_start[r] + first : row_start[r] + first + count]
-                inner = internal_index[node]
-                sample_slot = np.int64(sample_slots[req, inner])
+                children = target_rows.node_tokens[
+                    target_rows.row_start[r] + first : target_rows.row_start[r] + first + count
+                ]
+                inner = tree.internal_index[node]
+                sample_slot = np.int64(drafts.sample_slots[req, inner])
                 leave[node] = visit[node]
                 if greedy:
                     for s in range(count):
@@ -509,14 +475,16 @@ def _traverse_trees(
                 else:
                     for i in range(size):
                         target[i] *= visit[node]
-                    draft[:] = draft_logits[draft_idx[r], inner]
+                    draft[:] = drafts.logits[draft_idx[r], inner]
                     ordered = False
                     for s in range(1, count):
-                        ordered = ordered or subtree_sizes[first + s] != subtree_sizes[first]
-                    hub_mass, off_mass = spechub_law(
+                        ordered = (
+                            ordered or tree.subtree_sizes[first + s] != tree.subtree_sizes[first]
+                        )
+                    hub_mass, off_mass = spechub_distribution(
                         draft,
-                        draft_temperature[req],
-                        sharpening,
+                        requests.temperature[req],
+                        traits.sharpening,
                         children,
                         sample_slot,
                         hub_probs[:count],
@@ -556,78 +524,89 @@ def _traverse_trees(
             if arriving:
                 leave[node] = visit[node]
                 arriving = False
-            draw = uniform(row_key(seeds[req], root_positions[r], node, rng.ACCEPT))
+            draw = uniform(
+                row_key(requests.seeds[req], requests.root_positions[r], node, rng.ACCEPT)
+            )
             if node == 0 or draw < leave[node]:
                 emitting = True
                 continue
             # on to the next sibling: the sampled child was first, the others follow by slot
             parent = np.int64(parents[node])
-            first = np.int64(first_child[parent])
-            sample_slot = np.int64(sample_slots[req, internal_index[parent]])
+            first = np.int64(tree.first_child[parent])
+            sample_slot = np.int64(drafts.sample_slots[req, tree.internal_index[parent]])
             following = 0 if node - first == sample_slot else node - first + 1
             if following == sample_slot:
                 following += 1
-            arriving = following < num_children[parent]
+            arriving = following < tree.num_children[parent]
             node = first + following if arriving else parent
 
         depth = depths[node]
-        num_emitted[r] = depth + 1
+        paths.num_emitted[r] = depth + 1
         if not greedy:
-            key = row_key(seeds[req], root_positions[r], node, rng.RESIDUAL)
-            best = _emit(target, key, draft, draft_bits, scratch, uniforms)
-        tokens[r, depth] = best
-        path[r, 0] = 0
+            key = row_key(requests.seeds[req], requests.root_positions[r], node, rng.RESIDUAL)
+            best = _emit(target, key, work)
+        paths.tokens[r, depth] = best
+        paths.path[r, 0] = 0
         while depth > 0:
-            path[r, depth] = node
+            paths.path[r, depth] = node
             depth -= 1
-            tokens[r, depth] = node_tokens[row_start[r] + node]
+            paths.tokens[r, depth] = target_rows.node_tokens[target_rows.row_start[r] + node]
             node = np.int64(parents[node])
 
 
-def _rows(logits: torch.Tensor) -> np.ndarray:
+T = TypeVar("T", Children, Drafts, Requests, TargetRows, TreeTables, VerifiedPaths)
+
+
+def _rows(logits: torch.Tensor) -> torch.Tensor:
     """Logits as the compiled loops take them: float32, contiguous."""
-    return logits.float().contiguous().numpy()
+    return logits.float().contiguous()
+
+
+def _traits(rule: Rule, sharpening: float) -> Traits:
+    return Traits(rule.is_recursive, rule.replaces, rule.ordered_slots, f32(sharpening))
+
+
+def _arrays(tensors: T) -> T:
+    """The same fields as NumPy arrays."""
+    return tensors._make(field.numpy() for field in tensors)
+
+
+def _requests(requests: Requests) -> Requests:
+    """As the loops are compiled for them."""
+    return _arrays(
+        requests._replace(
+            req_idx=requests.req_idx.long(), root_positions=requests.root_positions.long()
+        )
+    )
 
 
 def sample_children(
     # [num_rows, vocab_size]
     logits: torch.Tensor,
-    # [max_num_reqs]
-    temperature: torch.Tensor,
-    # [max_num_reqs]
-    seeds: torch.Tensor,
-    # [num_rows]
-    req_idx: torch.Tensor,
-    # [num_rows]
-    root_positions: torch.Tensor,
     # [num_rows]
     node_ids: torch.Tensor,
     # [num_rows]
     num_children: torch.Tensor,
+    requests: Requests,
     *,
     rule: str,
     max_children: int,
     sharpening: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Children:
     """`triton_kernels.child_sampling.sample_children` on the CPU."""
-    tokens = torch.full((len(logits), max_children), -1, dtype=torch.int64)
-    sample_slots = torch.full((len(logits),), -1, dtype=torch.int32)
+    drawn = Children(
+        torch.full((len(logits), max_children), -1, dtype=torch.int64),
+        torch.full((len(logits),), -1, dtype=torch.int32),
+    )
     _sample_children(
-        _rows(logits),
-        temperature.numpy(),
-        seeds.numpy(),
-        req_idx.long().numpy(),
-        root_positions.long().numpy(),
+        _rows(logits).numpy(),
         node_ids.int().numpy(),
         num_children.int().numpy(),
-        rule in RECURSIVE,
-        rule == "rrs",
-        rule in ORDERED_SLOTS,
-        f32(sharpening),
-        tokens.numpy(),
-        sample_slots.numpy(),
+        _requests(requests),
+        _traits(BUILTIN_RULES[rule], sharpening),
+        _arrays(drawn),
     )
-    return tokens, sample_slots
+    return drawn
 
 
 @jit
@@ -640,23 +619,20 @@ def _write_children(
     num_children,
     # [num_reqs * num_expanded, vocab_size]
     logits,
-    # [num_reqs * num_expanded, max_children]
-    tokens,
-    # [num_reqs * num_expanded]
-    sample_slots,
+    children,
     # the buffers, written
-    all_logits,
-    all_tokens,
-    all_sample_slots,
+    drafts,
+    # [max_num_reqs, num_nodes], written
+    tokens,
 ):
     row = 0
     for req in idx_mapping:
         column = first_child
         for i in range(num_children.shape[0]):
-            all_logits[req, first_internal + i] = logits[row]
-            all_sample_slots[req, first_internal + i] = sample_slots[row]
+            drafts.logits[req, first_internal + i] = logits[row]
+            drafts.sample_slots[req, first_internal + i] = children.sample_slots[row]
             for slot in range(num_children[i]):
-                all_tokens[req, column] = tokens[row, slot]
+                tokens[req, column] = children.tokens[row, slot]
                 column += 1
             row += 1
 
@@ -668,94 +644,62 @@ def write_children(
     idx_mapping: torch.Tensor,
     # [num_reqs * num_expanded, vocab_size]
     logits: torch.Tensor,
-    # [num_reqs * num_expanded, max_children] int64
-    tokens: torch.Tensor,
-    # [num_reqs * num_expanded] int32
-    sample_slots: torch.Tensor,
+    # of the same rows
+    children: Children,
 ) -> None:
     """`DraftState.write_children` on the CPU."""
-    if logits.dtype == torch.float32 == state.logits.dtype:
+    if logits.dtype == torch.float32 == state.drafts.logits.dtype:
         _write_children(
             idx_mapping.numpy(),
             level.internal.start,
             level.children.start,
             level.num_children_np,
-            _rows(logits),
-            tokens.numpy(),
-            sample_slots.numpy(),
-            state.logits.numpy(),
+            _rows(logits).numpy(),
+            _arrays(children),
+            _arrays(state.drafts),
             state.tokens.numpy(),
-            state.sample_slots.numpy(),
         )
     else:
-        state.write_children(level, idx_mapping, logits, tokens, sample_slots)
+        state.write_children(level, idx_mapping, logits, children)
 
 
 def verify_tree(
-    # [num_rows, vocab_size]
-    target_logits: torch.Tensor,
-    # [num_reqs]
-    row_start: torch.Tensor,
-    # [num_reqs]
-    num_nodes: torch.Tensor,
-    # [num_rows]
-    node_tokens: torch.Tensor,
-    # [max_num_reqs, num_internal, vocab_size]
-    draft_logits: torch.Tensor,
-    # [max_num_reqs, num_internal]
-    sample_slots: torch.Tensor,
-    # [num_reqs]
-    req_idx: torch.Tensor,
-    # [max_num_reqs]
-    target_temperature: torch.Tensor,
-    # [max_num_reqs]
-    draft_temperature: torch.Tensor,
-    # [max_num_reqs]
-    seeds: torch.Tensor,
-    # [num_reqs]
-    root_positions: torch.Tensor,
-    # [num_tree_nodes]
-    first_child: torch.Tensor,
-    # [num_tree_nodes]
-    num_children: torch.Tensor,
-    # [num_tree_nodes]
-    internal_index: torch.Tensor,
-    # [num_tree_nodes]
-    subtree_sizes: torch.Tensor,
+    target: TargetRows,
+    drafts: Drafts,
+    requests: Requests,
+    tree: TreeTables,
     *,
     max_depth: int,
     rule: str,
     sharpening: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> VerifiedPaths:
     """`triton_kernels.verification.verify_tree` on the CPU."""
-    num_reqs = len(row_start)
-    tokens = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int64)
-    path = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int32)
-    num_emitted = torch.empty(num_reqs, dtype=torch.int32)
-    req_idx = draft_idx = req_idx.long()
-    if draft_logits.dtype != torch.float32:  # convert this batch's drafts, not every request's
-        draft_logits, draft_idx = draft_logits[req_idx], torch.arange(num_reqs)
-    arguments = (
-        _rows(target_logits),
-        row_start.int().numpy(),
-        num_nodes.int().numpy(),
-        node_tokens.long().numpy(),
-        _rows(draft_logits),
-        draft_idx.numpy(),
-        sample_slots.numpy(),
-        req_idx.numpy(),
-        target_temperature.numpy(),
-        draft_temperature.numpy(),
-        seeds.numpy(),
-        root_positions.long().numpy(),
-        first_child.numpy(),
-        num_children.numpy(),
-        internal_index.numpy(),
+    num_reqs = len(target.row_start)
+    paths = VerifiedPaths(
+        torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int64),
+        torch.empty(num_reqs, dtype=torch.int32),
+        torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int32),
     )
-    results = (tokens.numpy(), path.numpy(), num_emitted.numpy())
-    if rule == "traversal":
-        _traverse_trees(*arguments, subtree_sizes.numpy(), f32(sharpening), *results)
-    else:
-        flags = (rule in RECURSIVE, rule == "rrs", rule == "ordered")
-        _walk_trees(*arguments, *flags, f32(sharpening), *results)
-    return tokens, num_emitted, path
+    draft_logits, draft_idx = drafts.logits, requests.req_idx.long()
+    if draft_logits.dtype != torch.float32:  # convert this batch's drafts, not every request's
+        draft_logits, draft_idx = draft_logits[draft_idx], torch.arange(num_reqs)
+    traits = BUILTIN_RULES[rule]
+    verify = _traverse_trees if traits.is_leaf_to_root else _walk_trees
+    verify(
+        _arrays(
+            TargetRows(
+                _rows(target.logits),
+                target.temperature,
+                target.row_start.int(),
+                target.num_nodes.int(),
+                target.node_tokens.long(),
+            )
+        ),
+        _arrays(drafts._replace(logits=_rows(draft_logits))),
+        draft_idx.numpy(),
+        _requests(requests),
+        _arrays(tree),
+        _traits(traits, sharpening),
+        _arrays(paths),
+    )
+    return paths

@@ -10,39 +10,27 @@ from vllm_spechub.cpu.tree_kernels.sampling import (
     verify_tree,
     write_children,
 )
+from vllm_spechub.rules.base import TreeKernels
 from vllm_spechub.rules.draft_state import DraftBuffers
+from vllm_spechub.rules.kernel_rule import KernelRule
 from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.triton_kernels.arguments import Requests, TargetRows
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 
 
 def warm_up() -> None:
     tree = TokenTree.chain(1)
-    tables = [torch.from_numpy(t) for t in (tree.first_child, tree.num_children)]
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     logits = torch.zeros(1, 8)
     (state,) = DraftBuffers([tree], 1, 8, torch.float32, torch.device("cpu")).states
-    for rule in ("ordered", "traversal"):
-        children = sample_children(
-            logits, one, zero, zero, zero, zero, zero + 1, rule=rule, max_children=1
-        )
-        write_children(state, state.levels[0], zero, logits, *children)
-        verify_tree(
-            logits.expand(2, -1),
-            zero,
-            zero + 1,
-            torch.zeros(2, dtype=torch.int64),
-            logits.view(1, 1, -1),
-            torch.zeros(1, 1, dtype=torch.int32),
-            zero,
-            one,
-            one,
-            zero,
-            zero,
-            *tables,
-            torch.from_numpy(tree.internal_index),
-            torch.from_numpy(tree.subtree_sizes),
-            max_depth=1,
-            rule=rule,
-        )
+    requests = Requests(zero, zero, one, zero)
+    target = TargetRows(logits.expand(2, -1), one, zero, zero + 1, torch.zeros(2).long())
+    kernels = TreeKernels(sample_children, verify_tree, write_children)
+    # one rule of each direction
+    for name in {rule.direction: rule.name for rule in BUILTIN_RULES.values()}.values():
+        rule = KernelRule(name, kernels)
+        rule.sample_children(logits, state.levels[0], requests, state)
+        rule.verify(target, requests, state)
     query = np.zeros((1, 1, 4), np.float32)
     count = np.ones(1, np.int64)
     store_and_attend(

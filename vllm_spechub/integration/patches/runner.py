@@ -10,13 +10,14 @@ def _init_speculator(original):
     @functools.wraps(original)
     def init_speculator(vllm_config, device, req_states):
         from vllm_spechub.config import is_spechub
+        from vllm_spechub.integration.select import platform
         from vllm_spechub.registry import PROPOSERS
         from vllm_spechub.rules.base import build_rule
 
         if not is_spechub(vllm_config):
             return original(vllm_config, device, req_states)
         config = vllm_config.speculative_config
-        rule = build_rule(config)
+        rule = build_rule(config, platform().tree_kernels())
         return PROPOSERS.load(config.proposer)(vllm_config, device, rule)
 
     return init_speculator

@@ -3,15 +3,12 @@
 
 import functools
 import sys
-from typing import TYPE_CHECKING
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_spechub.engine.platform import CacheKernels, Platform
 from vllm_spechub.integration.patch import Patch, apply_all
-
-if TYPE_CHECKING:
-    from vllm_spechub.rules.kernel_rule import Kernels
+from vllm_spechub.rules.base import TreeKernels
 
 
 def _rebind_kernels(original):
@@ -47,11 +44,10 @@ def _cache_kernels() -> CacheKernels:
     return CacheKernels(cache_views, HostKVCompactor)
 
 
-def _tree_kernels() -> "Kernels":
+def _tree_kernels() -> TreeKernels:
     from vllm_spechub.cpu.tree_kernels.sampling import sample_children, verify_tree, write_children
-    from vllm_spechub.rules.kernel_rule import Kernels
 
-    return Kernels(sample_children, verify_tree, write_children)
+    return TreeKernels(sample_children, verify_tree, write_children)
 
 
 def _prepare_process() -> None:

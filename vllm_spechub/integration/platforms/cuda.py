@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA: Triton's kernels."""
 
-from typing import TYPE_CHECKING
-
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_spechub.engine.platform import CacheKernels, Platform
-
-if TYPE_CHECKING:
-    from vllm_spechub.rules.kernel_rule import Kernels
+from vllm_spechub.rules.base import TreeKernels
 
 
 def _cache_kernels() -> CacheKernels:
@@ -18,13 +14,10 @@ def _cache_kernels() -> CacheKernels:
     return CacheKernels(cache_views, KVCompactor)
 
 
-def _tree_kernels() -> "Kernels":
-    from vllm_spechub.rules.draft_state import DraftState
-    from vllm_spechub.rules.kernel_rule import Kernels
-    from vllm_spechub.triton_kernels.child_sampling import sample_children
-    from vllm_spechub.triton_kernels.verification import verify_tree
+def _tree_kernels() -> TreeKernels:
+    from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
 
-    return Kernels(sample_children, verify_tree, DraftState.write_children)
+    return PORTABLE_KERNELS
 
 
 CUDA = Platform(

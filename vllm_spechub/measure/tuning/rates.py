@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from vllm_spechub.measure.tuning.request import TuningRequest
+from vllm_spechub.triton_kernels.rules import rates_of
 
 REFERENCE_NODES, REFERENCE_DEPTH = 15, 5
 """Rules are compared on trees of this size, each rule on its own best tree."""
@@ -116,13 +117,6 @@ def best_rule(tokens_per_step: Mapping[str, float], default: str) -> str:
         if tokens_per_step[best] <= needed:
             return default
     return best
-
-
-def rates_of(rule: str) -> str:
-    """The rule whose acceptance rates are used to build this rule's trees."""
-    from vllm_spechub.trees.best_tree import GUIDES
-
-    return GUIDES.get(rule, rule)
 
 
 def rates_for_trees(

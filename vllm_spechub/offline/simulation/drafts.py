@@ -6,15 +6,21 @@ it once, and its noise is its own, so rules and shapes that draft a node alike g
 children, and differences between them are free of most of the noise.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
 from vllm_spechub.offline.simulation.rows import TreeRows
 from vllm_spechub.offline.simulation.texts import ModelPair, Roots
-from vllm_spechub.trees.tree import MAX_BRANCHING, TokenTree
-from vllm_spechub.triton_kernels.child_sampling import sample_children
+from vllm_spechub.registry import RULES
+from vllm_spechub.rules.base import VerificationRule
+from vllm_spechub.rules.draft_state import DraftState
+from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
+from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.triton_kernels.arguments import Drafts, Requests
+from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
 
 # Products stay below 2^63, node numbers below 2^29, of which the noise takes four each.
 HASH_FACTOR, HASH_SIZE = 0x9E3779B1, (1 << 29) - 3
@@ -35,6 +41,11 @@ class Variant:
         rule, _, sharpening = text.partition("@")
         return cls(rule, float(sharpening) if sharpening else 1.0)
 
+    @cached_property
+    def verification(self) -> VerificationRule:
+        """The rule itself."""
+        return RULES.load(self.rule)(self.rule, PORTABLE_KERNELS, self.sharpening)
+
     def __str__(self) -> str:
         return self.rule if self.sharpening == 1.0 else f"{self.rule}@{self.sharpening:g}"
 
@@ -46,7 +57,7 @@ class Plan(NamedTuple):
     tree: TokenTree
 
 
-class Law(NamedTuple):
+class NodeKind(NamedTuple):
     """What decides a node's children, apart from the node."""
 
     variant: Variant
@@ -55,7 +66,7 @@ class Law(NamedTuple):
 
 @dataclass
 class Children:
-    """The children that one law drafted."""
+    """The children of all nodes of one kind."""
 
     # [num_rows]: the nodes, ascending
     nodes: torch.Tensor
@@ -74,23 +85,22 @@ class Children:
 
 
 @dataclass
-class Drafts:
+class DraftedPlans:
     """Drafted trees: every node that is internal in some plan, and the children of each."""
 
     temperature: float
-    # [num_nodes, vocab_size]: the target's distribution
-    target_probs: torch.Tensor
-    # [num_nodes, vocab_size]: the draft's logits, before temperature
+    # [num_nodes, vocab_size] each: both models' logits, before temperature
+    target_logits: torch.Tensor
     draft_logits: torch.Tensor
     # by plan: [num_roots, num_internal], the nodes that stand for the tree's internal ones
     nodes: dict[Plan, torch.Tensor]
-    children: dict[Law, Children]
+    children: dict[NodeKind, Children]
 
 
 @torch.inference_mode()
 def draft_plans(
     pair: ModelPair, roots: Roots, plans: list[Plan], temperature: float, seed: int
-) -> Drafts:
+) -> DraftedPlans:
     """Draft every plan's tree below every root.
 
     Args:
@@ -103,12 +113,12 @@ def draft_plans(
     forest = _Forest(pair, roots, plans, temperature, seed)
     while forest.read_level():
         forest.draft_level()
-    return Drafts(
+    return DraftedPlans(
         temperature,
-        torch.cat(forest.target_probs),
+        torch.cat(forest.target_logits),
         torch.cat(forest.draft_logits),
         forest.nodes,
-        {law: _join(parts) for law, parts in forest.children.items()},
+        {kind: _join(parts) for kind, parts in forest.children.items()},
     )
 
 
@@ -120,7 +130,9 @@ def _join(parts: list[Children]) -> Children:
 class _Forest:
     """Nodes are numbered level by level, and by root within a level."""
 
-    def __init__(self, pair, roots, plans, temperature, seed) -> None:
+    def __init__(
+        self, pair: ModelPair, roots: Roots, plans: list[Plan], temperature: float, seed: int
+    ) -> None:
         num_roots, device = len(roots.text), roots.texts.device
         self.readers = TreeRows(pair.target, roots), TreeRows(pair.draft, roots)
         self.plans, self.temperature = plans, temperature
@@ -140,9 +152,9 @@ class _Forest:
         self.place = self.column
         self.tokens = roots.texts[roots.text, roots.position].unsqueeze(1)
         self.parents = torch.zeros_like(self.tokens)
-        self.target_probs: list[torch.Tensor] = []
+        self.target_logits: list[torch.Tensor] = []
         self.draft_logits: list[torch.Tensor] = []
-        self.children: dict[Law, list[Children]] = {}
+        self.children: dict[NodeKind, list[Children]] = {}
         self.nodes = {
             plan: torch.full((num_roots, len(plan.tree.internal_nodes)), -1, device=device)
             for plan in plans
@@ -158,36 +170,31 @@ class _Forest:
             reader.read(self.tokens, self.parents)[self.root[self.level], self.place].float()
             for reader in self.readers
         )
-        if self.temperature == 0:
-            best = target.argmax(dim=1, keepdim=True)
-            target = torch.zeros_like(target).scatter_(1, best, 1.0)
-        else:
-            target = torch.softmax(target / self.temperature, dim=1)
-        self.target_probs.append(target)
+        self.target_logits.append(target)
         self.draft_logits.append(draft)
         return True
 
     def draft_level(self) -> None:
         """Draft the children of the level's nodes; those that go on are the next level."""
-        # (plan, node of its tree, who stands for it), by law
-        wanted: dict[Law, list[tuple[Plan, int, torch.Tensor]]] = {}
+        # (plan, node of its tree, who stands for it), by kind
+        wanted: dict[NodeKind, list[tuple[Plan, int, torch.Tensor]]] = {}
         for plan in self.plans:
             if self.depth < plan.tree.depth:
                 for node in plan.tree.internal_levels()[self.depth].tolist():
-                    law = Law(plan.variant, int(plan.tree.num_children[node]))
+                    kind = NodeKind(plan.variant, int(plan.tree.num_children[node]))
                     numbers = self.nodes[plan][:, plan.tree.internal_index[node]]
-                    wanted.setdefault(law, []).append((plan, node, numbers))
+                    wanted.setdefault(kind, []).append((plan, node, numbers))
         keys, places = [], []
-        for law, entries in wanted.items():
-            drafted = self._draft(law, torch.cat([numbers for *_, numbers in entries]).unique())
+        for kind, entries in wanted.items():
+            drafted = self._draft(kind, torch.cat([numbers for *_, numbers in entries]).unique())
             # Equal siblings, which independent draws can be, are different nodes.
             equal = drafted.tokens.unsqueeze(2) == drafted.tokens.unsqueeze(1)
             twin = equal.tril(-1).sum(dim=2)
-            key = (drafted.nodes.unsqueeze(1) * MAX_BRANCHING + twin) * self.vocab_size
+            key = (drafted.nodes.unsqueeze(1) * MAX_CHILDREN + twin) * self.vocab_size
             key += drafted.tokens
             for plan, node, numbers in entries:
                 rows = drafted.rows(numbers)
-                for slot in range(law.num_children):
+                for slot in range(kind.num_children):
                     index = int(plan.tree.internal_index[plan.tree.first_child[node] + slot])
                     if index >= 0:
                         keys.append(key[rows, slot])
@@ -201,7 +208,7 @@ class _Forest:
         for (plan, index), number in zip(places, inverse.split(self.num_roots), strict=True):
             self.nodes[plan][:, index] = first + number
 
-        parent = unique // (self.vocab_size * MAX_BRANCHING)
+        parent = unique // (self.vocab_size * MAX_CHILDREN)
         root = self.root[parent]
         counts = torch.bincount(root, minlength=self.num_roots)
         self.level = first + torch.arange(len(unique), device=root.device)
@@ -211,7 +218,7 @@ class _Forest:
         self.tokens[root, self.place] = unique % self.vocab_size
         self.parents = root.new_zeros(self.num_roots, width)
         self.parents[root, self.place] = self.column[parent]
-        mixed = self.path_hash[parent] * HASH_FACTOR + unique % (self.vocab_size * MAX_BRANCHING)
+        mixed = self.path_hash[parent] * HASH_FACTOR + unique % (self.vocab_size * MAX_CHILDREN)
         self.path_hash = torch.cat([self.path_hash, (mixed + 1) % HASH_SIZE])
         self.root = torch.cat([self.root, root])
         self.column = torch.cat([self.column, self.num_columns + self.place])
@@ -219,27 +226,42 @@ class _Forest:
 
     def _draft(
         self,
-        law: Law,
+        kind: NodeKind,
         # [num_rows], ascending nodes of this level
         nodes: torch.Tensor,
     ) -> Children:
-        drafted = []
+        parts = []
         for chunk in nodes.split(max(1, CHUNK // self.vocab_size)):
-            drafted.append(
-                sample_children(
-                    self.draft_logits[-1][chunk - self.level[0]],
-                    self.temperatures,
-                    self.seeds,
-                    self.root[chunk],
-                    torch.zeros_like(chunk),
-                    self.path_hash[chunk].to(torch.int32),
-                    torch.full_like(chunk, law.num_children, dtype=torch.int32),
-                    rule=law.variant.rule,
-                    max_children=law.num_children,
-                    sharpening=law.variant.sharpening,
-                )
-            )
-        tokens, sample_slot = (torch.cat(column) for column in zip(*drafted, strict=True))
-        children = Children(nodes, tokens, sample_slot.long())
-        self.children.setdefault(law, []).append(children)
+            parts.append(self._draft_chunk(kind, chunk))
+        children = _join(parts)
+        self.children.setdefault(kind, []).append(children)
         return children
+
+    def _draft_chunk(
+        self,
+        kind: NodeKind,
+        # [num_rows]
+        nodes: torch.Tensor,
+    ) -> Children:
+        """Each node is the root of a tree of its own for the rule, but has its own noise."""
+        num_rows = len(nodes)
+        logits = self.draft_logits[-1][nodes - self.level[0]]
+        state = DraftState(
+            TokenTree((0,) * kind.num_children),
+            torch.zeros(num_rows, kind.num_children, dtype=torch.int64, device=nodes.device),
+            Drafts(
+                torch.empty_like(logits).unsqueeze(1),
+                torch.zeros(num_rows, 1, dtype=torch.int32, device=nodes.device),
+            ),
+        )
+        (level,) = state.levels
+        noise = level.all_rows._replace(nodes=self.path_hash[nodes].to(torch.int32))
+        requests = Requests(
+            torch.arange(num_rows, device=nodes.device),
+            torch.zeros_like(nodes),
+            self.temperatures[self.root[nodes]],
+            self.seeds[self.root[nodes]],
+        )
+        rule = kind.variant.verification
+        rule.sample_children(logits, replace(level, all_rows=noise), requests, state)
+        return Children(nodes, state.tokens, state.drafts.sample_slots[:, 0].long())

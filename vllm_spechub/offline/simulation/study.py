@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vllm_spechub.offline.simulation.drafts import Plan, Variant, draft_plans
-from vllm_spechub.offline.simulation.reach import Reach
+from vllm_spechub.offline.simulation.reach import reach
 from vllm_spechub.offline.simulation.texts import ModelPair, Roots, sample_roots
 from vllm_spechub.trees.best_tree import Rates, best_shape
 from vllm_spechub.trees.tree import TokenTree
@@ -72,7 +72,7 @@ def measure(
     """
     plans = list(dict.fromkeys(plans))
     tokens: dict[Plan, list[np.ndarray]] = {plan: [] for plan in plans}
-    reach: dict[Plan, list[np.ndarray]] = {plan: [] for plan in plans}
+    reached: dict[Plan, list[np.ndarray]] = {plan: [] for plan in plans}
     of_prompt: list[np.ndarray] = []
     batch = max(1, min(64, ROWS // (pair.vocab_size * NODES_PER_ROOT)))
     device = pair.target.device
@@ -88,11 +88,11 @@ def measure(
             used, text = all_roots.text[chunk].unique(return_inverse=True)
             roots = Roots(all_roots.texts[used], text, all_roots.position[chunk])
             seed = int(torch.randint(1 << 40, (), generator=generator, device=device))
-            accepted = Reach(draft_plans(pair, roots, plans, temperature, seed))
+            drafted = draft_plans(pair, roots, plans, temperature, seed)
             for plan in plans:
-                values = accepted.of(plan).double().cpu().numpy()
+                values = reach(drafted, plan).double().cpu().numpy()
                 tokens[plan].append(values.sum(axis=1))
-                reach[plan].append(values.sum(axis=0))
+                reached[plan].append(values.sum(axis=0))
             of_prompt.append(np.full(len(text), number))
         if progress:
             progress(label, number + 1, len(prompts))
@@ -101,7 +101,7 @@ def measure(
     numbers = np.concatenate(of_prompt)
     return {
         plan: Measured(
-            np.concatenate(tokens[plan]), numbers, np.sum(reach[plan], axis=0) / len(numbers)
+            np.concatenate(tokens[plan]), numbers, np.sum(reached[plan], axis=0) / len(numbers)
         )
         for plan in plans
     }
@@ -113,14 +113,12 @@ def best_kind(max_depth: int) -> str:
 
 
 def probe_plans(variant: Variant, max_depth: int) -> list[Plan]:
-    """Complete trees whose nodes have 1, 2, 3 and 4 children; a chain has one."""
-    plans = [Plan(variant, TokenTree.chain(max_depth))]
-    if variant.rule != "chain":
-        plans += [
-            Plan(variant, TokenTree.complete(k, min(depth, max_depth)))
-            for k, depth in PROBE_DEPTH.items()
-        ]
-    return plans
+    """Complete trees whose nodes have 1, 2, 3 and 4 children, as far as the rule takes them."""
+    return [Plan(variant, TokenTree.chain(max_depth))] + [
+        Plan(variant, TokenTree.complete(k, min(depth, max_depth)))
+        for k, depth in PROBE_DEPTH.items()
+        if k <= variant.verification.max_children
+    ]
 
 
 def slot_rates(measured: dict[Plan, Measured], variant: Variant, max_depth: int) -> Rates:
@@ -181,9 +179,10 @@ class Study:
 
 
 def complete_tree(variant: Variant, budget: int) -> TokenTree:
-    """The largest complete binary tree within the budget; for `chain`, a chain of its depth."""
+    """The largest complete binary tree within the budget; for rules that take one child per node, a
+    chain of its depth."""
     depth = max(1, (budget + 2).bit_length() - 2)
-    return TokenTree.chain(depth) if variant.rule == "chain" else TokenTree.complete(2, depth)
+    return TokenTree.complete(min(2, variant.verification.max_children), depth)
 
 
 def mean_and_ci(
@@ -241,7 +240,7 @@ def pick_tree(
         found = measure(pair, prompts, plans, temperature, sampling, 2, progress, label)
         for plan in tokens:
             tokens[plan] += float(found[plan].tokens.mean()) / len(temperatures)
-    best = max(tokens, key=tokens.get)
+    best = max(tokens, key=lambda plan: tokens[plan])
     return best.tree, tokens[best]
 
 
@@ -327,12 +326,14 @@ def run_study(
 def _candidates(
     variant: Variant, budget: int, rates: dict[Variant, Rates], max_depth: int
 ) -> list[TokenTree]:
-    if variant.rule == "chain":
+    most = variant.verification.max_children
+    if most == 1:
         return [best_shape(rates[variant], budget, max_depth).tree]
+    # rates for chains only make no trees
     trees = [
-        best_shape(by_slot, budget, max_depth).tree
+        best_shape({k: slots for k, slots in by_slot.items() if k <= most}, budget, max_depth).tree
         for other, by_slot in rates.items()
-        if other.rule != "chain"
+        if other.verification.max_children > 1
     ]
     complete = complete_tree(variant, budget)
     if complete.depth <= max_depth:

@@ -45,7 +45,7 @@ def small_pairs(
         if len(roots.text) == 0:
             continue
         drafted = draft_plans(pair, roots, [plan], temperature, sampling.seed)
-        targets.append(drafted.target_probs.double())
+        targets.append(torch.softmax(drafted.target_logits.double() / temperature, dim=1))
         drafts.append(torch.softmax(drafted.draft_logits.double() / temperature, dim=1))
     p, q = torch.cat(targets), torch.cat(drafts)
     kept = (p + q).topk(min(vocab_size, pair.vocab_size), dim=1).indices
@@ -66,7 +66,8 @@ def run_yardstick(
     p, q = small_pairs(pair, prompts, temperature, sampling, vocab_size)
     results = []
     for variant in variants:
-        for k in [1] if variant.rule == "chain" else num_children:
+        most = variant.verification.max_children
+        for k in [1] if most == 1 else num_children:
             options = {"sharpening": variant.sharpening}
             accepted = acceptance(p, q, k, variant.rule, **options).node.mean().item()
             best = [otm(*row, k, variant.rule, **options) for row in zip(p, q, strict=True)]
