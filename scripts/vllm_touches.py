@@ -47,6 +47,8 @@ PRIVATE = {
     "_grammar_bitmask": "vllm.v1.structured_output.StructuredOutputManager",
     "_k_scale": "vllm.v1.attention.backend.AttentionLayer",
     "_k_scale_float": "vllm.v1.attention.backend.AttentionLayer",
+    "_make": "",  # a named tuple's, as the next
+    "_replace": "",
     "_last_mapping": "vllm.lora.model_manager.LoRAModelManager",
     "_run_model": "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator.StandaloneARSpeculator",
     "_v_scale": "vllm.v1.attention.backend.AttentionLayer",
