@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Time the kernels against their memory floor and against vLLM's own, in one run.
+"""Time the kernels and compare them with their memory floor and with vLLM's own, in one run.
 
-Each line of a kernel's CSV is one setting. First the kernel's outcome on fresh inputs is compared
-with the reference's; one that differs by more than rounding explains stops the run. Then:
-`bytes`, what has to be read and written (counted as the kernel's module in `kernel_benchmarks/`
-says); `floor_us`, those over the bandwidth of a large copy on the same device; `us`, the median
-time; `of_floor`, the ratio; and for every other way to do the same its median time and, as
-`of_...`, ours over that.
+Each line of a kernel's CSV file is one setting. First, the kernel's result on new inputs is
+compared with the reference's; the run stops if they differ by more than rounding explains. The
+columns are: `bytes`, the number of bytes that must be read and written (the kernel's module in
+`kernel_benchmarks/` says how they are counted); `floor_us`, the time in which a large copy on the
+same device moves as many bytes; `us`, the kernel's median time; `of_floor`, their ratio; and for
+each alternative its median time and, as `of_...`, the kernel's time divided by it.
 
-On a GPU everything runs the full grid; on a CPU, where the host versions run, only `--quick` does.
+The full grid needs a GPU. On a CPU, only `--quick` runs, with the host versions of the kernels.
 """
 
 import csv
@@ -20,7 +20,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
 import torch
 import typer
 from kernel_benchmarks.measure import Plot, copy_bandwidth, machine, seconds
@@ -29,12 +28,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from vllm_spechub.measure import preflight
+from vllm_spechub.measure.terminal import one_line_errors
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 console = Console(width=None if os.environ.get("COLUMNS") else 110, highlight=False)
-HIDDEN = ("bytes", "floor_us")  # in tables; the CSV has them
+HIDDEN = ("bytes", "floor_us")  # only in the CSV files, not in tables
 Kernel = StrEnum(
     "Kernel", {name: name for name in ("verification", "child_sampling", "attention", "compaction")}
 )
@@ -42,10 +41,10 @@ Row = dict[str, Any]
 
 
 def measure(module, setting: Row, device: torch.device, bandwidth: float) -> Row:
-    """One line of the CSV.
+    """Measure one line of the CSV file.
 
     Raises:
-        RuntimeError: the kernel's outcome is not the reference's.
+        RuntimeError: the kernel's result differs from the reference's.
     """
     case = module.prepare(setting, device)
     if not case.error <= case.tolerance:
@@ -63,7 +62,7 @@ def measure(module, setting: Row, device: torch.device, bandwidth: float) -> Row
 
 
 def show(name: str, rows: list[Row]) -> None:
-    """A table of the columns that differ; what all rows share is its title."""
+    """Print a table of the columns that vary. Its title has the columns that do not."""
     columns = [key for key in rows[0] if key not in HIDDEN]
     varies = [key for key in columns if len({row[key] for row in rows}) > 1]
     shared = [
@@ -76,7 +75,12 @@ def show(name: str, rows: list[Row]) -> None:
 
 
 def draw(rows: list[Row], plot: Plot, path: Path) -> None:
-    """Time over the floor, and as crosses that of the other ways."""
+    """Plot the time relative to the floor; crosses show the alternatives."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     fixed = {}
     for key, value in plot.fixed.items():
         fixed[key] = value if value in {row[key] for row in rows} else rows[-1][key]
@@ -104,69 +108,85 @@ def draw(rows: list[Row], plot: Plot, path: Path) -> None:
 
 
 def choose(settings: list[Row], only: list[str]) -> list[Row]:
-    """The settings that have every `column=value` of `only`.
+    """The settings that match every `column=value` in `only`.
 
     Raises:
-        BadParameter: a column or value that the grid does not have.
+        ValueError: the grid does not have this column or value.
     """
     for choice in only:
         column, _, value = choice.partition("=")
         if column not in settings[0]:
-            raise typer.BadParameter(f"--only {choice}: columns are {', '.join(settings[0])}")
+            raise ValueError(f"--only {choice}: columns are {', '.join(settings[0])}")
         values = sorted({str(setting[column]) for setting in settings})
         if value not in values:
-            raise typer.BadParameter(f"--only {choice}: {column} is one of {', '.join(values)}")
+            raise ValueError(f"--only {choice}: {column} is one of {', '.join(values)}")
         settings = [setting for setting in settings if str(setting[column]) == value]
     return settings
 
 
+def measure_all(
+    name: str, settings: list[Row], device: torch.device, bandwidth: float, path: Path, header: str
+) -> list[Row]:
+    """Measure all settings of a kernel, and write each to the CSV file at once."""
+    module = importlib.import_module(f"kernel_benchmarks.{name}")
+    rows: list[Row] = []
+    with path.open("w", newline="") as file:
+        file.write(header)
+        for setting in track(settings, name, console=console):
+            try:
+                rows.append(measure(module, setting, device, bandwidth))
+            except torch.OutOfMemoryError:
+                console.print(f"left out, out of memory: {setting}")
+                torch.cuda.empty_cache()
+                continue
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            if len(rows) == 1:
+                writer.writeheader()
+            writer.writerow(rows[-1])
+            file.flush()
+    return rows
+
+
 def main(
-    kernels: Annotated[list[Kernel] | None, typer.Argument(help="All by default.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A small grid.")] = False,
-    only: Annotated[
-        list[str] | None, typer.Option(help="column=value: only such settings; repeatable.")
+    kernels: Annotated[
+        list[Kernel] | None, typer.Argument(help="The kernels to measure.", show_default="all")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the CSV files and plots.")] = Path(
+    quick: Annotated[bool, typer.Option("--quick", help="Measure a small grid.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure only settings with this column=value; repeatable."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the CSV files and plots.")] = Path(
         "docs/benchmarks"
     ),
 ) -> None:
-    """Time the kernels against their floor and against vLLM's own."""
+    """Time the kernels and compare them with their floor and with vLLM's own."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not quick:
-        raise typer.BadParameter("the full grid needs a GPU; give --quick on a CPU")
-    modules = {
-        name: importlib.import_module(f"kernel_benchmarks.{name}") for name in kernels or Kernel
-    }
-    settings = {
-        name: choose(module.QUICK if quick else module.SETTINGS, only or [])
-        for name, module in modules.items()
-    }
+    with one_line_errors(Console(stderr=True)):
+        if device.type == "cpu" and not quick:
+            raise ValueError("the full grid needs a GPU; give --quick on a CPU")
+        preflight.check_modules("matplotlib.pyplot")
+        preflight.check_output_folder("--out", out)
+        modules = {
+            name: importlib.import_module(f"kernel_benchmarks.{name}") for name in kernels or Kernel
+        }
+        settings = {
+            name: choose(module.QUICK if quick else module.SETTINGS, only or [])
+            for name, module in modules.items()
+        }
     prepare_platform(device)
     torch.manual_seed(0)
     bandwidth = copy_bandwidth(device)
     command = " ".join([f"python scripts/{Path(__file__).name}", *sys.argv[1:]])
     header = f"# {command}; {machine(device)}; copy {bandwidth / 1e9:.1f} GB/s\n"
     console.print(header[2:], end="")
-    out.mkdir(parents=True, exist_ok=True)
-    for name, module in modules.items():
-        rows: list[Row] = []
-        stem = out / f"{name}_{device.type}"
-        with stem.with_suffix(".csv").open("w", newline="") as file:
-            file.write(header)
-            for setting in track(settings[name], name, console=console):
-                try:
-                    rows.append(measure(module, setting, device, bandwidth))
-                except torch.OutOfMemoryError:
-                    console.print(f"left out, out of memory: {setting}")
-                    torch.cuda.empty_cache()
-                    continue
-                if len(rows) == 1:
-                    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-                    writer.writeheader()
-                writer.writerow(rows[-1])
-                file.flush()
-        show(name, rows)
-        draw(rows, module.PLOT, stem.with_suffix(".png"))
+    measured: dict[str, list[Row]] = {}
+    for name, chosen in settings.items():
+        path = out / f"{name}_{device.type}.csv"
+        measured[name] = measure_all(name, chosen, device, bandwidth, path, header)
+        show(name, measured[name])
+    for name, rows in measured.items():
+        draw(rows, modules[name].PLOT, out / f"{name}_{device.type}.png")
 
 
 if __name__ == "__main__":

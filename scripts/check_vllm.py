@@ -1,15 +1,16 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Does every symbol that the plugin patches still look as expected in another vLLM?
+"""Does everything of vLLM that the plugin relies on look the same in another vLLM?
 
-Reads a wheel, the folder that holds an installed `vllm`, or downloads the wheel of a version;
-installs nothing.
+Reads the sources in a wheel, in the folder that holds an installed `vllm`, or in the wheel of a
+version, which it downloads; installs and runs nothing of it.
 """
 
 import csv
 import subprocess
 import sys
 import tempfile
+from datetime import date
 from pathlib import Path
 
 import typer
@@ -17,37 +18,66 @@ from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 from support_tables import CHECKS
-from vllm_source import check_source, reader
+from vllm_source import VllmSource
+from vllm_touches import KINDS, Facts, compare, facts, stand_in_problems, store, stored
 
-from vllm_spechub.integration import patches
 from vllm_spechub.integration.patch import SUPPORTED_VLLM
 
 
 def download(version: str, folder: str) -> Path:
+    """The version's wheel, for whatever platform pip finds one."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "none"]
     command += ["--dest", folder, f"vllm=={version}"]
     subprocess.run(command, check=True)
     return next(Path(folder).glob("vllm-*.whl"))
 
 
-def write_row(version: str, symbols: int, changed: dict[str, str]) -> None:
-    """Put a version's result into docs/support.csv, in place of an older one."""
-    row = {
-        "vllm": version,
-        "symbols": str(symbols),
-        "as_expected": str(symbols - len(changed)),
-        "changed": "; ".join(f"`{symbol}` {problem}" for symbol, problem in changed.items()),
-        "command": f"python scripts/check_vllm.py {version} --record",
+def changes(found: Facts) -> dict[str, dict[str, str]]:
+    """What differs, by kind and symbol, without what does not."""
+    return {
+        kind: {symbol: problem for symbol, problem in problems.items() if problem}
+        for kind, problems in found.items()
     }
-    rows = {}
+
+
+def write_rows(version: str, found: Facts) -> None:
+    """Put a version's result into docs/support.csv, in place of an older one."""
+    rows = []
     if CHECKS.exists():
         with CHECKS.open(newline="", encoding="utf-8") as file:
-            rows = {old["vllm"]: old for old in csv.DictReader(file)}
-    rows[version] = row
+            rows = [row for row in csv.DictReader(file) if row["vllm"] != version]
+    for kind, differing in changes(found).items():
+        rows.append(
+            {
+                "vllm": version,
+                "kind": kind,
+                "read": str(len(found[kind])),
+                "differ": str(len(differing)),
+                "differences": "\n".join(f"{symbol} {text}" for symbol, text in differing.items()),
+                "date": date.today().isoformat(),
+                "command": f"python scripts/check_vllm.py {version} --record",
+            }
+        )
+    rows.sort(key=lambda row: Version(row["vllm"]))
     with CHECKS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted(rows.values(), key=lambda row: Version(row["vllm"])))
+        writer.writerows(rows)
+
+
+def report(source: str, found: Facts) -> None:
+    """Print how much differs by kind, then what."""
+    console = Console(soft_wrap=True)
+    table = Table(title=f"vLLM of {source}, read and not run", title_justify="left")
+    for column in ("what the plugin relies on", "read", "differ"):
+        table.add_column(column, overflow="fold")
+    differing = changes(found)
+    for kind, description in KINDS.items():
+        table.add_row(description, str(len(found[kind])), str(len(differing[kind])))
+    console.print(table)
+    for kind in KINDS:
+        for symbol, problem in differing[kind].items():
+            console.print(f"{kind}: {symbol} {problem}", markup=False, highlight=False)
 
 
 def main(
@@ -55,23 +85,24 @@ def main(
         SUPPORTED_VLLM, help="A wheel, a folder that holds `vllm`, or a version to download."
     ),
     record: bool = typer.Option(False, help="Write a version's result into docs/support.csv."),
+    expect: bool = typer.Option(
+        False, help="First store how everything looks in this version as what is expected."
+    ),
 ) -> None:
-    if record and Path(source).exists():
-        raise typer.BadParameter("--record needs a version, not a wheel or a folder")
+    if record and (Path(source).exists() or source == SUPPORTED_VLLM):
+        raise typer.BadParameter("--record needs a version other than the supported one")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(source) if Path(source).exists() else download(source, folder)
-        found = check_source(patches.ALL, reader(path))
-    table = Table(title=f"patched symbols in {source}", title_justify="left")
-    table.add_column("symbol", overflow="fold")
-    table.add_column("state", overflow="fold")
-    for symbol, problem in found.items():
-        table.add_row(symbol, problem or "as expected")
-    Console().print(table)
-    changed = {symbol: problem for symbol, problem in found.items() if problem}
-    print(f"{len(found) - len(changed)} of {len(found)} symbols are as expected")
+        vllm = VllmSource(Path(source) if Path(source).exists() else download(source, folder))
+        if expect:
+            store(facts(vllm))
+        found = compare(vllm, stored())
+    report(source, found)
+    unfit = stand_in_problems(stored()["kernels"])
+    for kernel, problem in unfit.items():
+        print(f"stand-in for {kernel}: {problem}")
     if record:
-        write_row(source, len(found), changed)
-    raise SystemExit(bool(changed))
+        write_rows(source, found)
+    raise SystemExit(bool(unfit) or any(changes(found).values()))
 
 
 if __name__ == "__main__":

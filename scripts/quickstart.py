@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Generate from real prompts three ways in one run: plain vLLM, its chain, SpecHub trees.
+"""Generate from real prompts with three methods in one run: plain vLLM, its chain, SpecHub trees.
 
-The first two run as vLLM runs them on this machine, with its default runner and kernels.
+The first two use vLLM's default runner and kernels on this machine.
 """
 
 import json
@@ -20,7 +20,7 @@ from rich.text import Text
 
 from vllm_spechub.measure.benchmark.decoding import acceptance_length, counters
 from vllm_spechub.measure.benchmark.engine import EngineFailed, EngineProcess, close_all
-from vllm_spechub.measure.benchmark.ways import chain_config
+from vllm_spechub.measure.benchmark.methods import chain_config
 
 PAIR = Path(__file__).parent / "demo_pair"
 TEMPERATURES = (0.0, 1.0)
@@ -29,7 +29,7 @@ console = Console(width=None if os.environ.get("COLUMNS") else 110, highlight=Fa
 
 @dataclass
 class Result:
-    """One way at one temperature."""
+    """One method at one temperature."""
 
     tokens: int
     seconds: float
@@ -47,7 +47,7 @@ def measure(llm, prompts: list[str], temperature: float, max_tokens: int) -> Res
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=0)
-    # Warm: the same steps before, since each new batch size costs its first ones something.
+    # Warm up with the same steps, since the first steps of each new batch size take longer.
     for _ in range(2):
         llm.generate(prompts, params, use_tqdm=False)
     before = counters(llm)
@@ -66,7 +66,7 @@ def measure(llm, prompts: list[str], temperature: float, max_tokens: int) -> Res
     )
 
 
-def ways(tree: str, num_nodes: int) -> dict[str, dict | None]:
+def methods(tree: str, num_nodes: int) -> dict[str, dict | None]:
     """The three engines' names and speculative configurations."""
     draft = str(PAIR / "draft")
     return {
@@ -77,7 +77,7 @@ def ways(tree: str, num_nodes: int) -> dict[str, dict | None]:
 
 
 def measure_all(running: dict[str, EngineProcess], prompts: list[str], max_tokens: int) -> dict:
-    """Wait until all engines are up, then measure them one at a time. -> by way, temperature"""
+    """Wait until all engines are up, then measure one at a time. -> by method, temperature"""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     results: dict[tuple[str, float], Result] = {}
     with Progress(*columns, console=console) as progress:
@@ -85,29 +85,32 @@ def measure_all(running: dict[str, EngineProcess], prompts: list[str], max_token
         for engine in running.values():
             engine.wait()
             progress.advance(task)
-        for way, engine in running.items():
+        for method, engine in running.items():
             for temperature in TEMPERATURES:
-                progress.update(task, description=f"{way}: generating at T = {temperature:g}")
-                results[way, temperature] = engine.call(measure, prompts, temperature, max_tokens)
+                progress.update(task, description=f"{method}: generating at T = {temperature:g}")
+                results[method, temperature] = engine.call(
+                    measure, prompts, temperature, max_tokens
+                )
                 progress.advance(task)
     return results
 
 
 def show(results: dict[tuple[str, float], Result], depth: int, on_cpu: bool) -> None:
+    """Print a table of all results, and what to make of them."""
     table = Table(title="One run, the same prompts, warm", title_justify="left")
-    for column in ("way", "T", "tokens/step", "accepted by depth", "ms/step", "tokens/s"):
-        table.add_column(column, justify="left" if column == "way" else "right")
+    for column in ("method", "T", "tokens/step", "accepted by depth", "ms/step", "tokens/s"):
+        table.add_column(column, justify="left" if column == "method" else "right")
     table.add_column("same text as plain")
     plain_texts = next(iter(results.values())).texts
-    for (way, temperature), r in results.items():
+    for (method, temperature), r in results.items():
         by_depth = [a / r.drafts for a in r.accepted_by_depth if a][: max(depth, 5)]
         same = "-"
         if temperature == 0:
             equal = sum(a == b for a, b in zip(r.texts, plain_texts, strict=True))
             same = "yes" if equal == len(r.texts) else f"{equal} of {len(r.texts)}"
-        corrected = "¹" if on_cpu and "chain" in way and temperature > 0 else ""
+        corrected = "¹" if on_cpu and "chain" in method and temperature > 0 else ""
         table.add_row(
-            way + corrected,
+            method + corrected,
             f"{temperature:g}",
             f"{r.tokens_per_step:.2f}",
             " ".join(f"{share:.0%}" for share in by_depth) or "-",
@@ -123,9 +126,9 @@ def show(results: dict[tuple[str, float], Result], depth: int, on_cpu: bool) -> 
             "(vllm_spechub/measure/benchmark/fixed_chain.py)."
         )
     console.print(
-        "On models this small a draft costs nearly as much as the target, so plain decoding wins "
-        "in tokens/s. Speculation pays where a step's time is reading a large target's weights, "
-        "as on a GPU: there tokens/step is the gain to look at."
+        "On models this small a draft pass costs nearly as much as a target pass, so plain vLLM "
+        "has the most tokens/s. Speculation pays off if reading a large target's weights dominates "
+        "the step time, as on a GPU. There, tokens/step shows the gain."
     )
 
 
@@ -153,10 +156,10 @@ def main(
     running: dict[str, EngineProcess] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            # They start side by side, which two cores share well, and are measured one at a time.
-            for way, speculative in ways(tree, shape.num_nodes).items():
+            # The engines start at the same time and are measured one at a time.
+            for method, speculative in methods(tree, shape.num_nodes).items():
                 log = Path(folder) / f"{len(running)}.log"
-                running[way] = EngineProcess(options | {"speculative_config": speculative}, log)
+                running[method] = EngineProcess(options | {"speculative_config": speculative}, log)
             results = measure_all(running, prompts, max_tokens)
         except EngineFailed as failure:
             console.print(str(failure), markup=False)
@@ -170,7 +173,7 @@ def main(
     text = results[f"SpecHub {tree}", 1.0].texts[0]
     console.print(Text("SpecHub at T = 1, after this prompt:", style="bold"))
     console.print(Text(prompts[0], style="dim"), Text(text), sep="")
-    console.print(f"{time.monotonic() - start:.0f} s in all")
+    console.print(f"{time.monotonic() - start:.0f} s in total")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The main job on a fresh machine: install, then generate three ways and compare.
+# The main job on a fresh machine: install, then generate with three methods and compare.
 . "$(dirname "$0")/env.sh"
 if [ ! -e .venv/.compiled ]; then
     # vLLM compiles each model once per machine; what is measured later starts from its cache.

@@ -5,9 +5,9 @@
     python scripts/ray_batch.py prompts.jsonl answers --model TARGET --draft DRAFT --replicas 8 \\
         --id-column question_id --prompt-column turns
 
-Reads JSONL or Parquet, writes the same rows with their answers into the folder. Ray keeps a
-checkpoint of the rows that are written: the same command goes on after a failure, without losing
-or repeating a row, and does nothing once all are answered.
+The script reads JSONL or Parquet, and writes each row's id and answer into the folder. Ray keeps a
+checkpoint of the rows that are written: after a failure, the same command continues without losing
+or repeating a row. It does nothing if all rows are answered.
 """
 
 import json
@@ -22,7 +22,7 @@ SPARE_CPUS = 4
 
 
 def processor_config(model: str, engine: dict[str, Any], replicas: int, batch_size: int):
-    """One engine per replica."""
+    """The configuration of one engine per replica."""
     from ray.data.llm import vLLMEngineProcessorConfig
 
     return vLLMEngineProcessorConfig(
@@ -52,18 +52,22 @@ def read(source: Path, id_column: str, prompt_column: str):
 
 def main(
     source: Annotated[Path, typer.Argument(help="JSONL or Parquet.", exists=True)],
-    out: Annotated[Path, typer.Argument(help="Folder for answers and checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="The folder for answers and the checkpoint.")],
     model: Annotated[str, typer.Option(help="The target.")],
     draft: Annotated[str, typer.Option(help="The draft.")],
     tree: Annotated[str, typer.Option(help="As in --speculative-config.")] = "binary:3",
     replicas: Annotated[int, typer.Option(min=1, help="Engines.")] = 2,
-    id_column: Annotated[str, typer.Option(help="Unique in every row.")] = "id",
+    id_column: Annotated[
+        str, typer.Option(help="The column with a unique id for each row.")
+    ] = "id",
     prompt_column: Annotated[
-        str, typer.Option(help="Text, or turns, of which the first counts.")
+        str, typer.Option(help="The column with a text, or with turns, of which the first is used.")
     ] = "prompt",
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that a replica takes at once.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows that a replica processes at once.")
+    ] = 64,
     engine: Annotated[
         dict, typer.Option(parser=json.loads, metavar="JSON", help="Further engine options.")
     ] = "{}",
@@ -81,7 +85,7 @@ def main(
     ray.init(ignore_reinit_error=True)
     cpus = int(ray.cluster_resources().get("CPU", 0))
     if cpus < replicas + SPARE_CPUS:
-        # Ray Data would wait for them without a word.
+        # Ray Data would wait for them without any message.
         raise typer.BadParameter(
             f"--replicas {replicas} needs {replicas + SPARE_CPUS} CPUs of the cluster (reading, "
             f"checkpoint and writing take {SPARE_CPUS}), it has {cpus}"
@@ -100,7 +104,7 @@ def main(
             "sampling_params": {
                 "temperature": temperature,
                 "max_tokens": max_tokens,
-                # a row's answer is the same on whichever replica, and after a failure
+                # a row gets the same answer on every replica, and after a failure
                 "seed": zlib.crc32(str(row[id_column]).encode()),
             },
         }

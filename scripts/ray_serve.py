@@ -4,7 +4,8 @@
 
     python scripts/ray_serve.py --model TARGET --draft DRAFT --replicas 4
 
-Runs until it is interrupted. Requests go to http://HOST:PORT/v1, under the model's name.
+The script runs until it is interrupted. Send requests to http://HOST:PORT/v1, under
+the model's name.
 """
 
 import json
@@ -32,7 +33,7 @@ def main(
     draft: Annotated[str, typer.Option(help="The draft.")],
     tree: Annotated[str, typer.Option(help="As in --speculative-config.")] = "binary:3",
     replicas: Annotated[int, typer.Option(min=1, help="Engines.")] = 1,
-    name: Annotated[str, typer.Option(help="What requests call the model.")] = "spechub",
+    name: Annotated[str, typer.Option(help="The model's name in requests.")] = "spechub",
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 8000,
     engine: Annotated[

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thousands of random requests against one engine whose cache is too small for them.
+"""Send thousands of random requests to one engine whose cache is too small for them.
 
     python scripts/soak.py --requests 4000
 
-Requests of every kind share the batch, some are aborted, and the KV cache holds so few blocks that
-vLLM preempts all the time. At the end no request is lost or answered twice, every block is free
-again, the process has not grown, and greedy answers are those of a fresh engine without trees.
+Requests of all kinds share the batch, some are aborted, and the KV cache has so few blocks that
+vLLM preempts constantly. At the end, no request may be lost or answered twice, every block must be
+free again, the process must not have grown, and greedy answers must equal those of a new engine
+without trees.
 """
 
 import ctypes
@@ -52,7 +53,7 @@ GREEDY = {
 
 
 def random_params(rng: random.Random) -> dict:
-    """The sampling parameters of a request that is not greedy."""
+    """Sampling parameters for a request that is not greedy."""
     params = {"temperature": rng.choice([0.3, 0.8, 1.0, 1.5])}
     for name, values in (
         ("seed", [None, rng.randrange(2**31)]),
@@ -93,7 +94,7 @@ class Report:
     resident_mib: list[float] = field(default_factory=list)
 
     def faults(self, reference: dict[tuple[int, str], list[int]]) -> list[str]:
-        """What went wrong, one line each. `reference` has the longest answer to each prompt."""
+        """One line for each fault. `reference` has the longest answer to each prompt."""
         lost = self.requests - len(self.finished) - len(self.aborted)
         doubled = [name for name, times in self.finished.items() if times > 1]
         both = self.aborted & set(self.finished)
@@ -106,7 +107,7 @@ class Report:
             (lost, f"{lost} requests were lost"),
             (doubled, f"{len(doubled)} requests were answered twice"),
             (both, f"{len(both)} requests were answered after they were aborted"),
-            (wrong, f"{len(wrong)} greedy answers differ from a fresh engine's: {wrong[:1]}"),
+            (wrong, f"{len(wrong)} greedy answers differ from a new engine's: {wrong[:1]}"),
             (
                 self.blocks_after != self.blocks_before,
                 f"{self.blocks_before - self.blocks_after} blocks were leaked",
@@ -116,7 +117,7 @@ class Report:
 
 
 def resident_mib() -> float:
-    """Memory of this process in use; what the allocator merely keeps is handed back first."""
+    """Memory that this process uses, after the allocator has returned what is free."""
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -140,7 +141,7 @@ def soak(
     kinds: tuple[str, ...] = tuple(GREEDY),
     on_finished=lambda count: None,
 ) -> Report:
-    """Serve that many random requests, aborting about one in eight."""
+    """Serve `num_requests` random requests and abort about one in eight."""
     from vllm import SamplingParams
 
     rng, core, report = random.Random(seed), llm.llm_engine, Report(requests=num_requests)
@@ -191,7 +192,7 @@ def soak(
 
 
 def greedy_reference(llm: "LLM", prompts: list[str]) -> dict[tuple[int, str], list[int]]:
-    """The longest greedy answer to each prompt; shorter ones are its beginnings."""
+    """The longest greedy answer to each prompt. Shorter answers must be prefixes of it."""
     from vllm import SamplingParams
 
     keys = list(product(range(len(prompts)), GREEDY))
@@ -206,18 +207,18 @@ def greedy_reference(llm: "LLM", prompts: list[str]) -> dict[tuple[int, str], li
 
 
 def demo_prompts(rng: random.Random, count: int) -> list[str]:
-    """Pieces of Python, from one character up; some share a beginning."""
+    """Pieces of Python code of one character and more. Some begin alike."""
     text = Path(__file__).read_text()
     starts = [rng.randrange(len(text) - 300) for _ in range(count // 2)]
     return [text[start : start + rng.randint(1, 240)] for start in starts for _ in range(2)]
 
 
 def main(
-    requests: Annotated[int, typer.Option(help="how many requests to serve")] = 4000,
-    tree: Annotated[str, typer.Option(help="the draft tree")] = "binary:3",
-    seed: Annotated[int, typer.Option(help="of the requests' parameters")] = 0,
+    requests: Annotated[int, typer.Option(help="Number of requests to serve.")] = 4000,
+    tree: Annotated[str, typer.Option(help="The draft tree.")] = "binary:3",
+    seed: Annotated[int, typer.Option(help="Seed of the requests' parameters.")] = 0,
 ) -> None:
-    """Soak one engine and compare it with a fresh one; exits with 1 if anything went wrong."""
+    """Soak one engine and compare it with a new one. Exits with status 1 if anything is wrong."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 

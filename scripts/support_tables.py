@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What works with trees, what is refused, and the test that shows it.
 
-`python scripts/support_tables.py` renders the tables into the README and `docs/support.md`; tests
-compare, look every named test up, and want a row for every field of vLLM's `SamplingParams`.
+cog blocks in the README and in `docs/support.md` show these tables. Tests look up every named test,
+and want a row for every field of vLLM's `SamplingParams`.
 """
 
 import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from generated import fill
+from markdown_table import table
+from vllm_touches import stored
 
-ROOT = Path(__file__).parents[1]
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "support.md"
-CHECKS = ROOT / "docs" / "support.csv"
+from vllm_spechub.integration.patch import SUPPORTED_VLLM
+
+CHECKS = Path(__file__).parents[1] / "docs" / "support.csv"
 """What `scripts/check_vllm.py VERSION --record` found."""
 
 
@@ -57,8 +58,8 @@ SAMPLING_PARAMETERS = (
     Row(
         ("seed",),
         "works",
-        "a request's tokens are its seed's, whatever else is in the batch, as long as neither the "
-        "token budget nor preemption cuts one of its trees",
+        "the same seed gives the same tokens regardless of the batch, unless the token budget or "
+        "preemption truncates a tree",
         (
             "engine/test_parameters.py::test_a_seed_fixes_the_answer_in_any_batch",
             "engine/test_faults.py::test_a_seed_holds_beside_other_requests",
@@ -79,13 +80,14 @@ SAMPLING_PARAMETERS = (
             "min_tokens",
         ),
         "works",
-        "on each node's own history; as many bad words and stop tokens as vLLM's buffers hold",
+        "on each node's own history; at most as many bad words and stop tokens as vLLM's buffers "
+        "hold",
         (*MIXED, "engine/test_parameters.py::test_what_cannot_be_served_is_refused"),
     ),
     Row(
         ("logit_bias", "allowed_token_ids"),
         "works",
-        "up to 1024 tokens each, as vLLM's buffers hold; more are refused",
+        "at most 1024 tokens each, the size of vLLM's buffers; more are refused",
         (*MIXED, "engine/test_parameters.py::test_what_cannot_be_served_is_refused"),
     ),
     Row(
@@ -135,7 +137,7 @@ SAMPLING_PARAMETERS = (
         ("output_kind", "stream_interval"),
         "works",
         "",
-        ("test_serve.py::test_streaming_equals_the_whole_answer",),
+        ("integration/test_serve.py::test_streaming_equals_the_whole_answer",),
     ),
     Row(
         ("skip_reading_prefix_cache",),
@@ -146,9 +148,9 @@ SAMPLING_PARAMETERS = (
     Row(
         ("structured_outputs",),
         "works",
-        "one mask per node; drafts themselves are not masked; backends xgrammar, guidance and "
-        "outlines, and lm-format-enforcer refused by vLLM under any speculation; reasoning "
-        "parsers may switch the grammar on within a tree",
+        "one mask per node; the draft model itself is not masked; with the backends xgrammar, "
+        "guidance and outlines (vLLM refuses lm-format-enforcer under any speculation); a "
+        "reasoning parser may switch the grammar on within a tree",
         (
             "engine/test_grammar.py::test_every_node_is_masked_as_its_path",
             "engine/test_grammar.py::test_reasoning_that_ends_within_a_tree",
@@ -204,10 +206,11 @@ FEATURES = (
     Row(
         ("trees that follow the load",),
         "works",
-        "with `tree_by_batch_size`; refused with data parallelism, where vLLM varies no widths",
+        "with `tree_by_batch_size`; refused with data parallelism, where vLLM does not vary the "
+        "number of drafted tokens",
         (
             "engine/test_widths.py::test_tokens_while_the_width_changes",
-            "test_refusals.py::test_data_parallel_widths",
+            "integration/test_refusals.py::test_data_parallel_widths",
         ),
     ),
     Row(
@@ -219,14 +222,14 @@ FEATURES = (
     Row(
         ("KV block sizes",),
         "works",
-        "any that the platform's attention takes",
+        "every size that the platform's attention accepts",
         ("engine/test_greedy.py::test_block_sizes",),
     ),
     Row(
         ("streaming",),
         "works",
         "",
-        ("test_serve.py::test_streaming_equals_the_whole_answer",),
+        ("integration/test_serve.py::test_streaming_equals_the_whole_answer",),
     ),
     Row(
         ("priority scheduling",),
@@ -237,14 +240,14 @@ FEATURES = (
     Row(
         ("sleep and wake",),
         "works",
-        "tested on the CPU, which has no sleep mode, by losing by hand what it does not keep",
+        "tested on the CPU, which has no sleep mode, by clearing what sleep mode would not keep",
         ("engine/test_robustness.py::test_sleep_and_wake",),
     ),
     Row(
         ("tensor parallelism",),
         "works",
-        "all ranks draw alike, and as one rank does",
-        ("engine/test_parallel.py::test_tensor_parallelism",),
+        "all ranks draw the same tokens, and the same as a single rank",
+        ("integration/test_parallel.py::test_tensor_parallelism",),
     ),
     Row(
         ("tensor parallelism over Ray's workers",),
@@ -252,8 +255,8 @@ FEATURES = (
         "refuses to start if a node lacks this package or has another version; tested with workers "
         "on the CPU, where vLLM by itself refuses Ray",
         (
-            "ray/test_workers.py::test_two_workers_answer_as_one",
-            "ray/test_workers.py::test_a_node_without_this_version",
+            "ray_cluster/test_workers.py::test_two_workers_answer_as_one",
+            "ray_cluster/test_workers.py::test_a_node_without_this_version",
         ),
     ),
     Row(
@@ -261,8 +264,8 @@ FEATURES = (
         "works",
         "for dense models; refused for mixtures of experts",
         (
-            "engine/test_parallel.py::test_data_parallelism",
-            "test_refusals.py::test_data_parallel_experts",
+            "integration/test_parallel.py::test_data_parallelism",
+            "integration/test_refusals.py::test_data_parallel_experts",
         ),
     ),
     Row(
@@ -283,7 +286,7 @@ FEATURES = (
     Row(
         ("sliding windows", "several KV cache groups"),
         "works",
-        "in all or some layers of target and draft; a tree's distances count depths",
+        "in all or some layers of target and draft; within a tree, distances are counted in depths",
         (
             "engine/test_features.py::test_sliding_windows",
             "kernels/test_tree_attention.py::test_window_counts_depths",
@@ -313,7 +316,7 @@ FEATURES = (
         "as in plain vLLM",
         "a NaN ruins its own request alone",
         (
-            "engine/test_parallel.py::test_tensor_parallelism",
+            "integration/test_parallel.py::test_tensor_parallelism",
             "engine/test_robustness.py::test_a_draft_whose_folder_vanishes",
             "engine/test_robustness.py::test_nans_in_the_target",
             "engine/test_robustness.py::test_nans_in_the_draft",
@@ -332,7 +335,10 @@ FEATURES = (
         ),
         "refused",
         "",
-        ("test_refusals.py::test_engines", "test_refusals.py::test_from_an_engines_arguments"),
+        (
+            "integration/test_refusals.py::test_engines",
+            "integration/test_refusals.py::test_from_an_engines_arguments",
+        ),
     ),
     Row(
         (
@@ -342,14 +348,17 @@ FEATURES = (
         ),
         "refused",
         "",
-        ("test_refusals.py::test_models", "test_refusals.py::test_kinds_of_models"),
+        (
+            "integration/test_refusals.py::test_models",
+            "integration/test_refusals.py::test_kinds_of_models",
+        ),
     ),
     Row(
         ("CUDA",),
         "not run yet",
         "kernels are checked under Triton's interpreter and compiled for sm_80, sm_90 and sm_100; "
         "the attention backend and the use of CUDA graphs are tested in an engine on the CPU, "
-        "where a graph is the captured call made again",
+        "where replaying a graph repeats the captured call",
         (
             "engine/test_cuda_path.py::test_graphs_replay_what_a_step_needs",
             "kernels/test_compile.py::test_child_sampling",
@@ -359,47 +368,66 @@ FEATURES = (
 )
 
 VERSIONS = {
-    "0.32.0": ("supported", "the whole test suite", "not run yet, see below"),
-    "0.33.0": ("refused at start-up", "not tried", "not tried"),
+    "0.32.0": ("supported", "the whole test suite", "not run"),
+    "0.33.0": ("refused at start-up", "not run", "not run"),
 }
-"""By vLLM version: its state, and what ran on the CPU and on CUDA."""
+"""By vLLM version: its state, and what was run on the CPU and on CUDA."""
 
 TABLES = {"sampling parameters": SAMPLING_PARAMETERS, "features": FEATURES}
 
 
-def render(rows: tuple[Row, ...], code: bool) -> str:
-    """A table in Markdown; `code` sets the names in code style."""
-    lines = ["| what | state | notes |", "|---|---|---|"]
-    for row in rows:
-        names = ", ".join(f"`{name}`" if code else name for name in row.names)
-        lines.append(f"| {names} | {row.state} | {row.how} |")
-    return "\n".join(lines)
+def sampling_parameters() -> str:
+    """Every field of `SamplingParams`."""
+    return _rows(SAMPLING_PARAMETERS, "`{}`")
 
 
-def render_versions() -> str:
-    """The matrix by vLLM version, with what `scripts/check_vllm.py` found of each."""
-    lines = ["| vLLM | state | patched symbols as expected | CPU | CUDA |", "|---|---|---|---|---|"]
+def features() -> str:
+    """Features of engines and models."""
+    return _rows(FEATURES, "{}")
+
+
+def states() -> str:
+    """vLLM's versions and their state."""
+    return table(["vLLM", "state"], [[version, state] for version, (state, *_) in VERSIONS.items()])
+
+
+def versions() -> str:
+    """What was read and what was run of each version."""
+    rows = []
+    for version, (state, *run) in VERSIONS.items():
+        checks = [check for check in _checks() if check["vllm"] == version]
+        if version == SUPPORTED_VLLM:
+            read = f"{sum(map(len, stored().values()))} places, with which others are compared"
+        else:
+            differing = [
+                f"{check['differ']} of {check['read']} {check['kind']}"
+                for check in checks
+                if check["differ"] != "0"
+            ]
+            read = f"on {checks[0]['date']}, differ: {', '.join(differing) or 'none'}"
+        rows.append([version, state, read, *run])
+    return table(["vLLM", "state", "read, not run", "run on the CPU", "run on CUDA"], rows)
+
+
+def differences(version: str) -> str:
+    """What differs in a version from the supported one: a line for each place."""
+    lines = [
+        [check["kind"], f"`{symbol}`", problem]
+        for check in _checks()
+        if check["vllm"] == version
+        for symbol, _, problem in (line.partition(" ") for line in check["differences"].split("\n"))
+        if symbol
+    ]
+    return table(["kind", "what", "difference"], lines)
+
+
+def _checks() -> list[dict[str, str]]:
     with CHECKS.open(newline="", encoding="utf-8") as file:
-        for check in csv.DictReader(file):
-            found = f"{check['as_expected']} of {check['symbols']}"
-            if check["changed"]:
-                found += f": {check['changed']}"
-            state, *platforms = VERSIONS[check["vllm"]]
-            lines.append(f"| {' | '.join((check['vllm'], state, found, *platforms))} |")
-    return "\n".join(lines)
+        return list(csv.DictReader(file))
 
 
-def pages() -> dict[Path, str]:
-    """Every page with tables from here, as it has to be."""
-    tables = {
-        title: render(rows, code=rows is SAMPLING_PARAMETERS) for title, rows in TABLES.items()
-    }
-    return {
-        path: fill(path.read_text(encoding="utf-8"), "scripts/support_tables.py", texts)
-        for path, texts in ((README, tables), (PAGE, {"versions": render_versions()}))
-    }
-
-
-if __name__ == "__main__":
-    for path, text in pages().items():
-        path.write_text(text, encoding="utf-8")
+def _rows(rows: tuple[Row, ...], name: str) -> str:
+    return table(
+        ["what", "state", "notes"],
+        [[", ".join(name.format(one) for one in row.names), row.state, row.how] for row in rows],
+    )

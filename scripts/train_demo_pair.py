@@ -4,7 +4,7 @@
 
 The corpus is the running interpreter's own standard library, so any machine has it. The target
 is trained on the text, the draft on the target's distribution over the same text (distillation),
-since what speculation needs of a draft is overlap with the target. Both share one byte-level BPE
+since speculation needs a draft that overlaps with the target. Both share one byte-level BPE
 tokenizer.
 
 Deterministic from ``--seed`` for one Python version, PyTorch version and thread count.
@@ -25,8 +25,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from vllm_spechub.measure.preflight import check_output_folder
+from vllm_spechub.measure.terminal import one_line_errors
+
 EOS = "<|endoftext|>"
-# The models have seen no roles: a chat is its texts, one after the other.
+# The models were trained without roles, so a chat is its messages joined together.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 EXCLUDED_PARTS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
 EXCLUDED_PARTS |= {"turtledemo", "__phello__", "ensurepip", "config-3.11-x86_64-linux-gnu"}
@@ -41,7 +44,8 @@ MODELS = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     },
-    # Thin and deep: on a CPU a draft pass costs what its layers cost, and hardly what they hold.
+    # Thin and deep: on a CPU the time of a draft pass depends on the number of layers, hardly on
+    # their width.
     "draft": {
         "hidden_size": 48,
         "intermediate_size": 64,
@@ -189,12 +193,14 @@ def save(model, tokenizer, folder: Path) -> None:
 
 
 def main(
-    out: Path = typer.Option(Path(__file__).parent / "demo_pair", help="Folder to write."),
+    out: Path = typer.Option(Path(__file__).parent / "demo_pair", help="The folder to write."),
     target_steps: int = typer.Option(2400, min=1),
     draft_steps: int = typer.Option(2000, min=1),
     vocab_size: int = typer.Option(2048, min=512),
     seed: int = typer.Option(0),
 ) -> None:
+    with one_line_errors(console):
+        check_output_folder("--out", out)
     start = time.monotonic()
     torch.manual_seed(seed)
     torch.set_num_threads(2)

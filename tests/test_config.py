@@ -17,17 +17,16 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
+from helpers.pair import DRAFT, TARGET
 from vllm_spechub.config import SpecHubConfig
 from vllm_spechub.integration.refusals import Unsupported
 from vllm_spechub.registry import PROPOSERS, RULES, Registry
-from vllm_spechub.rules.base import VerificationRule, build_rule
+from vllm_spechub.rules.base import build_rule
+from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
 from vllm_spechub.trees.best_tree import parse_tree
 from vllm_spechub.trees.measured_schedule import keep
 from vllm_spechub.trees.schedule import TreeSchedule
 from vllm_spechub.trees.tree import TokenTree
-
-PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
-TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -158,7 +157,7 @@ def test_survives_pickling_into_a_fresh_process():
         ({"sharpening": float("nan")}, "speculative_config['sharpening'] is nan, allowed: a fini"),
         (
             {"sharpening": 2, "verification": "rrsw"},
-            "speculative_config['sharpening']: verification 'rrsw' has no sampled slot to sharpen",
+            "speculative_config: sharpening must be 1 with rule 'rrsw', allowed with: ordered",
         ),
         ({"verification": "chain"}, "speculative_config['tree'] is binary:3, but verification 'ch"),
         ({"proposer": "oracle"}, "speculative_config['proposer'] is 'oracle', allowed: draft_mo"),
@@ -168,7 +167,38 @@ def test_survives_pickling_into_a_fresh_process():
         ),
         ({"num_speculative_tokens": 3}, "speculative_config['num_speculative_tokens'] is not an"),
         ({"branching": 3}, "speculative_config['branching'] is not an option of method 'spechub'"),
-        ({"rejection_sample_method": "block"}, "Allowed: method, model, tree"),
+        ({"rejection_sample_method": "block"}, "Allowed: method, model, verification, tree"),
+        ({1: 2}, "speculative_config['1'] is not an option"),
+        # no option is read before it is checked
+        ({"model": 3}, "speculative_config['model'] is 3, allowed: a folder or a Hugging Face id"),
+        ({"model": None, "tree_by_batch_size": "auto"}, "speculative_config['model'] is missing"),
+        ({"model": 3, "tree_by_batch_size": "auto"}, "speculative_config['model'] is 3"),
+        ({"tree": None}, "speculative_config['tree']: None is none of: binary:DEPTH"),
+        ({"tree": {"binary": 3}}, "speculative_config['tree']: {'binary': 3} is none of: binary"),
+        ({"verification": ["chain"]}, "speculative_config['verification'] is ['chain'], allowed:"),
+        ({"proposer": {}}, "speculative_config['proposer'] is {}, allowed: draft_model"),
+        ({"proposer": None}, "speculative_config['proposer'] is None, allowed: draft_model"),
+        ({"sharpening": True}, "speculative_config['sharpening'] is True, allowed: a finite num"),
+        ({"sharpening": None}, "speculative_config['sharpening'] is None, allowed: a finite num"),
+        ({"tree_by_batch_size": 3}, "speculative_config['tree_by_batch_size']: the schedule is 3"),
+        ({"revision": []}, "speculative_config['revision'] is [], allowed: a valid string"),
+        ({"code_revision": 3}, "speculative_config['code_revision'] is 3, allowed: a valid strin"),
+        ({"quantization": 3}, "speculative_config['quantization'] is 3, allowed: a valid string"),
+        ({"quantization": "none"}, "speculative_config: Unknown quantization method: none"),
+        (
+            {"kv_cache_dtype": "int1"},
+            "speculative_config['kv_cache_dtype'] is 'int1', allowed: '",
+        ),
+        (
+            {"draft_tensor_parallel_size": "1"},
+            "speculative_config['draft_tensor_parallel_size'] is '1', allowed: a whole number from",
+        ),
+        ({"draft_tensor_parallel_size": 0}, "is 0, allowed: a whole number from 1"),
+        ({"draft_load_config": 3}, "speculative_config['draft_load_config'] is 3, allowed: a dict"),
+        (
+            {"draft_load_config": {"format": "auto"}},
+            "speculative_config['draft_load_config']['format'] is not an option",
+        ),
     ],
 )
 def test_refused_options_take_one_line(spec, message):
@@ -263,6 +293,18 @@ def test_a_folder_that_is_no_model(tmp_path):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_value_that_is_not_json(capsys):
+    with pytest.raises(SystemExit):
+        from_command_line("--speculative-config", "spechubb")
+    assert "'spechubb' is neither JSON nor the word spechub" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["[1]", "3", '"ngram"'])
+def test_a_value_that_is_no_object(value):
+    with pytest.raises(ValueError, match="allowed: 'spechub' or an object of options"):
+        from_command_line("--speculative-config", value, "--spec-method", "spechub")
+
+
 def test_flags_that_contradict_the_json():
     with pytest.raises(ValueError, match="--spec-method ngram and speculative_config"):
         from_command_line("--speculative-config", JSON, "--spec-method", "ngram")
@@ -270,31 +312,116 @@ def test_flags_that_contradict_the_json():
         from_command_line("--speculative-config", JSON, "--spec-tokens", "3")
 
 
-def test_a_third_party_registers_rules_and_proposers(monkeypatch):
-    monkeypatch.setattr(RULES, "_entries", dict(RULES._entries))
-    monkeypatch.setattr(PROPOSERS, "_entries", dict(PROPOSERS._entries))
-    RULES.register("mine", "vllm_spechub.rules.kernel_rule:UnorderedSpecHub")
-    RULES.register("mine", "vllm_spechub.rules.kernel_rule:UnorderedSpecHub")  # idempotent
-    PROPOSERS.register("mine", "vllm_spechub.proposers.draft_model:DraftModelProposer")
-    spec = configured({"verification": "mine", "proposer": "mine"}).speculative_config
-    assert (spec.verification, spec.proposer) == ("mine", "mine")
-    with pytest.raises(ValueError, match="already"):
-        RULES.register("ordered", "elsewhere:Rule")
+THEIRS = '''
+from vllm_spechub.rules.base import VerificationRule
 
+class Rule(VerificationRule):
+    """It knows nothing of sharpening."""
 
-class OwnRule(VerificationRule):
-    """A third party's, which knows nothing of sharpening."""
-
-    name = "own"
     sample_children = verify = None
 
+class Repeats:
+    """Drafts without a model."""
+    vllm_method = "ngram"
+    needs_model = False
+    options = frozenset({"longest", "shortest"})
 
-def test_a_third_partys_rule_need_not_know_every_option(monkeypatch):
-    monkeypatch.setattr(RULES, "_entries", dict(RULES._entries))
-    RULES.register("own", f"{__name__}:OwnRule")
-    assert isinstance(build_rule(configured({"verification": "own"}).speculative_config), OwnRule)
-    with pytest.raises(ValueError, match=r"speculative_config\['sharpening'\]: verification 'own'"):
-        configured({"verification": "own", "sharpening": 2})
+    @classmethod
+    def check_options(cls, options, target_model_config):
+        if options.get("longest", 1) < 1:
+            raise ValueError("speculative_config['longest'] is below 1")
+
+    @classmethod
+    def check_config(cls, config):
+        assert config.proposer_options.keys() <= cls.options
+'''
+RULE_GROUP, PROPOSER_GROUP = "vllm_spechub.rules", "vllm_spechub.proposers"
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Puts another package on the path, with entry points: {group: {name: "module:Class"}}."""
+
+    def install(**groups: dict[str, str]) -> None:
+        info = tmp_path / "theirs-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+        lines = [
+            line
+            for group, names in groups.items()
+            for line in (f"[{group}]", *(f"{name} = {path}" for name, path in names.items()))
+        ]
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+        (tmp_path / "theirs.py").write_text(THEIRS)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    def forget() -> None:
+        sys.modules.pop("theirs", None)
+        for registry in (RULES, PROPOSERS):
+            vars(registry).pop("_entries", None)
+
+    forget()
+    yield install
+    forget()
+
+
+def test_another_package_adds_rules_and_proposers(install):
+    install(
+        **{
+            RULE_GROUP: {"mine": "theirs:Rule"},
+            PROPOSER_GROUP: {"mine": "vllm_spechub.proposers.draft_model:DraftModelProposer"},
+        }
+    )
+    spec = configured({"verification": "mine", "proposer": "mine"}).speculative_config
+    assert (spec.verification, spec.proposer) == ("mine", "mine")
+    with pytest.raises(ValueError, match=r"is 'yours', allowed: ordered, .*, chain, mine$"):
+        configured({"verification": "yours"})
+
+
+def test_another_packages_rule_need_not_know_every_option(install):
+    install(**{RULE_GROUP: {"theirs": "theirs:Rule"}})
+    options = configured({"verification": "theirs"}).speculative_config
+    assert type(build_rule(options, PORTABLE_KERNELS)).__module__ == "theirs"
+    with pytest.raises(ValueError, match="sharpening must be 1 with rule 'theirs'"):
+        configured({"verification": "theirs", "sharpening": 2})
+
+
+def test_a_name_that_is_taken(install):
+    install(**{RULE_GROUP: {"ordered": "theirs:Rule"}})
+    with pytest.raises(ValueError, match=r"rule 'ordered' of theirs:Rule .* is already vllm_spech"):
+        RULES.load("ordered")
+
+
+def test_a_proposer_without_a_model(install, tmp_path, monkeypatch):
+    """It has its own options, vLLM's method of its choice, and measured schedules."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    install(**{PROPOSER_GROUP: {"repeats": "theirs:Repeats"}})
+    options = {"method": "spechub", "proposer": "repeats", "longest": 5}
+
+    def repeats(**more):
+        engine = EngineArgs(model=TARGET, dtype="float32", speculative_config=options | more)
+        return engine.create_engine_config().speculative_config
+
+    spec = repeats(tree="chain:3")
+    assert (spec.method, spec.num_speculative_tokens) == ("ngram", 3)
+    assert spec.proposer_options == {"longest": 5}
+    with pytest.raises(ValueError, match=r"\['longest'\] is below 1"):
+        repeats(longest=0)
+    with pytest.raises(ValueError, match=r"\['between'\] is not an option.*, longest, shortest$"):
+        repeats(between=3)
+    with pytest.raises(ValueError, match=r"\['longest'\] is not an option of method 'spechub'"):
+        configured({"longest": 3})
+    with pytest.raises(ValueError, match=r"no schedule was measured .*; give the ranges"):
+        repeats(tree_by_batch_size="auto")
+    ranges = [[1, 4, "chain:2"], [5, None, None]]
+    keep(TARGET, "repeats", "traversal", ranges)
+    found = repeats(tree_by_batch_size="auto").schedule
+    assert found == TreeSchedule.parse(ranges, "traversal")
+
+
+def test_a_draft_that_vllm_takes_for_another_method(tmp_path):
+    with pytest.raises(ValueError, match="for a draft of method 'medusa', but proposer 'draft_m"):
+        configured({"model": edited_draft(tmp_path / "draft", model_type="medusa")})
 
 
 @pytest.mark.parametrize(
@@ -307,13 +434,13 @@ def test_a_third_partys_rule_need_not_know_every_option(monkeypatch):
 )
 def test_rules_and_sharpening(spec):
     config = configured(spec).speculative_config
-    rule = build_rule(config)
+    rule = build_rule(config, PORTABLE_KERNELS)
     assert rule.name == spec["verification"]
-    assert rule.config.sharpening == spec.get("sharpening", 1.0)
+    assert rule.sharpening == spec.get("sharpening", 1.0)
 
 
 def test_registry_names_what_it_has():
-    registry = Registry("rule", {"a": "json:JSONDecoder"})
+    registry = Registry("rule", {"a": "json:JSONDecoder"}, "vllm_spechub.no_such_group")
     assert registry.load("a") is json.JSONDecoder
     with pytest.raises(ValueError, match="no rule 'b', allowed: a"):
         registry.load("b")

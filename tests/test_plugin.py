@@ -3,19 +3,17 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import vllm
 
+from helpers.pair import PAIR
 from vllm_spechub import plugin
 from vllm_spechub.integration import patch as patches
 from vllm_spechub.integration import patches as ledger
 from vllm_spechub.integration.patch import Patch, PatchMismatch
 from vllm_spechub.integration.patches import frontend
 from vllm_spechub.integration.patches.metrics import FieldType
-
-PAIR = Path(__file__).parents[1] / "scripts" / "demo_pair"
 
 
 def test_signatures_match_this_vllm():
@@ -108,10 +106,3 @@ def test_help_shows_the_method():
         "from vllm.entrypoints.cli.main import main; main()"
     )
     assert "spechub" in " ".join(in_fresh_process(program))
-
-
-def test_docs_show_the_ledger():
-    from ledger_page import render
-
-    page = Path(__file__).parents[1] / "docs" / "patches.md"
-    assert page.read_text() == render(), "run: python scripts/ledger_page.py"

@@ -1,30 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-spechub`: choose rules and tree shapes for a pair of models."""
+"""`vllm-spechub`: choose a verification rule and a tree for a pair of models.
+
+Every command checks at the start what it needs until the end, and imports the rest of the package
+only when it runs, so that `--help` stays fast.
+"""
 
 import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f"vllm-spechub needs {error.name}: pip install 'vllm-spechub[cli]'") from None
 
+from vllm_spechub.measure import preflight
+from vllm_spechub.measure.terminal import one_line_errors, progress_bar, prompt_counter
+from vllm_spechub.registry import RULES
+from vllm_spechub.trees.tree import MAX_NODES
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE, rates_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_spechub.offline.simulation.drafts import Variant
+    from vllm_spechub.offline.simulation.study import Sampling
+    from vllm_spechub.offline.simulation.texts import ModelPair
+    from vllm_spechub.trees.best_tree import Rates
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Lossless tree speculation for a pair of models: simulate rules, choose shapes, look on.",
+    help="Lossless speculative decoding with trees: compare rules, choose trees, inspect steps.",
 )
-# Results go to the standard output, everything else beside it.
+# Results go to standard output, everything else to standard error.
 output, notes = Console(), Console(stderr=True)
 
-Target = Annotated[str, typer.Argument(help="The target: a Hugging Face folder or name.")]
-Draft = Annotated[str, typer.Argument(help="The draft, over the same vocabulary.")]
+MAX_DEPTH = 16
+PLOT_MODULE = "matplotlib.pyplot"
+
+# Options that several commands share
+Target = Annotated[str, typer.Argument(help="The target model: a folder or a Hugging Face name.")]
+Draft = Annotated[str, typer.Argument(help="The draft model, with the same vocabulary.")]
+DraftOption = Annotated[str, typer.Option(help="The draft model, with the same vocabulary.")]
 Prompts = Annotated[
     Path,
     typer.Option(
@@ -33,16 +55,24 @@ Prompts = Annotated[
         dir_okay=False,
     ),
 ]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first so many prompts.")]
-Temperatures = Annotated[
-    list[float], typer.Option("--temperature", "-T", min=0.0, help="May be repeated.")
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only this many prompts.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-T", min=0.0, help="The sampling temperature.")
 ]
-MAX_DEPTH = 16
-Texts = Annotated[int, typer.Option(min=1, help="Texts sampled from the target for each prompt.")]
-Tokens = Annotated[int, typer.Option(min=4, help="Tokens of each text.")]
-Seed = Annotated[int, typer.Option(min=0, help="Equal seeds give equal results.")]
-Device = Annotated[str | None, typer.Option(help="CUDA if there is one, else the CPU.")]
-Dtype = Annotated[str, typer.Option(help="Of both models: float32, bfloat16 or float16.")]
+Temperatures = Annotated[
+    list[float],
+    typer.Option("--temperature", "-T", min=0.0, help="A sampling temperature; repeatable."),
+]
+Texts = Annotated[int, typer.Option(min=1, help="Texts to sample from the target per prompt.")]
+Tokens = Annotated[int, typer.Option(min=4, help="Tokens per text.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same results.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="The PyTorch device.", show_default="CUDA if available, else the CPU"),
+]
+Dtype = Annotated[
+    str, typer.Option(help="The data type of both models: float32, bfloat16 or float16.")
+]
 
 
 @app.command()
@@ -51,30 +81,41 @@ def simulate(
     draft: Draft,
     prompts: Prompts,
     limit: Limit = None,
-    temperature: Temperatures = (0.3, 0.6, 1.0),
+    temperature: Temperatures = [0.3, 0.6, 1.0],
     rule: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--rule",
             "-r",
-            help="A rule, or RULE@SHARPENING; may be repeated.",
+            help="A rule, or RULE@SHARPENING; repeatable.",
             show_default="all rules",
         ),
-    ] = (),
+    ] = None,
     nodes: Annotated[
-        list[int], typer.Option("--nodes", "-n", help="Drafted nodes at most; may be repeated.")
-    ] = (6, 14, 30),
+        list[int],
+        typer.Option(
+            "--nodes",
+            "-n",
+            min=2,
+            max=MAX_NODES,
+            help="The largest number of drafted nodes; repeatable.",
+        ),
+    ] = [6, 14, 30],
     depth: Annotated[
         list[int],
         typer.Option(
-            "--depth", "-d", min=1, max=MAX_DEPTH, help="Depth cap of best shapes; may be repeated."
+            "--depth",
+            "-d",
+            min=1,
+            max=MAX_DEPTH,
+            help="The largest depth of the best trees; repeatable.",
         ),
-    ] = (5,),
+    ] = [5],
     texts: Texts = 40,
     tokens: Tokens = 48,
     seed: Seed = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for CSV, JSON and a plot.", file_okay=False)
+        Path | None, typer.Option(help="A folder for CSV files, JSON and a plot.")
     ] = None,
     small: Annotated[
         bool,
@@ -85,35 +126,46 @@ def simulate(
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Tokens per step of every rule, on complete trees and on its own best shape.
+    """Compare the tokens per step of all rules, on complete trees and on each rule's best tree.
 
-    Teacher-forced: trees hang from places in texts that the target has sampled, every place counts
-    alike, and what verification would accept is computed from the drafted tree, not tossed.
+    The target samples texts, and trees are drafted at several places of each text, all of which
+    count equally. The tokens that verification emits on average are computed exactly for each
+    drafted tree, without sampling.
     """
-    with _usage_errors():
+    with one_line_errors(notes):
+        preflight.check_modules("transformers", "scipy.stats")
+        if out is not None:
+            preflight.check_modules(PLOT_MODULE)
+            preflight.check_output_folder("--out", out)
+        preflight.check_models({"TARGET": target, "DRAFT": draft})
+        variants = _parse_rules(rule)
         from vllm_spechub.offline.simulation import report, study, yardstick
 
-        variants = _variants(rule)
-        _check_nodes(nodes)
-        pair, encoded, sampling = _load(
-            target, draft, prompts, limit, texts, tokens, seed, max(depth), device, dtype
-        )
-        with _progress() as progress:
+        sampling = _sampling(texts, tokens, seed)
+        pair, encoded = _load(target, draft, prompts, limit, sampling, max(depth), device, dtype)
+        with progress_bar(notes, "prompts") as bar:
             found = study.run_study(
-                pair, encoded, variants, temperature, nodes, depth, sampling, progress
+                pair,
+                encoded,
+                variants,
+                temperature,
+                nodes,
+                depth,
+                sampling,
+                prompt_counter(bar),
             )
-    for table in report.terminal_tables(found):
-        output.print(table)
-    yardsticks = []
-    if small:
-        for t in temperature:
-            if t > 0:
-                yardsticks += yardstick.run_yardstick(pair, encoded, variants, t, sampling)
-        output.print(report.yardstick_table(yardsticks))
-    if out is not None:
-        settings = _settings(target, draft, encoded, sampling, list(depth)) | {"dtype": dtype}
-        report.save(found, yardsticks, settings, out)
-        notes.print(f"written to {out}")
+        for table in report.terminal_tables(found):
+            output.print(table)
+        yardsticks = []
+        if small:
+            for t in temperature:
+                if t > 0:
+                    yardsticks += yardstick.run_yardstick(pair, encoded, variants, t, sampling)
+            output.print(report.yardstick_table(yardsticks))
+        if out is not None:
+            settings = _settings(target, draft, encoded, sampling, depth) | {"dtype": dtype}
+            report.save(found, yardsticks, settings, out)
+            notes.print(f"written to {out}")
 
 
 @app.command()
@@ -125,67 +177,67 @@ def shape(
     rule: Annotated[
         str, typer.Option("--rule", "-r", help="The rule, or RULE@SHARPENING.")
     ] = DEFAULT_RULE,
-    temperature: Temperatures = (1.0,),
-    nodes: Annotated[int, typer.Option("--nodes", "-n", min=1, max=63, help="Drafted nodes.")] = 15,
+    temperature: Temperatures = [1.0],
+    nodes: Annotated[
+        int, typer.Option("--nodes", "-n", min=1, max=MAX_NODES, help="Drafted nodes.")
+    ] = 15,
     depth: Annotated[
-        int, typer.Option("--depth", "-d", min=1, max=MAX_DEPTH, help="Depth cap.")
+        int, typer.Option("--depth", "-d", min=1, max=MAX_DEPTH, help="The largest depth.")
     ] = 5,
     texts: Texts = 10,
     tokens: Tokens = 48,
     seed: Seed = 0,
     rates_file: Annotated[
         Path | None,
-        typer.Option("--rates", help="Also write every rule's rates by temperature, as JSON."),
+        typer.Option(
+            "--rates", help="Also write the rates of all rules by temperature to this JSON file."
+        ),
     ] = None,
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """The best tree for a pair of models, as JSON that "tree" accepts.
+    """Print the best tree for a pair of models, as JSON for the option "tree".
 
-    Measures how often the child of each slot is accepted, averaged over the temperatures, finds
-    the tree that accepts the most tokens per step by these rates, and simulates it on fresh texts.
+    The command measures how often the child in each slot is accepted, averaged over the
+    temperatures, finds the tree that emits the most tokens per step at these rates, and simulates
+    it on new texts.
     """
-    with _usage_errors():
+    with one_line_errors(notes):
+        preflight.check_modules("transformers")
+        if rates_file is not None:
+            preflight.check_output_file("--rates", rates_file)
+        preflight.check_models({"TARGET": target, "DRAFT": draft})
+        (variant,) = _parse_rules([rule])
+        others = _parse_rules(None) if rates_file else []
         from vllm_spechub.offline.simulation import study
         from vllm_spechub.offline.simulation.drafts import Variant
-        from vllm_spechub.trees import best_tree
+        from vllm_spechub.trees.best_tree import average_rates, best_shape
 
-        (variant,) = _variants([rule])
-        pair, encoded, sampling = _load(
-            target, draft, prompts, limit, texts, tokens, seed, depth, device, dtype
-        )
-        # Its own rates and those that guide it instead; the simulation decides.
-        guide = Variant(rates_of(variant.rule), variant.sharpening)
-        guides = list(dict.fromkeys([variant, guide]))
-        variants = list(dict.fromkeys([*guides, *(_variants(()) if rates_file else [])]))
-        rates: dict[Variant, dict[str, best_tree.Rates]] = {}
-        with _progress() as progress:
-            for t in temperature:
-                measured = study.measure_rates(
-                    pair, encoded, variants, t, sampling, depth, progress
-                )
-                for each, by_slot in measured.items():
-                    rates.setdefault(each, {})[f"{t:g}"] = by_slot
-            average = {each: best_tree.average_rates(list(rates[each].values())) for each in guides}
-            trees = [
-                best_tree.best_shape(by_slot, nodes, depth).tree for by_slot in average.values()
-            ]
+        sampling = _sampling(texts, tokens, seed)
+        pair, encoded = _load(target, draft, prompts, limit, sampling, depth, device, dtype)
+        with progress_bar(notes, "prompts") as bar:
+            advance = prompt_counter(bar)
+            # Build a tree from the rule's own rates and one from the rates that it should use
+            # instead; the simulation decides between them.
+            sources = [variant, Variant(rates_of(variant.rule), variant.sharpening)]
+            measured = list(dict.fromkeys([*sources, *others]))
+            rates = {
+                f"{t:g}": study.measure_rates(pair, encoded, measured, t, sampling, depth, advance)
+                for t in temperature
+            }
+            average = {v: average_rates([table[v] for table in rates.values()]) for v in sources}
+            trees = [best_shape(by_slot, nodes, depth).tree for by_slot in average.values()]
             tree, tokens_per_step = study.pick_tree(
-                pair, encoded, variant, trees, temperature, sampling, progress
+                pair, encoded, variant, trees, temperature, sampling, advance
             )
-    table = Table(title=f"{variant}: acceptance by slot, T = {', '.join(map(str, temperature))}")
-    for column in ("children", "slot 1", "slot 2", "slot 3", "slot 4"):
-        table.add_column(column, justify="right")
-    for k, by_slot in average[variant].items():
-        table.add_row(str(k), *(f"{value:.3f}" for value in by_slot))
-    notes.print(table)
+        if rates_file is not None:
+            settings = _settings(target, draft, encoded, sampling, depth)
+            record = {"settings": settings, "rates": _rounded(rates)}
+            rates_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    notes.print(_slot_table(f"{variant}: acceptance by slot", temperature, average[variant]))
     notes.print(
         f"{tree.num_nodes} nodes, depth {tree.depth}, {tokens_per_step:.2f} tokens per step"
     )
-    if rates_file is not None:
-        settings = _settings(target, draft, encoded, sampling, depth)
-        record = {"settings": settings, "rates": _rounded(rates)}
-        rates_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(list(tree.parents)))
 
 
@@ -193,132 +245,219 @@ def shape(
 def explain(
     target: Target,
     draft: Draft,
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
     tree: Annotated[
-        str, typer.Option(help="As `tree` in --speculative-config, a list of parents as JSON.")
+        str,
+        typer.Option(
+            help="The tree, as for `tree` in --speculative-config, or parents as a JSON list."
+        ),
     ] = "binary:3",
     rule: Annotated[str, typer.Option("--rule", "-r", help="The verification rule.")] = (
         DEFAULT_RULE
     ),
-    temperature: Annotated[float, typer.Option("--temperature", "-T", min=0.01)] = 1.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-T", min=0.01, help="The sampling temperature.")
+    ] = 1.0,
     steps: Annotated[int, typer.Option(min=1, help="Steps to decode.")] = 3,
     seed: Seed = 0,
     out: Annotated[
-        Path | None, typer.Option(help="A picture instead of text: FILE.png or FILE.html.")
+        Path | None,
+        typer.Option(help="Write a picture to FILE.png or FILE.html instead of printing text."),
     ] = None,
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Each step's tree for one prompt: tokens, their probabilities, what was accepted, and where
-    the walk ended. q is the draft's probability below the parent, p the target's."""
-    with _usage_errors():
+    """Show the tree of each step for one prompt.
+
+    The tree shows the tokens, their probabilities, which of them were accepted, and where the walk
+    ended. q is a token's probability under the draft given its parent, p under the target.
+    """
+    with one_line_errors(notes):
+        preflight.check_modules("transformers")
+        if out is not None:
+            _check_picture(out)
+        preflight.check_models({"TARGET": target, "DRAFT": draft})
+        _parse_rules([rule])
         from vllm_spechub.offline import explain
         from vllm_spechub.offline.simulation.load import load_pair
         from vllm_spechub.trees.best_tree import parse_tree
 
-        if out is not None and out.suffix not in (".png", ".html"):
-            raise ValueError(f"--out must end in .png or .html, got {out.name!r}")
-        shape = parse_tree(json.loads(tree) if tree.startswith("[") else tree, rule)
+        parsed = parse_tree(json.loads(tree) if tree.startswith("[") else tree, rule)
         pair = load_pair(target, draft, device, dtype)
         encoded = pair.encode(prompt, pair.max_positions)
-        trace = explain.trace(pair, encoded, shape, rule, temperature, steps, seed)
-    if out is None:
-        explain.render(trace, output)
-    elif out.suffix == ".png":
-        explain.save_picture(trace, out)
-    else:
-        page = Console(record=True, file=io.StringIO(), width=120)
-        explain.render(trace, page)
-        page.save_html(str(out))
-    if out is not None:
+        trace = explain.trace(pair, encoded, parsed, rule, temperature, steps, seed)
+        if out is None:
+            explain.render(trace, output)
+            return
+        if out.suffix == ".png":
+            explain.save_picture(trace, out)
+        else:
+            page = Console(record=True, file=io.StringIO(), width=120)
+            explain.render(trace, page)
+            page.save_html(str(out))
         notes.print(f"written to {out}")
 
 
 @app.command()
 def tune(
     target: Target,
-    draft: Annotated[str, typer.Option(help="The draft, over the same vocabulary.")],
+    draft: DraftOption,
     prompts: Prompts,
     limit: Limit = None,
     rule: Annotated[
-        list[str],
-        typer.Option("--rule", "-r", help="A rule to choose from.", show_default="all for trees"),
-    ] = (),
-    temperature: Annotated[float, typer.Option("--temperature", "-T", min=0.0)] = 1.0,
+        list[str] | None,
+        typer.Option(
+            "--rule",
+            "-r",
+            help="A rule to choose from; repeatable.",
+            show_default="all rules that draft trees",
+        ),
+    ] = None,
+    temperature: Temperature = 1.0,
     nodes: Annotated[
-        list[int], typer.Option("--nodes", "-n", min=1, max=63, help="Drafted nodes to try.")
-    ] = (2, 4, 8, 16, 32),
+        list[int],
+        typer.Option(
+            "--nodes",
+            "-n",
+            min=1,
+            max=MAX_NODES,
+            help="A number of drafted nodes to try; repeatable.",
+        ),
+    ] = [2, 4, 8, 16, 32],
     chain: Annotated[
-        list[int], typer.Option("--chain", "-K", min=1, help="Lengths of vLLM's chain to try.")
-    ] = (1, 2, 4, 8),
+        list[int],
+        typer.Option("--chain", "-K", min=1, help="A length of vLLM's chain to try; repeatable."),
+    ] = [1, 2, 4, 8],
     batch: Annotated[
-        list[int], typer.Option("--batch", "-b", min=1, help="Running requests to try.")
-    ] = (1, 2, 4, 8, 16, 32, 64),
+        list[int],
+        typer.Option("--batch", "-b", min=1, help="A number of requests to try; repeatable."),
+    ] = [1, 2, 4, 8, 16, 32, 64],
     texts: Texts = 10,
-    tokens: Annotated[int, typer.Option(min=4, help="Of each text and each request.")] = 64,
-    repetitions: Annotated[int, typer.Option(min=1, help="Of every measurement.")] = 3,
+    tokens: Annotated[int, typer.Option(min=4, help="Tokens per text and per request.")] = 64,
+    repetitions: Annotated[int, typer.Option(min=1, help="Repetitions per measurement.")] = 3,
     resident: Annotated[
         int | None,
         typer.Option(min=1, help="Engines at once.", show_default="all on the CPU, else 3"),
     ] = None,
-    engine: Annotated[str, typer.Option(help="Your engine's options, as JSON.")] = "{}",
-    out: Annotated[Path, typer.Option(help="The JSON file to write.", dir_okay=False)] = Path(
-        "spechub-tuned.json"
-    ),
+    engine: Annotated[str, typer.Option(help="The options of your engine, as JSON.")] = "{}",
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("spechub-tuned.json"),
 ) -> None:
-    """Trees for every number of requests, measured on this machine with your prompts.
+    """Find the best tree for each number of requests, on this machine and with your prompts.
 
-    Writes a JSON file for --speculative-config, a plot, a CSV and a state file. Interrupt it when
-    you like: the same command goes on where it was.
+    The command writes a JSON file for --speculative-config, a plot, a CSV file and a state file.
+    You can interrupt it at any time: the same command continues where it stopped.
     """
-    from vllm_spechub.measure.benchmark.engine import EngineFailed
-
-    with _usage_errors():
+    with one_line_errors(notes):
+        preflight.check_modules("transformers", PLOT_MODULE)
+        preflight.check_output_file("--out", out)
+        preflight.check_models({"TARGET": target, "--draft": draft})
+        rules = _parse_tree_rules(rule)
+        engine_options = preflight.parse_engine_options("--engine", engine)
         from vllm_spechub.measure.benchmark.machine import provenance
         from vllm_spechub.measure.benchmark.report import write_csv
         from vllm_spechub.measure.tuning import report
-        from vllm_spechub.measure.tuning.run import Asked, Tuning
+        from vllm_spechub.measure.tuning.request import TuningRequest
+        from vllm_spechub.measure.tuning.run import Tuning
         from vllm_spechub.measure.tuning.state import State
         from vllm_spechub.trees import measured_schedule
 
-        rules = tuple(v.rule for v in _variants(rule) if v.verification.max_children > 1)
-        asked = Asked(
+        preflight.check_output_folder("VLLM_CACHE_ROOT:", measured_schedule.folder())
+        request = TuningRequest(
             target,
             draft,
             prompts,
             limit,
             rules,
             temperature,
-            *(tuple(sorted({*numbers})) for numbers in (nodes, chain, batch)),
+            _ascending(nodes),
+            _ascending(chain),
+            _ascending(batch),
             texts,
             tokens,
             repetitions,
-            json.loads(engine),
+            engine_options,
         )
         about = provenance()
-        state = State.load(out.with_suffix(".state.json"), asked.settings)
+        state = State.load(out.with_suffix(".state.json"), request.settings)
         try:
-            tuned = Tuning(asked, state, resident, notes).run()
+            tuned = Tuning(request, state, resident, notes).run()
         except KeyboardInterrupt:
-            notes.print(f"stopped; the same command goes on from {state.path}")
+            notes.print(f"stopped; the same command continues from {state.path}")
             raise typer.Exit(130) from None
-        except EngineFailed as failure:
-            notes.print(str(failure), markup=False)
-            raise ValueError("plain vLLM's engine stopped; its last lines are above") from None
-    output.print(report.table(tuned))
-    report.plot(tuned, out.with_suffix(".png"))
-    write_csv(list(state.rows.values()), out.with_suffix(".csv"), about)
-    kept = measured_schedule.keep(target, draft, tuned.rule, tuned.schedule)
-    if not tuned.speculates:
-        notes.print("no tree was faster than plain vLLM here: leave speculation off")
-        return
-    config = json.dumps(report.speculative_config(tuned, draft), indent=1)
-    out.write_text(config + "\n", encoding="utf-8")
-    notes.print(f'written to {out}; "tree_by_batch_size": "auto" reads {kept}')
+        output.print(report.table(tuned))
+        write_csv(list(state.rows.values()), out.with_suffix(".csv"), about)
+        kept = measured_schedule.keep(target, draft, tuned.rule, tuned.schedule)
+        if tuned.speculates:
+            config = json.dumps(report.speculative_config(tuned, draft), indent=1)
+            out.write_text(config + "\n", encoding="utf-8")
+            notes.print(f'written to {out}; "tree_by_batch_size": "auto" reads {kept}')
+        else:
+            notes.print("no tree was faster than plain vLLM here: leave speculation off")
+        report.plot(tuned, out.with_suffix(".png"))
 
 
-def _settings(target: str, draft: str, encoded: list, sampling, depth: int | list[int]) -> dict:
-    """What a file of results was measured with."""
+def _parse_rules(texts: Sequence[str] | None) -> "list[Variant]":
+    """Parse `RULE` or `RULE@SHARPENING`; without any, take all registered rules."""
+    from vllm_spechub.offline.simulation.drafts import Variant
+    from vllm_spechub.rules.base import check_rule
+
+    variants = [Variant.parse(text) for text in texts or RULES]
+    for variant in variants:
+        check_rule(variant.rule, variant.sharpening)
+    return list(dict.fromkeys(variants))
+
+
+def _parse_tree_rules(texts: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of rules that draft trees; without any, all of them."""
+    names = [str(variant) for variant in _parse_rules(texts)]
+    allowed = [name for name in RULES if name != "chain"]
+    for name in names if texts else ():
+        if name not in allowed:
+            raise ValueError(f"--rule is {name!r}, allowed: {', '.join(allowed)}")
+    return tuple(name for name in names if name in allowed)
+
+
+def _check_picture(out: Path) -> None:
+    if out.suffix not in (".png", ".html"):
+        raise ValueError(f"--out must end in .png or .html, got {out.name!r}")
+    preflight.check_output_file("--out", out)
+    if out.suffix == ".png":
+        preflight.check_modules(PLOT_MODULE)
+
+
+def _ascending(numbers: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(set(numbers)))
+
+
+def _sampling(texts: int, tokens: int, seed: int) -> "Sampling":
+    from vllm_spechub.offline.simulation.study import Sampling
+
+    return Sampling(texts=texts, tokens=tokens, roots=4, seed=seed)
+
+
+def _load(
+    target: str,
+    draft: str,
+    prompts: Path,
+    limit: int | None,
+    sampling: "Sampling",
+    depth: int,
+    device: str | None,
+    dtype: str,
+) -> "tuple[ModelPair, list[torch.Tensor]]":
+    from vllm_spechub.offline.simulation.load import load
+
+    return load(target, draft, prompts, limit, sampling, depth, device, dtype)
+
+
+def _settings(
+    target: str,
+    draft: str,
+    encoded: "Sequence[torch.Tensor]",
+    sampling: "Sampling",
+    depth: int | list[int],
+) -> dict[str, Any]:
+    """The settings of a measurement, for its JSON file."""
     return {
         "target": target,
         "draft": draft,
@@ -331,68 +470,21 @@ def _settings(target: str, draft: str, encoded: list, sampling, depth: int | lis
     }
 
 
-def _rounded(rates: dict) -> dict:
-    return {
-        str(rule): {
-            t: {str(k): [round(rate, 4) for rate in by_slot] for k, by_slot in table.items()}
-            for t, table in by_temperature.items()
-        }
-        for rule, by_temperature in rates.items()
-    }
+def _rounded(rates: "Mapping[str, Mapping[Variant, Rates]]") -> dict[str, Any]:
+    """Rates by temperature and rule as a JSON file has them: by rule, temperature and children."""
+    by_rule: dict[str, Any] = {}
+    for temperature, by_variant in rates.items():
+        for variant, by_slot in by_variant.items():
+            by_rule.setdefault(str(variant), {})[temperature] = {
+                str(k): [round(rate, 4) for rate in slots] for k, slots in by_slot.items()
+            }
+    return by_rule
 
 
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Bad values and missing folders are the caller's: one line, no traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        notes.print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from error
-
-
-@contextmanager
-def _progress() -> Iterator:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("prompts"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=notes) as bars:
-        tasks: dict[str, int] = {}
-
-        def advance(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
-            bars.update(tasks[label], completed=done)
-
-        yield advance
-
-
-def _variants(rules: list[str]) -> list:
-    from vllm_spechub.offline.simulation.drafts import Variant
-    from vllm_spechub.registry import RULES
-    from vllm_spechub.rules.base import check_rule
-
-    variants = [Variant.parse(text) for text in rules or RULES]
-    for variant in variants:
-        check_rule(variant.rule, variant.sharpening)
-    return list(dict.fromkeys(variants))
-
-
-def _check_nodes(nodes: list[int]) -> None:
-    from vllm_spechub.trees.tree import MAX_NODES
-
-    for count in nodes:
-        if not 2 <= count <= MAX_NODES:
-            raise ValueError(f"--nodes must be in 2..{MAX_NODES}, got {count}")
-
-
-def _load(target, draft, prompts, limit, texts, tokens, seed, depth, device, dtype):
-    from vllm_spechub.offline.simulation.load import load
-    from vllm_spechub.offline.simulation.study import Sampling
-
-    sampling = Sampling(texts=texts, tokens=tokens, roots=4, seed=seed)
-    return *load(target, draft, prompts, limit, sampling, depth, device, dtype), sampling
+def _slot_table(title: str, temperatures: Sequence[float], rates: "Rates") -> Table:
+    table = Table(title=f"{title}, T = {', '.join(map(str, temperatures))}")
+    for column in ("children", "slot 1", "slot 2", "slot 3", "slot 4"):
+        table.add_column(column, justify="right")
+    for k, slots in rates.items():
+        table.add_row(str(k), *(f"{rate:.3f}" for rate in slots))
+    return table

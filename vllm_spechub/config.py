@@ -4,10 +4,14 @@
 Nothing here loads weights: every refusal is raised while vLLM is still building its configuration.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from dataclasses import field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ValidationError, field_validator
-from vllm.config import SpeculativeConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+from vllm.config import LoadConfig, SpeculativeConfig
+from vllm.config.cache import CacheDType
 from vllm.config.utils import config
 
 from vllm_spechub.registry import METHOD, PROPOSERS, RULES
@@ -15,66 +19,111 @@ from vllm_spechub.trees.best_tree import parse_tree
 from vllm_spechub.trees.measured_schedule import measured_schedule
 from vllm_spechub.trees.schedule import TreeSchedule
 from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.validation import one_line
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 DEFAULT_TREE = "binary:3"
+AUTO = "auto"
 
-ALLOWED_KEYS = (
-    "method",
-    "model",
-    "tree",
-    "tree_by_batch_size",
-    "verification",
-    "sharpening",
-    "proposer",
-    "kv_cache_dtype",
-    "draft_tensor_parallel_size",
-    "quantization",
-    "revision",
-    "code_revision",
-    "draft_load_config",
-)
-"""Keys of the JSON form. vLLM's other speculative options belong to its own methods."""
+HINTS = {
+    "num_speculative_tokens": (
+        " (--spec-tokens): with spechub the tree says how many tokens are drafted"
+    ),
+    "use_heterogeneous_vocab": ": draft and target need one vocabulary",
+}
+"""What to say about options of vLLM's that users may expect here."""
 
 
-@config
+class Options(BaseModel):
+    """The keys of the JSON form. vLLM's other speculative options belong to its own methods."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: Literal["spechub"] = METHOD
+    model: str | None = Field(None, description="a folder or a Hugging Face id")
+    """The draft model."""
+    verification: str = DEFAULT_RULE
+    """The name of the verification rule. It stands before the trees, which may depend on it."""
+    tree: TokenTree = TokenTree.parse(DEFAULT_TREE)
+    """The draft tree: a family ("binary:3", "kary:4:2", "chain:5", "caterpillar:5:3"), the list of
+    its drafted nodes' parents in breadth-first order, where 0 is the root, or
+    "auto[:NODES[:DEPTH]]"."""
+    tree_by_batch_size: TreeSchedule | Literal["auto"] | None = None
+    """Instead of `tree`, the trees to draft by the number of running requests: [[first, last,
+    tree], ...], or "auto" for the schedule that `vllm-spechub tune` measured on this machine."""
+    sharpening: float = Field(
+        1.0, strict=True, gt=0, allow_inf_nan=False, description="a finite number above 0"
+    )
+    """The exponent that sharpens the draft's distribution for the children that SpecHub samples."""
+    proposer: str = "draft_model"
+    """The name of the proposer, which drafts the trees."""
+    # from here on as in vLLM's configuration, which takes them as they are
+    kv_cache_dtype: CacheDType | None = None
+    draft_tensor_parallel_size: int | None = Field(
+        None, strict=True, ge=1, description="a whole number from 1"
+    )
+    quantization: str | None = None
+    revision: str | None = None
+    code_revision: str | None = None
+    draft_load_config: LoadConfig | None = None
+
+    @field_validator("verification", "proposer", mode="before")
+    @classmethod
+    def _is_registered(cls, name: Any, info: ValidationInfo) -> str:
+        registry = RULES if info.field_name == "verification" else PROPOSERS
+        if name not in registry:
+            allowed = ", ".join(registry)
+            raise PydanticCustomError("unknown_name", "{allowed}", {"allowed": allowed})
+        return name
+
+    @field_validator("tree", mode="before")
+    @classmethod
+    def _parse_tree(cls, spec: Any, info: ValidationInfo) -> TokenTree:
+        # an unknown rule is reported as such, before this
+        return parse_tree(spec, info.data.get("verification", DEFAULT_RULE))
+
+    @field_validator("tree_by_batch_size", mode="before")
+    @classmethod
+    def _parse_schedule(cls, spec: Any, info: ValidationInfo) -> TreeSchedule | str | None:
+        if spec is None or spec == AUTO:
+            return spec
+        return TreeSchedule.parse(spec, info.data.get("verification", DEFAULT_RULE))
+
+
+VLLM_KEYS = Options.model_fields.keys() & {f.name for f in fields(SpeculativeConfig)} - {"method"}
+"""The options that vLLM's configuration has too, under the same names."""
+
+
+@config(kw_only=True)
 class SpecHubConfig(SpeculativeConfig):
-    """vLLM's speculative configuration with a draft tree.
+    """vLLM's speculative configuration with draft trees.
 
-    `method` stays "draft_model" and `num_speculative_tokens` is the number of drafted nodes, so
-    that the scheduler, the KV cache manager and every method check treat a tree as they treat a
-    draft model's chain of that length.
+    `method` is the proposer's `vllm_method` and `num_speculative_tokens` the number of drafted
+    nodes, so that the scheduler, the KV cache manager and every check of a method treat a tree as
+    they treat that method's chain of the same length.
     """
 
-    tree: TokenTree | str | list[int] = DEFAULT_TREE
-    """The draft tree: a family ("binary:3", "kary:4:2", "chain:5", "caterpillar:5:3"), the list of
-    its drafted nodes' parents, breadth-first, 0 being the root, or "auto[:NODES[:DEPTH]]". With
-    `tree_by_batch_size` the tree with most nodes."""
-    tree_by_batch_size: TreeSchedule | None = None
-    """Instead of `tree`: which tree is drafted, by the number of running requests; from
-    [[first, last, tree], ...], or "auto" for what `vllm-spechub tune` measured here."""
-    verification: str = DEFAULT_RULE
-    """The verification rule, by its registered name."""
-    sharpening: float = 1.0
-    """The exponent of the draft's distribution in the slots that SpecHub samples."""
-    proposer: str = "draft_model"
-    """What drafts the tree, by its registered name."""
-
-    @field_validator("tree", mode="after")
-    @classmethod
-    def _parse_tree(cls, value: Any) -> TokenTree:
-        return TokenTree.parse(value)
+    schedule: TreeSchedule
+    """Which tree is drafted for each number of running requests."""
+    verification: str
+    """The name of the verification rule."""
+    sharpening: float
+    """The exponent that sharpens the draft's distribution for the children that SpecHub samples."""
+    proposer: str
+    """The name of the proposer, which drafts the trees."""
+    proposer_options: dict[str, Any] = field(default_factory=dict)
+    """The options that the proposer declares itself, in `TreeProposer.options`."""
 
     @property
-    def schedule(self) -> TreeSchedule:
-        """Which tree is drafted for each number of running requests."""
-        return self.tree_by_batch_size or TreeSchedule.constant(self.tree)
+    def tree(self) -> TokenTree:
+        """The tree with the most nodes, which buffers are sized for."""
+        return self.schedule.trees[0]
 
     def verify_equal_vocab_size_if_draft_model(self) -> None:
-        """Left to the proposer, which tells padding from another vocabulary."""
+        """Does nothing: the proposer checks vocabularies, and allows for padding."""
 
     def __repr__(self) -> str:
         return (
@@ -85,11 +134,16 @@ class SpecHubConfig(SpeculativeConfig):
 
 
 def is_spechub(vllm_config: "VllmConfig") -> bool:
+    """Whether an engine drafts trees."""
     return isinstance(vllm_config.speculative_config, SpecHubConfig)
 
 
 def spechub_config(vllm_config: "VllmConfig") -> SpecHubConfig:
-    """The speculative configuration of an engine that `is_spechub`."""
+    """The speculative configuration of an engine for which `is_spechub` holds.
+
+    Raises:
+        TypeError: it does not hold.
+    """
     config = vllm_config.speculative_config
     if not isinstance(config, SpecHubConfig):
         raise TypeError(f"not a spechub configuration: {config!r}")
@@ -106,79 +160,87 @@ def create_config(
     Raises:
         ValueError: one line that names the key and what is allowed.
     """
-    options = dict(options)
-    for key in options:
-        if key not in ALLOWED_KEYS:
-            reason = ""
-            if key == "num_speculative_tokens":
-                reason = " (--spec-tokens): with spechub the tree says how many tokens are drafted"
-            if key == "use_heterogeneous_vocab":
-                reason = ": draft and target need one vocabulary"
-            raise ValueError(
-                f"speculative_config[{key!r}] is not an option of method {METHOD!r}{reason}. "
-                f"Allowed: {', '.join(ALLOWED_KEYS)}"
-            )
-    options.pop("method", None)
-    for key, registry in (("verification", RULES), ("proposer", PROPOSERS)):
-        if key in options and options[key] not in registry:
-            raise ValueError(
-                f"speculative_config[{key!r}] is {options[key]!r}, allowed: {', '.join(registry)}"
-            )
-    sharpening = options.get("sharpening", 1.0)
-    if type(sharpening) not in (int, float) or not 0 < sharpening < float("inf"):
-        raise ValueError(
-            f"speculative_config['sharpening'] is {sharpening!r}, allowed: a finite number above 0"
-        )
-    proposer = PROPOSERS.load(options.get("proposer", SpecHubConfig.proposer))
+    declared = _declared_by_proposer(options)
+    given = _check(options, declared)
+    proposer = PROPOSERS.load(given.proposer)
     proposer.check_options(options, target_model_config)
-    schedule = _schedule(options, target_model_config)
-    varies = schedule.nodes_by_batch_size()
+    schedule = _schedule(given, target_model_config)
     try:
         spechub = SpecHubConfig(
-            **options,
-            method="draft_model",
-            tree=schedule.trees[0],
-            tree_by_batch_size=schedule if varies else None,
+            method=proposer.vllm_method,
+            schedule=schedule,
+            verification=given.verification,
+            sharpening=given.sharpening,
+            proposer=given.proposer,
+            proposer_options={key: options[key] for key in declared if key in options},
             num_speculative_tokens=schedule.trees[0].num_nodes,
-            num_speculative_tokens_per_batch_size=varies,
+            num_speculative_tokens_per_batch_size=schedule.nodes_by_batch_size(),
             target_model_config=target_model_config,
             target_parallel_config=target_parallel_config,
+            **{key: getattr(given, key) for key in VLLM_KEYS},
         )
-    except (ValidationError, OSError, ValueError) as error:
-        raise ValueError(f"speculative_config: {_first_line(error)}") from error
+    except ValidationError as error:
+        raise ValueError(one_line(error, _describe).splitlines()[0]) from error
+    except (OSError, ValueError) as error:
+        message = str(error).strip() or repr(error)
+        raise ValueError(f"speculative_config: {message.splitlines()[0]}") from error
+    if spechub.method != proposer.vllm_method:
+        raise ValueError(
+            f"speculative_config['model']: by its name or configuration, vLLM takes "
+            f"{given.model!r} for a draft of method {spechub.method!r}, but proposer "
+            f"{given.proposer!r} needs one of method {proposer.vllm_method!r}; rename the folder "
+            "or choose another draft"
+        )
     try:
-        rule, trees = spechub.verification, spechub.schedule.trees
-        RULES.load(rule).check(rule, spechub.sharpening, trees)
+        rule = RULES.load(spechub.verification)
+        rule.check(spechub.verification, spechub.sharpening, spechub.schedule.trees)
     except ValueError as error:
         raise ValueError(f"speculative_config: {error}") from None
     proposer.check_config(spechub)
     return spechub
 
 
-def _schedule(options: dict[str, Any], target_model_config: "ModelConfig") -> TreeSchedule:
-    """Take the trees out of the options."""
-    rule = options.get("verification", SpecHubConfig.verification)
-    by_batch_size = options.pop("tree_by_batch_size", None)
-    if by_batch_size is not None and "tree" in options:
+def _declared_by_proposer(options: dict[str, Any]) -> list[str]:
+    """The keys that the chosen proposer declares; none if there is no such proposer."""
+    name = options.get("proposer", Options.model_fields["proposer"].default)
+    return sorted(PROPOSERS.load(name).options) if name in PROPOSERS else []
+
+
+def _check(options: dict[str, Any], declared: Collection[str]) -> Options:
+    try:
+        given = Options.model_validate({k: v for k, v in options.items() if k not in declared})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, *rest = first["loc"]
+        if first["type"] == "extra_forbidden" and not rest:
+            allowed = ", ".join((*Options.model_fields, *declared))
+            raise ValueError(
+                f"speculative_config[{key!r}] is not an option of method {METHOD!r}"
+                f"{HINTS.get(str(key), '')}. Allowed: {allowed}"
+            ) from None
+        raise ValueError(one_line(error, _describe)) from None
+    if "tree" in given.model_fields_set and given.tree_by_batch_size is not None:
         raise ValueError(
             "speculative_config['tree'] and speculative_config['tree_by_batch_size'] exclude each "
             "other: give one of them"
         )
-    key = "tree" if by_batch_size is None else "tree_by_batch_size"
+    return given
+
+
+def _describe(where: tuple[int | str, ...]) -> tuple[str, str | None]:
+    option = Options.model_fields.get(str(where[0])) if where else None
+    name = "speculative_config" + "".join(f"[{part!r}]" for part in where)
+    return name, option.description if option else None
+
+
+def _schedule(given: Options, target_model_config: "ModelConfig") -> TreeSchedule:
+    if given.tree_by_batch_size is None:
+        return TreeSchedule.constant(given.tree)
+    if isinstance(given.tree_by_batch_size, TreeSchedule):
+        return given.tree_by_batch_size
+    rule = given.verification
+    draft = given.model or given.proposer
     try:
-        if by_batch_size is None:
-            return TreeSchedule.constant(parse_tree(options.pop("tree", DEFAULT_TREE), rule))
-        if by_batch_size == "auto":
-            by_batch_size = measured_schedule(target_model_config.model, options["model"], rule)
-        return TreeSchedule.parse(by_batch_size, rule)
+        return TreeSchedule.parse(measured_schedule(target_model_config.model, draft, rule), rule)
     except ValueError as error:
-        raise ValueError(f"speculative_config[{key!r}]: {error}") from None
-
-
-def _first_line(error: Exception | str) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        error = f"{where}: {message}" if where else message
-    return str(error).strip().splitlines()[0]
+        raise ValueError(f"speculative_config['tree_by_batch_size']: {error}") from None

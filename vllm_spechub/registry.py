@@ -5,19 +5,13 @@ from collections.abc import Iterator
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Generic, TypeVar
-
-if TYPE_CHECKING:
-    from vllm_spechub.proposers import TreeProposer
-    from vllm_spechub.rules.base import VerificationRule
-
-T = TypeVar("T")
+from typing import Any
 
 METHOD = "spechub"
 """The name of the method in `--speculative-config`."""
 
 
-class Registry(Generic[T]):
+class Registry:
     """Maps names to classes given as "module:Class".
 
     Args:
@@ -48,8 +42,8 @@ class Registry(Generic[T]):
                 )
         return entries
 
-    def load(self, name: str) -> type[T]:
-        """The class of that name.
+    def load(self, name: str) -> type[Any]:
+        """The class with that name, imported now.
 
         Raises:
             ValueError: no such name.
@@ -60,13 +54,13 @@ class Registry(Generic[T]):
         return getattr(import_module(module), attribute)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
 
-RULES: "Registry[VerificationRule]" = Registry(
+RULES = Registry(
     "verification rule",
     {
         "ordered": "vllm_spechub.rules.kernel_rule:KernelRule",
@@ -78,7 +72,7 @@ RULES: "Registry[VerificationRule]" = Registry(
     },
     "vllm_spechub.rules",
 )
-PROPOSERS: "Registry[TreeProposer]" = Registry(
+PROPOSERS = Registry(
     "proposer",
     {"draft_model": "vllm_spechub.proposers.draft_model:DraftModelProposer"},
     "vllm_spechub.proposers",

@@ -39,7 +39,7 @@ PLOT = Plot("batch", "nodes", {"vocab": 128_256, "dtype": "bf16", "temperature":
 def prepare(setting: dict[str, Any], device: torch.device) -> Case:
     from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
-    from vllm_spechub.rules.kernel_rule import kernels
+    from vllm_spechub.integration.select import platform
 
     batch, vocab, dtype = setting["batch"], setting["vocab"], DTYPES[setting["dtype"]]
     tree = TokenTree(TREES[setting["nodes"]])
@@ -47,23 +47,19 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
     level = DraftBuffers([tree], batch, 1, dtype, device).states[0].levels[-1]
     rows = level.rows(batch)
     logits = draft_rows((len(rows.nodes), vocab), dtype, device)
-    req_idx = requests.batch.idx_mapping[rows.req]
-    positions = requests.root_positions[rows.req]
+    of_rows = requests.drafting.rows(rows.req)
 
-    def sample(sample_rows=kernels().sample_children):
+    def sample(sample_rows=platform().tree_kernels().sample_children):
         return sample_rows(
             logits,
-            requests.temperature,
-            requests.seeds,
-            req_idx,
-            positions,
             rows.nodes,
             rows.num_children,
+            of_rows,
             rule=setting["rule"],
             max_children=level.max_children,
         )
 
-    wrong = (sample()[0] != sample(reference.sample_children)[0]).any(dim=1)
+    wrong = (sample().tokens != sample(reference.sample_children).tokens).any(dim=1)
     return Case(
         run=sample,
         num_bytes=logits.nbytes,
@@ -73,10 +69,10 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
         others={
             "vllm": lambda: gumbel_sample(
                 logits,
-                req_idx,
-                requests.temperature,
-                requests.seeds,
-                positions,
+                of_rows.req_idx,
+                of_rows.temperature,
+                of_rows.seeds,
+                of_rows.root_positions,
                 apply_temperature=True,
                 is_drafting=True,
             )

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times, bandwidth and what machine they are from."""
+"""Measure times and the copy bandwidth, and describe the machine."""
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -11,18 +9,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.utils.benchmark import Timer
 
 from vllm_spechub.measure.benchmark.machine import commit
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
-CPU_SECONDS = 0.1
-CPU_RUNS = 5
+CPU_SECONDS = 0.2
 
 TREES = {
     7: (0, 0, 1, 1, 2, 2, 3),
     **{2**d - 2: tuple(i // 2 for i in range(2**d - 2)) for d in (4, 5, 6)},
 }
-"""Parents by the number of drafted nodes: complete binary trees, and for 7 one with a node more."""
+"""Parents by the number of drafted nodes: complete binary trees, except for 7, which is one of 6
+with another node."""
 
 
 @dataclass
@@ -30,12 +29,12 @@ class Case:
     """One setting of one kernel, ready to run."""
 
     run: Callable[[], object]
-    # bytes that have to be read and written
+    # number of bytes that must be read and written
     num_bytes: int
-    # how far the outcome is from the reference's, and the most that rounding explains
+    # how far the result is from the reference's, and the most that rounding explains
     error: float
     tolerance: float
-    # other ways to do the same, by column; None where this platform has none
+    # alternatives that compute the same, by column; None if this platform has none
     others: dict[str, Callable[[], object] | None]
     # further columns
     found: dict[str, Any] = field(default_factory=dict)
@@ -43,7 +42,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Plot:
-    """One curve for each value of `curves`, at a fixed setting of the rest."""
+    """One curve for each value of `curves`; the other columns have fixed values."""
 
     x: str
     curves: str
@@ -51,36 +50,34 @@ class Plot:
 
 
 def grid(**axes: tuple) -> list[dict[str, Any]]:
-    """Every combination of the values of some columns."""
+    """All combinations of the values of some columns."""
     return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
 
 
 def seconds(
     run: Callable[[], object], device: torch.device, mode: Literal["median", "min"] = "median"
 ) -> float:
-    """The time of one run, over several and after one to compile; on a GPU with a cold L2 cache."""
+    """The median or least time of several runs, after one to compile; on a GPU with a cold L2
+    cache."""
     run()
     if device.type == "cuda":
         from triton.testing import do_bench
 
         return do_bench(run, return_mode=mode) / 1e3
-    times: list[float] = []
-    while len(times) < CPU_RUNS or sum(times) < CPU_SECONDS:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) if mode == "median" else min(times)
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    measured = timer.blocked_autorange(min_run_time=CPU_SECONDS)
+    return measured.median if mode == "median" else min(measured.times)
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a large copy on the device, at its best."""
+    """Bytes read and written per second by a large copy on the device, in its fastest run."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds(lambda: target.copy_(source), device, mode="min")
 
 
 def machine(device: torch.device) -> str:
-    """What the figures depend on besides the code."""
+    """The processor, versions and commit that figures depend on, in one line."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

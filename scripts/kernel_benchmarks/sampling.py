@@ -10,6 +10,7 @@ import torch
 from vllm_spechub.rules.draft_state import DraftBuffers, DraftState
 from vllm_spechub.trees.schedule import TreeSchedule
 from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.triton_kernels import arguments
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 POSITION = 1000  # of every root
@@ -62,7 +63,7 @@ class Requests:
         from vllm.v1.worker.gpu.states import RequestState
 
         from vllm_spechub.engine.processors import HistoryProcessors
-        from vllm_spechub.engine.request_trees import DraftedTrees
+        from vllm_spechub.engine.request_trees import RequestTrees
         from vllm_spechub.engine.sampler import TreeRejectionSampler
 
         width = 1 + tree.num_nodes
@@ -84,7 +85,7 @@ class Requests:
             device,
             rule=None,
             history=history,
-            drafted=DraftedTrees(schedule, batch),
+            request_trees=RequestTrees(schedule, batch, device),
             compactor=None,
         )
         for req in range(batch):
@@ -121,11 +122,20 @@ class Requests:
         """[batch] int64"""
         return self.sampler.sampling_states.seeds.gpu
 
+    @property
+    def drafting(self) -> arguments.Requests:
+        """What the kernels must know of the requests."""
+        return arguments.Requests(
+            self.batch.idx_mapping, self.root_positions, self.temperature, self.seeds
+        )
+
     def draft(self, dtype: torch.dtype, rule: str) -> DraftState:
         """Every request's tree, drafted level by level as the engine does."""
         from vllm_spechub.engine.truncation import truncate, truncates
-        from vllm_spechub.rules.kernel_rule import kernels
+        from vllm_spechub.integration.select import platform
+        from vllm_spechub.rules.kernel_rule import KernelRule
 
+        verification = KernelRule(rule, platform().tree_kernels())
         batch, params = self.batch, self.sampler.sampling_states
         reqs = batch.idx_mapping_np
         (chosen,) = truncates(params, reqs).nonzero()
@@ -134,18 +144,7 @@ class Requests:
             rows = level.rows(batch.num_reqs)
             logits = draft_rows((len(rows.nodes), self.vocab), dtype, self.device)
             truncate(logits, params, batch.idx_mapping, reqs, chosen)
-            tokens, slots = kernels().sample_children(
-                logits,
-                self.temperature,
-                self.seeds,
-                batch.idx_mapping[rows.req],
-                self.root_positions[rows.req],
-                rows.nodes,
-                rows.num_children,
-                rule=rule,
-                max_children=level.max_children,
-            )
-            state.write_children(level, batch.idx_mapping, logits, tokens, slots)
+            verification.sample_children(logits, level, self.drafting, state)
         return state
 
     def target_rows(self, state: DraftState, dtype: torch.dtype) -> torch.Tensor:
@@ -154,5 +153,5 @@ class Requests:
         rows = draft_rows(shape, dtype, self.device)
         for internal, node in enumerate(self.tree.internal_nodes):
             # What the draft's top-p ruled out is improbable.
-            rows[:, node] = state.logits[:, internal].clamp(min=0)
+            rows[:, node] = state.drafts.logits[:, internal].clamp(min=0)
         return disturb(rows).flatten(0, 1)

@@ -16,6 +16,7 @@ import torch
 from kernel_benchmarks.measure import TREES, Case, Plot, grid
 from kernel_benchmarks.sampling import DTYPES, Requests, disturb
 from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.triton_kernels.arguments import TargetRows
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 from vllm_spechub.triton_kernels.verification import reference
 
@@ -41,7 +42,7 @@ PLOT = Plot("batch", "nodes", {"vocab": 128_256, "dtype": "bf16", "temperature":
 
 
 def prepare(setting: dict[str, Any], device: torch.device) -> Case:
-    from vllm_spechub.rules.kernel_rule import kernels
+    from vllm_spechub.integration.select import platform
 
     dtype, rule = DTYPES[setting["dtype"]], setting["rule"]
     tree = TokenTree(TREES[setting["nodes"]])
@@ -54,24 +55,13 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
     tokens = torch.cat([draft.tokens.new_zeros(batch.num_reqs, 1), draft.tokens], dim=1).flatten()
     num_nodes = torch.full_like(requests.row_start, tree.num_nodes)
 
-    def verify(verify_rows=kernels().verify_tree, **options):
+    def verify(verify_rows=platform().tree_kernels().verify_tree, **options):
         rows, temperature = requests.tree_sampler.process(logits, batch)
         return verify_rows(
-            rows,
-            requests.row_start,
-            num_nodes,
-            tokens,
-            draft.logits,
-            draft.sample_slots,
-            batch.idx_mapping,
-            temperature,
-            requests.temperature,
-            requests.seeds,
-            requests.root_positions,
-            draft.first_child,
-            draft.num_children,
-            draft.internal_index,
-            draft.subtree_sizes,
+            TargetRows(rows, temperature, requests.row_start, num_nodes, tokens),
+            draft.drafts,
+            requests.drafting,
+            draft.tables,
             max_depth=tree.depth,
             rule=rule,
             **options,
@@ -86,7 +76,7 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
         wrong |= (one != other).view(batch.num_reqs, -1).any(dim=1)
     num_rows = int(visited.sum())
     if setting["temperature"]:
-        num_rows += int(visited[:, draft.num_children > 0].sum())
+        num_rows += int(visited[:, draft.tables.num_children > 0].sum())
     return Case(
         run=verify,
         num_bytes=num_rows * setting["vocab"] * dtype.itemsize,
@@ -94,7 +84,7 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
         # A draw that falls within rounding of its threshold, about once in 10^5.
         tolerance=max(0.01, 1 / batch.num_reqs),
         others={"vllm": _chain(requests, logits) if device.type == "cuda" else None},
-        found={"tokens_per_step": round(float(found[1].float().mean()), 2)},
+        found={"tokens_per_step": round(float(found.num_emitted.float().mean()), 2)},
     )
 
 

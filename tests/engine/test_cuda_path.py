@@ -8,45 +8,35 @@ that the captured kernels may be captured.
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import (
-    PROMPTS,
-    TARGET,
-    engine,
-    greedy_params,
-    model_runner,
-    plain_greedy,
-    spec_metrics,
-    token_ids,
-)
-from test_widths import SCHEDULE, params
 from vllm.config import CUDAGraphMode
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
 
-from vllm_spechub.attention import cpu_tree, triton_tree
-from vllm_spechub.integration import cpu_worker
+from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids
+from helpers.metrics import spec_metrics
+from helpers.pair import PROMPTS, TARGET
+from helpers.schedules import SCHEDULE, params
+from vllm_spechub.attention import triton_backend
+from vllm_spechub.integration.platforms import PLATFORMS
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
 @pytest.fixture
-def triton_backend(monkeypatch):
-    """The CPU worker's attention is the one of GPUs."""
-
-    def register(_backend, _path):
-        register_backend(AttentionBackendEnum.CPU_ATTN, f"{triton_tree.__name__}.TritonTreeBackend")
+def attention_of_gpus(monkeypatch):
+    """The CPU with the attention backend of GPUs."""
 
     def write(self, layer, key, value, kv_cache, slot_mapping):
         """vLLM's kernel for this needs a GPU to ask for its capability."""
         used = slot_mapping >= 0
-        for new, cache in zip((key, value), triton_tree.cache_views(kv_cache), strict=True):
+        for new, cache in zip((key, value), triton_backend.cache_views(kv_cache), strict=True):
             blocks, rows = slot_mapping[used] // cache.shape[1], slot_mapping[used] % cache.shape[1]
             cache[blocks, rows] = new[: len(slot_mapping)][used]
 
-    build = triton_tree.TritonTreeMetadataBuilder.build
+    build = triton_backend.TritonTreeMetadataBuilder.build
 
     def build_ours(self, *args, tree=None, **options):
         """Without a tree vLLM's kernel would run; ours does, as in a graph."""
@@ -54,10 +44,15 @@ def triton_backend(monkeypatch):
         metadata.visible_until, metadata.tree_mask = self.visible_until, self.tree_mask
         return metadata
 
-    monkeypatch.setattr(cpu_worker, "register_backend", register)
-    monkeypatch.setattr(cpu_tree, "cache_views", triton_tree.cache_views)
-    monkeypatch.setattr(triton_tree.TritonTreeImpl, "do_kv_cache_update", write)
-    monkeypatch.setattr(triton_tree.TritonTreeMetadataBuilder, "build", build_ours)
+    cpu = PLATFORMS["cpu"]
+    mixed = replace(
+        cpu,
+        attention_backend=PLATFORMS["cuda"].attention_backend,
+        cache_kernels=lambda: cpu.cache_kernels()._replace(cache_views=triton_backend.cache_views),
+    )
+    monkeypatch.setitem(PLATFORMS, "cpu", mixed)
+    monkeypatch.setattr(triton_backend.TritonTreeImpl, "do_kv_cache_update", write)
+    monkeypatch.setattr(triton_backend.TritonTreeMetadataBuilder, "build", build_ours)
 
 
 @pytest.fixture
@@ -110,7 +105,7 @@ def capture_graphs(llm) -> None:
     runner.speculator.capture()
 
 
-@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.usefixtures("attention_of_gpus")
 @pytest.mark.parametrize("budget", [512, 30])
 def test_the_backend_in_an_engine(budget):
     with engine("binary:3", max_num_batched_tokens=budget) as llm:
@@ -118,7 +113,7 @@ def test_the_backend_in_an_engine(budget):
     assert answers == plain_greedy()
 
 
-@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.usefixtures("attention_of_gpus")
 @pytest.mark.parametrize("tree", ["binary:3", SCHEDULE])
 def test_graphs_replay_what_a_step_needs(tree, replays):
     """Tokens and acceptance are those of the same engine without graphs."""
@@ -144,7 +139,7 @@ def test_graphs_replay_what_a_step_needs(tree, replays):
     assert {num_reqs for _, num_reqs, _ in replays} >= {1, 2, 4}
 
 
-@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.usefixtures("attention_of_gpus")
 def test_a_draft_equal_to_the_target_through_graphs(replays):
     with engine("kary:2:2", draft=TARGET) as llm:
         capture_graphs(llm)

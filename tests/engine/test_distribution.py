@@ -1,74 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Above temperature 0 the emitted prefixes have exactly the target's distribution."""
 
-from collections import Counter
+from dataclasses import replace
 
 import pytest
-import torch
-from conftest import (
-    PROMPTS,
-    TARGET,
-    engine,
-    greedy_params,
-    plain_greedy,
-    reference_model,
-    spec_metrics,
-    token_ids,
-)
-from oracle import processed_row, resolved, tokens_of
-from scipy.stats import chisquare
 from vllm import SamplingParams
 
-SAMPLES = 3000
-LENGTHS = (2, 3, 4)  # the first token comes from the prompt's step, the others from trees
+from helpers.distributions import LENGTHS, SAMPLES, assert_prefixes_follow
+from helpers.engines import engine, greedy_params, plain_greedy, token_ids
+from helpers.metrics import spec_metrics
+from helpers.oracle import tokens_of
+from helpers.pair import PROMPTS, TARGET
+
 WIDE = [0, 0, 0, 0, 1, 1, 2, 5]
-
-
-def next_token(prompt: list[int], prefixes: list, params: SamplingParams) -> torch.Tensor:
-    """The target's exact distribution after each prefix. [num_prefixes, vocab_size]"""
-    rows = torch.tensor([[*prompt, *prefix] for prefix in prefixes])
-    logits = reference_model()(input_ids=rows).logits[:, -1].double()
-    processed = [
-        processed_row(row, prompt, list(prefix), params)
-        for row, prefix in zip(logits, prefixes, strict=True)
-    ]
-    return torch.stack(processed).double().softmax(-1)
-
-
-def likely_prefixes(
-    prompt: list[int], params: SamplingParams, length: int, floor: float, law=next_token
-) -> dict[tuple[int, ...], float]:
-    """Every prefix of that many tokens whose probability is above the floor."""
-    prefixes = {(): 1.0}
-    for _ in range(length):
-        probs = law(prompt, list(prefixes), params)
-        longer = {}
-        for (prefix, mass), row in zip(prefixes.items(), probs, strict=True):
-            joint = row * mass
-            for token in torch.nonzero(joint > floor).flatten().tolist():
-                longer[(*prefix, token)] = joint[token].item()
-        prefixes = longer
-    return prefixes
-
-
-def assert_prefixes_follow(
-    output, prompt: list[int], params: SamplingParams, law=next_token
-) -> None:
-    """Chi-square of the emitted prefixes of every length against the target's own law."""
-    params, samples = resolved(params), len(output.outputs)
-    for length in LENGTHS:
-        expected = likely_prefixes(prompt, params, length, 10 / samples, law)
-        counts = Counter(tuple(sample.token_ids[:length]) for sample in output.outputs)
-        observed = [counts[prefix] for prefix in expected]
-        wanted = [mass * samples for mass in expected.values()]
-        observed.append(samples - sum(observed))  # every other prefix, in one bin
-        wanted.append(max(samples - sum(wanted), 1e-9))
-        if wanted[-1] < 5:
-            if wanted[-1] < 1e-6 * samples:
-                assert observed[-1] == 0  # nothing else is possible
-            observed[-2:], wanted[-2:] = [sum(observed[-2:])], [sum(wanted[-2:])]
-        p_value = chisquare(observed, wanted).pvalue if len(wanted) > 1 else 1.0
-        assert p_value > 1e-4, f"p = {p_value:.2e} over {len(wanted)} prefixes of {length} tokens"
 
 
 @pytest.mark.parametrize(
@@ -199,16 +143,14 @@ def test_a_seed_fixes_the_tokens(tree):
 
 def test_the_checked_entry_points_take_what_the_engine_passes(monkeypatch):
     """On CUDA the engine calls `triton_kernels`, whose references must sample the same tokens."""
-    from vllm_spechub.rules import kernel_rule
-    from vllm_spechub.triton_kernels.child_sampling import sample_children
-    from vllm_spechub.triton_kernels.verification import verify_tree
+    from vllm_spechub.integration.platforms import PLATFORMS
+    from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
 
     params = SamplingParams(temperature=0.9, top_p=0.95, seed=5, max_tokens=24, ignore_eos=True)
     tokens = []
-    for calls in ({}, {"sample_children": sample_children, "verify_tree": verify_tree}):
-        for name, function in calls.items():
-            ours = kernel_rule.kernels()._replace(**{name: function})
-            monkeypatch.setattr(kernel_rule, "kernels", lambda ours=ours: ours)
+    for kernels in (PLATFORMS["cpu"].tree_kernels(), PORTABLE_KERNELS):
+        record = replace(PLATFORMS["cpu"], tree_kernels=lambda kernels=kernels: kernels)
+        monkeypatch.setitem(PLATFORMS, "cpu", record)
         with engine(WIDE) as llm:
             outputs = llm.generate(PROMPTS, params, use_tqdm=False)
         tokens.append([list(o.outputs[0].token_ids) for o in outputs])

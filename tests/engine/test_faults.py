@@ -4,9 +4,11 @@
 from functools import cache
 
 import pytest
-from conftest import PROMPTS, engine, greedy_params, plain_greedy, token_ids
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+
+from helpers.engines import engine, greedy_params, plain_greedy, token_ids
+from helpers.pair import PROMPTS
 
 TREE = "binary:3"
 TOO_LONG = {"prompt_token_ids": [5] * 300}

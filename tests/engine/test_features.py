@@ -3,89 +3,47 @@
 plain decoding."""
 
 import random
-from dataclasses import dataclass
-from functools import cache
 
-import models
 import pytest
 import torch
-from conftest import (
-    DRAFT,
-    PROMPTS,
-    TARGET,
-    engine,
-    greedy_params,
-    model_runner,
-    spec_metrics,
-    token_ids,
-)
 from vllm import SamplingParams
 
-from vllm_spechub.engine.sampler import TreeRejectionSampler
+from helpers import models
+from helpers.engines import engine, greedy_params, logprob_rows, model_runner, token_ids
+from helpers.metrics import spec_metrics
+from helpers.oracle import reference_model
+from helpers.pair import DRAFT, PROMPTS, TARGET
+from helpers.recording import recorded_nodes, request_of
 
 SAMPLED = SamplingParams(temperature=1.0, seed=3, max_tokens=50, ignore_eos=True)
 TO_THE_END = greedy_params(50, ignore_eos=True)
-
-
-@cache
-def oracle(model: str):
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, attn_implementation="eager"
-    )
-    return loaded.eval()
 
 
 def plain_rows(model: str, texts: list[list[int]]) -> torch.Tensor:
     """What follows each token of each text, decoded plainly. [num_texts, longest, vocab_size]"""
     rows = [torch.tensor(text) for text in texts]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # causal: no mask needed
-    return oracle(model)(input_ids=padded).logits
-
-
-@dataclass
-class Node:
-    """One row of one verification."""
-
-    request: str
-    root_position: int
-    path: tuple[int, ...]  # drafted tokens from the root's child down to this node
-    logits: torch.Tensor
+    return reference_model(model)(input_ids=padded).logits
 
 
 @pytest.fixture
-def nodes(monkeypatch):
+def nodes():
     """The rows of every verification."""
-    recorded: list[Node] = []
-    original = TreeRejectionSampler.__call__
-
-    def spy(self, logits, batch, *args, **kwargs):
-        trees = self.drafted.of(batch.idx_mapping_np)
-        for r, (req_id, tree) in enumerate(zip(batch.req_ids, trees, strict=True)):
-            start, end = batch.cu_num_logits_np[r : r + 2]
-            tokens = batch.input_ids[batch.logits_indices[start:end]].tolist()
-            root = int(batch.positions[batch.logits_indices[start]])
-            for node in range(end - start if end - start > 1 else 0):
-                path = tuple(tokens[i] for i in tree.paths[node][1:])
-                recorded.append(
-                    Node(req_id.rsplit("-", 1)[0], root, path, logits[start + node].clone())
-                )
-        return original(self, logits, batch, *args, **kwargs)
-
-    monkeypatch.setattr(TreeRejectionSampler, "__call__", spy)
-    return recorded
+    with recorded_nodes() as nodes:
+        yield nodes
 
 
 def assert_rows(nodes, outputs, model, count=60) -> None:
     """Recorded rows, chosen at random, equal the plain decoding of their paths."""
     texts = {o.request_id: [*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs}
-    nodes = [node for node in nodes if node.request in texts]
+    nodes = [node for node in nodes if request_of(node.req_id) in texts]
     chosen = random.Random(0).sample(nodes, count)
-    assert {len(node.path) for node in chosen} == {0, 1, 2, 3}
+    assert {len(node.path_tokens) for node in chosen} == {0, 1, 2, 3}
     for start in range(0, len(chosen), 32):
         part = chosen[start : start + 32]
-        tokens = [[*texts[n.request][: n.root_position + 1], *n.path] for n in part]
+        tokens = [
+            [*texts[request_of(n.req_id)][: n.root_position + 1], *n.path_tokens] for n in part
+        ]
         rows = plain_rows(model, tokens)
         for node, text, row in zip(part, tokens, rows, strict=True):
             torch.testing.assert_close(node.logits, row[len(text) - 1], atol=5e-4, rtol=1e-4)
@@ -178,11 +136,6 @@ def test_lora_adapters_on_the_target(tmp_path, nodes):
 )
 def test_fp8_cache(target, draft):
     """Trees read the quantised keys and values that a plain decode would have written."""
-
-    def logprobs(outputs):
-        entries = [entry for output in outputs for entry in output.outputs[0].logprobs]
-        return [{token: e.logprob for token, e in entry.items()} for entry in entries]
-
     params = greedy_params(40, ignore_eos=True, logprobs=3)
     with engine(kv_cache_dtype=target) as llm:
         expected = llm.generate(PROMPTS, params, use_tqdm=False)
@@ -197,8 +150,9 @@ def test_fp8_cache(target, draft):
     assert caches == {False: torch.float32 if target == "auto" else torch.uint8, True: torch.uint8}
     assert metrics["num_accepted_tokens"] > 0.5 * metrics["num_drafts"]
     assert token_ids(found) == token_ids(expected)
-    for a, b in zip(logprobs(found), logprobs(expected), strict=True):
-        assert a == pytest.approx(b, abs=1e-3)
+    for output, wanted in zip(found, expected, strict=True):
+        rows = zip(logprob_rows(output), logprob_rows(wanted), strict=True)
+        assert all(row == pytest.approx(plain, abs=1e-3) for row, plain in rows)
 
 
 def test_a_draft_of_another_family_and_padding(tmp_path, nodes):

@@ -4,7 +4,8 @@
 import random
 
 import pytest
-from grammars import (
+
+from helpers.grammars import (
     GRAMMARS,
     NEWLINE,
     SELF,
@@ -18,7 +19,7 @@ from grammars import (
     new_request,
     plain_mask,
 )
-
+from vllm_spechub.integration.messages import ScheduledDrafts
 from vllm_spechub.trees.tree import TokenTree
 
 CASES = [
@@ -43,7 +44,8 @@ def check_tree(oracle, over_trees, tree, output, num_nodes, rng, extra=()):
             token = rng.randrange(len(TOKENIZER))
         tokens.append(token)
     before = plain_mask(over_trees, request)
-    requests, drafts = {"before": request, "r": request}, {"r": tokens}
+    requests = {"before": request, "r": request}
+    drafts = ScheduledDrafts({"r": tokens}, (tree,), {"before": None, "r": 0})
     masks = over_trees.grammar_bitmask(requests, ["before", "r"], drafts)
     assert len(masks) == 1 + 1 + num_nodes
     counts = [0, 0, 0]

@@ -2,15 +2,10 @@
 """At temperature 0 the tokens equal plain vLLM's, whatever the tree and however it is cut."""
 
 import pytest
-from conftest import (
-    PROMPTS,
-    TARGET,
-    engine,
-    greedy_params,
-    plain_greedy,
-    spec_metrics,
-    token_ids,
-)
+
+from helpers.engines import engine, greedy_params, plain_greedy, token_ids
+from helpers.metrics import spec_metrics
+from helpers.pair import PROMPTS, TARGET
 
 IRREGULAR = [0, 0, 0, 1, 1, 2, 4, 4, 4, 4, 6, 11]
 
@@ -101,8 +96,8 @@ def test_max_model_len_and_max_tokens():
         assert token_ids(llm.generate(PROMPTS, lengths, use_tqdm=False)) == short
 
 
-def test_async_scheduling(async_scheduling):
-    with engine("binary:3") as llm:
+def test_async_scheduling():
+    with engine("binary:3", async_scheduling=True) as llm:
         core = llm.llm_engine.engine_core.engine_core
         assert type(core.scheduler).__name__ == "AsyncTreeScheduler"
         answers = token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False))

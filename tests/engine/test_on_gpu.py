@@ -5,12 +5,15 @@ import warnings
 
 import pytest
 import torch
-from conftest import PROMPTS, TARGET, engine, greedy_params, model_runner, spec_metrics, token_ids
-from test_widths import SCHEDULE, params
+
+from helpers.engines import engine, greedy_params, model_runner, token_ids
+from helpers.metrics import spec_metrics
+from helpers.pair import PROMPTS, TARGET
+from helpers.schedules import SCHEDULE, params
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-GRAPHS = {"enforce_eager": False}
+GRAPHS = {"enforce_eager": False, "async_scheduling": True}
 
 
 @pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY", "FULL", "PIECEWISE"])

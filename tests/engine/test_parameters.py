@@ -9,56 +9,26 @@ from functools import cache
 
 import numpy as np
 import pytest
-from conftest import (
-    PROMPTS,
-    engine,
-    model_runner,
-    recorded_nodes,
-    request_of,
-)
-from oracle import (
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RepetitionDetectionParams
+
+from helpers.engines import engine, logprob_rows, model_runner
+from helpers.oracle import (
     REASONING,
+    Repel,
     assert_plausible,
     assert_same_row,
     processed_row,
     resolved,
     tokens_of,
 )
-from vllm import SamplingParams
-from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import RepetitionDetectionParams
-from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
+from helpers.pair import PROMPTS
+from helpers.recording import recorded_nodes, request_of
 
 OPTIONS = {"max_logprobs": -1, "reasoning_config": REASONING}
 PENALTIES = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3}
 NEWLINE, SELF, ASSIGN = 199, 289, 278
-
-
-class Repel(LogitsProcessor):
-    """Lowers the logits of the last four tokens, for requests that ask for it."""
-
-    def __init__(self, vllm_config, req_states):
-        self.state = req_states
-        self.strength = np.zeros(req_states.max_num_reqs)
-
-    @classmethod
-    def validate_params(cls, sampling_params):
-        if (sampling_params.extra_args or {}).get("repel", 0) < 0:
-            raise ValueError("repel must not be negative")
-
-    def add_request(self, req_idx, sampling_params):
-        self.strength[req_idx] = (sampling_params.extra_args or {}).get("repel", 0)
-        return self.strength[req_idx] > 0
-
-    def apply(self, logits, ctx):
-        local = ctx.expanded_local_pos.tolist()
-        for row, req in enumerate(ctx.expanded_idx_mapping.tolist()):
-            if self.strength[req] > 0:
-                committed = self.state.all_token_ids.gpu[req, : int(self.state.total_len.gpu[req])]
-                drafted = ctx.input_ids[row - local[row] + 1 : row + 1]
-                recent = (committed[-4:].tolist() + drafted.tolist())[-4:]
-                logits[row, list(set(recent))] -= self.strength[req]
-        return logits
 
 
 def greedy(**options):
@@ -141,20 +111,12 @@ def text_for(params: SamplingParams, otherwise: str) -> str:
         return PROMPTS[2]
     if params.thinking_token_budget is not None:
         return IMPORTS
+    if params.flat_logprobs:
+        return PROMPTS[5]  # the longest
     return PROMPTS[0] if params.bad_words else otherwise
 
 
 TEXTS = [text_for(*pair) for pair in zip(CASES.values(), PROMPTS * 5, strict=False)]
-
-
-def logprob_rows(output) -> list[dict[int, float]]:
-    """Every emitted and every prompt token's entries."""
-    rows = []
-    for entries in (output.outputs[0].logprobs or [], output.prompt_logprobs or []):
-        for i in range(len(entries)):
-            row = entries[i] or {}
-            rows.append({token: entry.logprob for token, entry in row.items()})
-    return rows
 
 
 def answers(outputs):

@@ -10,12 +10,23 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, engine, model_runner, recorded_nodes, reference_model, request_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import REASONING, assert_plausible, assert_same_row, processed_row, resolved, tokens_of
-from test_parameters import Repel
 from vllm import SamplingParams
+
+from helpers.engines import engine, logprob_rows, model_runner
+from helpers.oracle import (
+    REASONING,
+    Repel,
+    assert_plausible,
+    assert_same_row,
+    processed_row,
+    reference_model,
+    resolved,
+    tokens_of,
+)
+from helpers.pair import PROMPTS
+from helpers.recording import recorded_nodes, request_of
 
 ENGINES = {
     # trees are cut by the budget, and requests preempted
@@ -83,11 +94,7 @@ GREEDY = [
 
 def greedy_entries(llm) -> list[dict[int, float]]:
     outputs = llm.generate(PROMPTS[: len(GREEDY)], GREEDY, use_tqdm=False)
-    return [
-        {token: entry.logprob for token, entry in entries.items()}
-        for output in outputs
-        for entries in output.outputs[0].logprobs
-    ]
+    return [row for output in outputs for row in logprob_rows(output)]
 
 
 @cache
@@ -132,15 +139,26 @@ def assert_logprobs_are_their_rows(answer, prompt, output, params, processed: bo
                 np.testing.assert_allclose(entry.logprob, wanted[token], atol=2e-3)
 
 
-@settings(
-    max_examples=25,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(batches)
-def test_random_mixes(llm, batch):
+def test_random_mixes(llm):
+    @settings(
+        max_examples=25,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(batches)
+    def mixes(batch):
+        check_batch(llm, batch)
+
+    mixes()
+    # Trees were cut and requests preempted, or this shows less than it says.
+    preemptions = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
+    tight = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens == 48
+    assert (preemptions[0] > 0) == tight
+
+
+def check_batch(llm, batch) -> None:
     pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     free = pool.get_num_free_blocks()
     processed = model_runner(llm).sampler.logprobs_mode == "processed_logprobs"
@@ -172,10 +190,3 @@ def test_processed_logprobs_equal_plain_vllm(llm):
     for row, wanted in zip(found, plain_entries(), strict=True):
         assert row.keys() == wanted.keys()
         np.testing.assert_allclose(list(row.values()), [wanted[t] for t in row], atol=1e-4)
-
-
-def test_the_tight_engine_was_tight(llm):
-    """Trees were cut and requests preempted, or the test above shows less than it says."""
-    preemptions = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
-    tight = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens == 48
-    assert (preemptions[0] > 0) == tight

@@ -2,14 +2,14 @@
 """One engine, with a cache that preempts and priorities, through what may go wrong in it."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import DRAFT, PROMPTS, engine, greedy_params, model_runner, plain_greedy, token_ids
 from vllm import SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids
+from helpers.pair import DRAFT, PROMPTS, SCRIPTS
 from vllm_spechub.engine.sampler import TreeRejectionSampler
 from vllm_spechub.proposers.draft_model import DraftModelProposer
 
@@ -66,7 +66,7 @@ def test_priorities(llm, monkeypatch):
 
 def test_soak(llm, monkeypatch):
     """The short version of `scripts/soak.py`."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    monkeypatch.syspath_prepend(SCRIPTS)
     from soak import soak
 
     report = soak(llm, PROMPTS, 60, kinds=("plain",))

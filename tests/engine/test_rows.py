@@ -9,8 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, engine, recorded_nodes, reference_model, request_of
+from vllm import SamplingParams
 
+from helpers.engines import engine
+from helpers.oracle import processed_row, reference_model, resolved, tokens_of
+from helpers.pair import PROMPTS
+from helpers.recording import recorded_nodes, request_of
 from vllm_spechub.engine.model_state import TreeModelState
 from vllm_spechub.engine.sampler import TreeRejectionSampler
 
@@ -78,8 +82,6 @@ def plain_row(tokens: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 41, "block_size": 32}])
 def test_every_node_equals_its_path_decoded_plainly(recorded, options):
-    from vllm import SamplingParams
-
     nodes, positions, caches = recorded
     texts = run(SamplingParams(temperature=1.0, seed=3, max_tokens=24, ignore_eos=True), **options)
     assert len(nodes) > 400
@@ -106,20 +108,9 @@ def test_every_node_equals_its_path_decoded_plainly(recorded, options):
 
 def test_processors_see_each_nodes_own_history(recorded, monkeypatch):
     """Penalties, min_tokens and bad words on every node, next to plain requests, in chunks."""
-    from vllm import SamplingParams
-
     from vllm_spechub.engine import sampler
-    from vllm_spechub.engine.processors import HistoryProcessors
 
     nodes, _, _ = recorded
-    resolved = []  # the engine's copies: they know the stop tokens and the bad words' tokens
-    add_request = HistoryProcessors.add_request
-
-    def spy(self, req_idx, sampling_params):
-        resolved.append(sampling_params)
-        return add_request(self, req_idx, sampling_params)
-
-    monkeypatch.setattr(HistoryProcessors, "add_request", spy)
     monkeypatch.setattr(sampler, "get_max_chunk_logits", lambda vocab_size: 40)
     penalties = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3}
     params = [
@@ -131,70 +122,15 @@ def test_processors_see_each_nodes_own_history(recorded, monkeypatch):
         SamplingParams(temperature=0, max_tokens=20, min_tokens=20, ignore_eos=True),
     ]
     texts = run(params)
-    params = resolved
-    prompt_lengths = [len(t) for t in map(tokenizer_ids, PROMPTS)]
-    used = 0
+    params = [resolved(each) for each in params]
+    prompt_lengths = [len(tokens_of(prompt)) for prompt in PROMPTS]
+    sampled = 0
     for node in nodes:
         i = int(request_of(node.req_id))
-        text = texts[request_of(node.req_id)][: node.root_position + 1]
-        history = [*text, *node.path_tokens]
+        history = [*texts[str(i)][: node.root_position + 1], *node.path_tokens]
         prompt, output = history[: prompt_lengths[i]], history[prompt_lengths[i] :]
-        expected = reference_process(node.logits, prompt, output, params[i])
-        if params[i].temperature and i in (2, 4):
-            used += 1
-            expected = expected / params[i].temperature
-        if params[i].top_k > 0:
-            floor = expected.topk(params[i].top_k).values[-1]
-            expected = expected.masked_fill(expected < floor, float("-inf"))
-        torch.testing.assert_close(node.processed, expected, atol=1e-4, rtol=1e-4)
-    assert used > 50
-
-
-def tokenizer_ids(text: str) -> list[int]:
-    from conftest import TARGET
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(TARGET)(text)["input_ids"]
-
-
-def reference_process(logits, prompt, output, params) -> torch.Tensor:
-    """OpenAI's penalties, vLLM's repetition penalty, min_tokens and bad words, one row."""
-    row = logits.clone().float()
-    if len(output) < params.min_tokens:
-        row[list(params.all_stop_token_ids)] = float("-inf")
-    seen = list({*prompt, *output})
-    if params.repetition_penalty != 1.0:
-        values = row[seen]
-        scaled = torch.where(
-            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
-        )
-        row[seen] = scaled
-    counts = torch.bincount(torch.tensor(output, dtype=torch.long), minlength=len(row))
-    row -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
-    for word in params.bad_words_token_ids or []:
-        *start, last = word
-        if not start or output[-len(start) :] == start:
-            row[last] = float("-inf")
-    return row
-
-
-def test_logprobs_equal_plain_vllm():
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=24, logprobs=4, prompt_logprobs=2)
-
-    def logprobs(outputs):
-        rows = []
-        for output in outputs:
-            for entries in output.outputs[0].logprobs + (output.prompt_logprobs or []):
-                rows.append({} if entries is None else {t: e.logprob for t, e in entries.items()})
-        return rows
-
-    with engine() as llm:
-        expected = logprobs(llm.generate(PROMPTS, params, use_tqdm=False))
-    with engine("binary:3") as llm:
-        found = logprobs(llm.generate(PROMPTS, params, use_tqdm=False))
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert a.keys() == b.keys()
-        np.testing.assert_allclose(list(a.values()), [b[t] for t in a], atol=1e-4)
+        expected = processed_row(node.logits, prompt, output, params[i])
+        found = node.processed / (node.temperature or 1.0)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        sampled += params[i].temperature > 0
+    assert sampled > 50

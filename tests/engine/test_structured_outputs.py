@@ -6,21 +6,16 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import (
-    PROMPTS,
-    engine,
-    greedy_params,
-    recorded_nodes,
-    reference_model,
-    request_of,
-    spec_metrics,
-    token_ids,
-)
-from grammars import GRAMMARS, TOKENIZER, EndsAtPunctuation, Oracle, allowed
-from test_distribution import LENGTHS, SAMPLES, assert_prefixes_follow, next_token
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from helpers.distributions import LENGTHS, SAMPLES, assert_prefixes_follow, next_token
+from helpers.engines import engine, greedy_params, token_ids
+from helpers.grammars import GRAMMARS, TOKENIZER, EndsAtPunctuation, Oracle, allowed
+from helpers.metrics import spec_metrics
+from helpers.oracle import reference_model
+from helpers.pair import PROMPTS
+from helpers.recording import recorded_nodes, request_of
 from vllm_spechub.engine import grammar
 
 IRREGULAR = [0, 0, 0, 1, 1, 2, 4, 4, 4, 4, 6, 11]
@@ -114,11 +109,11 @@ def test_greedy_tokens(backend, tree, options, monkeypatch):
 
 
 @pytest.mark.parametrize("budget", [2048, 41])
-def test_asynchronous_scheduling(budget, request):
+def test_asynchronous_scheduling(budget):
     """A request that misses a step meets its masks before the scheduler knows its drafts."""
     expected = plain("xgrammar")
-    request.getfixturevalue("async_scheduling")
-    with engine("binary:3", **with_grammars("xgrammar", max_num_batched_tokens=budget)) as llm:
+    options = with_grammars("xgrammar", max_num_batched_tokens=budget, async_scheduling=True)
+    with engine("binary:3", **options) as llm:
         core = llm.llm_engine.engine_core.engine_core
         assert type(core.scheduler).__name__ == "AsyncTreeScheduler"
         assert token_ids(llm.generate(*mixed(), use_tqdm=False)) == expected
@@ -184,7 +179,7 @@ def test_prefixes_follow_the_masked_target(tree, verification, backend):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_reasoning_ends_within_a_tree(asynchronous, monkeypatch, request):
+def test_reasoning_ends_within_a_tree(asynchronous, monkeypatch):
     """Each request thinks up to some punctuation and then follows its grammar."""
     parser = EndsAtPunctuation.__name__
     expected = plain("xgrammar", parser)
@@ -198,8 +193,7 @@ def test_reasoning_ends_within_a_tree(asynchronous, monkeypatch, request):
         return accept(original, manager, request, token_ids)
 
     monkeypatch.setattr(grammar, "accept_tokens", spy)
-    if asynchronous:
-        request.getfixturevalue("async_scheduling")
-    with engine("binary:3", **with_grammars("xgrammar", parser)) as llm:
+    options = with_grammars("xgrammar", parser, async_scheduling=asynchronous)
+    with engine("binary:3", **options) as llm:
         assert token_ids(llm.generate(*mixed(), use_tqdm=False)) == expected
     assert any(where + 1 < count for where, count in ends)

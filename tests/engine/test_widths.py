@@ -3,33 +3,21 @@
 
 import pytest
 import torch
-from conftest import (
-    PROMPTS,
-    TARGET,
-    engine,
-    recorded_nodes,
-    reference_model,
-    request_of,
-    token_ids,
-)
-from oracle import assert_same_row, processed_row, resolved
-from test_distribution import assert_prefixes_follow
-from test_metrics import spechub_metrics
 from vllm import SamplingParams
 
+from helpers.distributions import assert_prefixes_follow
+from helpers.engines import engine, token_ids
+from helpers.metrics import spechub_metrics
+from helpers.oracle import assert_same_row, processed_row, reference_model, resolved
+from helpers.pair import PROMPTS, TARGET
+from helpers.recording import recorded_nodes, request_of
+from helpers.schedules import SCHEDULE, params
 from vllm_spechub.engine.sampler import TreeRejectionSampler
-from vllm_spechub.rules.kernel_rule import OrderedSpecHub
+from vllm_spechub.rules.kernel_rule import KernelRule
 from vllm_spechub.trees.tree import TokenTree
 
-SCHEDULE = [[1, 2, "binary:3"], [3, 4, "chain:2"], [5, None, None]]
 # the other way round: wide trees leave most requests out of a tight budget, chains let them in
 MIXING = [[1, 12, "chain:2"], [13, 20, None], [21, 30, "kary:3:1"], [31, None, "binary:3"]]
-LENGTHS = (8, 14, 20, 26, 34, 42)  # requests end one after the other, so every width has its turn
-
-
-def params(**options):
-    options = {"temperature": 0, "ignore_eos": True} | options
-    return [SamplingParams(max_tokens=length, **options) for length in LENGTHS]
 
 
 def generate(llm, **options):
@@ -43,29 +31,28 @@ def emitted_by_tree(monkeypatch):
     Each request must be verified as the tree that it drafted.
     """
     batches: list[dict[int, list[int]]] = []
-    original, verify = TreeRejectionSampler.__call__, OrderedSpecHub.verify
+    original, verify = TreeRejectionSampler.__call__, KernelRule.verify
     trees: dict[int, TokenTree] = {}
 
-    def check(self, *args, num_nodes, idx_mapping, state, **kwargs):
-        for req in idx_mapping[num_nodes > 0].tolist():
+    def check(self, target, requests, state):
+        for req in requests.req_idx[target.num_nodes > 0].tolist():
             assert state.tree == trees[req]
-        return verify(
-            self, *args, num_nodes=num_nodes, idx_mapping=idx_mapping, state=state, **kwargs
-        )
+        return verify(self, target, requests, state)
 
     def spy(self, logits, batch, *args, **kwargs):
         reqs = batch.idx_mapping_np
-        trees.update(zip(reqs.tolist(), self.drafted.of(reqs), strict=True))
-        output = original(self, logits, batch, *args, **kwargs)
+        trees.update(zip(reqs.tolist(), self.request_trees.trees_for(reqs), strict=True))
+        with monkeypatch.context() as patch:  # the worker's warm-up verifies, too
+            patch.setattr(KernelRule, "verify", check)
+            output = original(self, logits, batch, *args, **kwargs)
         emitted: dict[int, list[int]] = {}
-        for r, index in enumerate(self.drafted.index[batch.idx_mapping_np].tolist()):
+        for r, index in enumerate(self.request_trees.index_for(batch.idx_mapping_np).tolist()):
             if batch.num_draft_tokens_per_req[r] > 0:
                 emitted.setdefault(index, []).append(int(output.num_sampled[r]))
         batches.append(emitted)
         return output
 
     monkeypatch.setattr(TreeRejectionSampler, "__call__", spy)
-    monkeypatch.setattr(OrderedSpecHub, "verify", check)
     return batches
 
 
@@ -82,11 +69,10 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("scheduling", ["sync", "async"])
-def test_tokens_while_the_width_changes(scheduling, plain, request):
-    if scheduling == "async":
-        request.getfixturevalue("async_scheduling")
-    with engine(SCHEDULE, per_request_spec_decode_metrics="detailed") as llm:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_tokens_while_the_width_changes(asynchronous, plain):
+    options = {"per_request_spec_decode_metrics": "detailed", "async_scheduling": asynchronous}
+    with engine(SCHEDULE, **options) as llm:
         for name, options in SETTINGS.items():
             assert generate(llm, **options) == plain[name], name
         outputs = llm.generate(PROMPTS, params(), use_tqdm=False)

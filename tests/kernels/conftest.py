@@ -1,10 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of the kernel tests: poisoned allocations and ahead-of-time compilation."""
+"""Fixtures of the kernel tests, and which of their compilations are made.
+
+All of them where anything that is compiled differs from what the last full run compiled
+(`compiled.json`), or with `--all-targets`; else a few. A full run that passes writes the record.
+"""
+
+import json
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import pytest
-import torch
-from aot_compile import Compiler
-from devices import DEVICE
+
+from helpers.aot_compile import RECORD, Compiler, compiled_now
+from helpers.devices import DEVICE
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-targets", action="store_true", help="compile kernels for every target")
+
+
+def pytest_configure(config):
+    line = "all_targets: a compilation that is only made when what is compiled has changed"
+    config.addinivalue_line("markers", line)
+    config.compiled = compiled_now()
+    recorded = RECORD.exists() and json.loads(RECORD.read_text()) == config.compiled
+    config.every_target = config.option.all_targets or not recorded
+
+
+def pytest_report_header(config):
+    return f"compilations: {'all' if config.every_target else 'a few; --all-targets makes all'}"
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.every_target:
+        left_out = [item for item in items if item.get_closest_marker("all_targets")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """A run of nothing less than all compilations, on a machine without a GPU, is recorded."""
+    config = session.config
+    option = config.option
+    whole = {"tests/kernels", "tests/kernels/test_compile.py"} & set(config.args)
+    everything = (
+        config.every_target
+        and whole
+        and not (option.keyword or option.markexpr or option.collectonly)
+    )
+    if everything and exitstatus == 0 and not hasattr(config, "workerinput"):
+        RECORD.write_text(json.dumps(config.compiled, indent=2) + "\n")
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:

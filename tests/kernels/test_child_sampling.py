@@ -4,20 +4,27 @@
 import numpy as np
 import pytest
 import torch
-from drafting import huge_rows
-from enumeration import enumerate_drafts
 from scipy import stats
 
+from helpers.drafting import huge_rows
+from helpers.enumeration import enumerate_drafts
 from vllm_spechub.triton_kernels import rng
+from vllm_spechub.triton_kernels.arguments import Requests
 from vllm_spechub.triton_kernels.child_sampling import kernel, sample_children
-from vllm_spechub.triton_kernels.rules import RULES, SPECHUB
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
+
+RULES = tuple(BUILTIN_RULES)
+SPECHUB = tuple(name for name, rule in BUILTIN_RULES.items() if rule.sharpens)
 
 TEMPERATURES = [0.0, 0.5, 1.0, 0.02]
 SEEDS = [1, -7, 2**40 + 5, 12345]
 
 
 def on(device: str, *arguments):
-    return [value.to(device) for value in arguments]
+    return [
+        Requests(*on(device, *value)) if isinstance(value, Requests) else value.to(device)
+        for value in arguments
+    ]
 
 
 def make_rows(num_rows: int, vocab_size: int, max_children: int, dtype: torch.dtype) -> list:
@@ -36,12 +43,14 @@ def make_rows(num_rows: int, vocab_size: int, max_children: int, dtype: torch.dt
     req_idx[6] = -1
     return [
         logits.to(dtype),
-        torch.tensor(TEMPERATURES),
-        torch.tensor(SEEDS),
-        req_idx,
-        torch.arange(num_rows) * 100,
         torch.arange(num_rows, dtype=torch.int32) % 64,
         torch.arange(num_rows, dtype=torch.int32) % max_children + 1,
+        Requests(
+            req_idx,
+            torch.arange(num_rows) * 100,
+            torch.tensor(TEMPERATURES),
+            torch.tensor(SEEDS),
+        ),
     ]
 
 
@@ -56,12 +65,14 @@ def many(
     """`count` independent drafts from one row of logits."""
     return sample_children(
         logits.expand(count, -1),
-        torch.full((count,), temperature),
-        torch.arange(count),
-        torch.arange(count),
-        torch.full((count,), 17),
         torch.full((count,), 3, dtype=torch.int32),
         torch.full((count,), k, dtype=torch.int32),
+        Requests(
+            torch.arange(count),
+            torch.full((count,), 17),
+            torch.full((count,), temperature),
+            torch.arange(count),
+        ),
         rule=rule,
         max_children=k,
         sharpening=sharpening,
@@ -136,8 +147,8 @@ def test_offsets_beyond_32_bits(device):
         pytest.skip("needs memory that is reserved but not used")
     logits = huge_rows(4, 2**30 + 16, 8)
     rows = make_rows(12, 8, 2, torch.bfloat16)
-    rows = [rows[0], *rows[1:3], *(value[:4] for value in rows[3:])]
-    logits.copy_(rows[0][:4])
+    rows = [*(value[:4] for value in rows[:3]), rows[3].rows(torch.arange(4))]
+    logits.copy_(rows[0])
     options = {"rule": "ordered", "max_children": 2}
     expected = sample_children(logits.contiguous(), *rows[1:], **options)
     actual = kernel.sample_children(logits, *rows[1:], **options)
@@ -152,9 +163,9 @@ def test_slots(vocab_size, max_children, rule):
     rows = make_rows(40, vocab_size, max_children, torch.bfloat16)
     tokens, sample_slot = sample_children(*rows, rule=rule, max_children=max_children)
     for row in range(40):
-        k = int(rows[6][row])
+        k = int(rows[2][row])
         drafted = tokens[row].tolist()
-        if rows[3][row] < 0:
+        if rows[3].req_idx[row] < 0:
             assert drafted == [-1] * max_children
             assert sample_slot[row] == -1
             continue
@@ -175,7 +186,7 @@ def test_slots(vocab_size, max_children, rule):
             # Only where no other token is left, and then the lowest id.
             assert all(logits[token] == -np.inf for token in ranked[k - 1 :])
             assert sampled == ranked[k - 1]
-        if TEMPERATURES[int(rows[3][row])] == 0:
+        if TEMPERATURES[int(rows[3].req_idx[row])] == 0:
             assert drafted[:k] == ranked[:k]
             assert slot == k - 1
 
@@ -274,25 +285,32 @@ def test_confident_draft_still_samples_off_the_hubs():
 def test_wrong_arguments_are_named(change, message):
     arguments = {
         "logits": torch.zeros(5, 9),
-        "temperature": torch.ones(2),
-        "seeds": torch.zeros(2, dtype=torch.int64),
-        "req_idx": torch.zeros(5, dtype=torch.int32),
-        "root_positions": torch.zeros(5, dtype=torch.int64),
         "node_ids": torch.zeros(5, dtype=torch.int32),
         "num_children": torch.ones(5, dtype=torch.int32),
         "max_children": 2,
         "rule": "ordered",
+        "sharpening": 1.0,
     }
-    sample_children(**arguments)
+    requests = {
+        "req_idx": torch.zeros(5, dtype=torch.int32),
+        "root_positions": torch.zeros(5, dtype=torch.int64),
+        "temperature": torch.ones(2),
+        "seeds": torch.zeros(2, dtype=torch.int64),
+    }
+
+    def sample(**change):
+        for given in (arguments, requests):
+            given |= {name: value for name, value in change.items() if name in given}
+        sample_children(**arguments, requests=Requests(**requests))
+
+    sample()
     with pytest.raises(ValueError, match=message):
-        sample_children(**{**arguments, **change})
+        sample(**change)
 
 
 def test_no_rows(device):
-    rows = [
-        value[:0] if i not in (1, 2) else value
-        for i, value in enumerate(make_rows(9, 9, 2, torch.float32))
-    ]
+    *rows, requests = make_rows(9, 9, 2, torch.float32)
+    rows = [*(value[:0] for value in rows), requests.rows(torch.arange(0))]
     for implementation, where in ((sample_children, "cpu"), (kernel.sample_children, device)):
         tokens, sample_slot = implementation(*on(where, *rows), rule="ordered", max_children=2)
         assert tokens.shape == (0, 2)

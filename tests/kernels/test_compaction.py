@@ -3,12 +3,10 @@
 
 import pytest
 import torch
-from devices import DEVICE
 
+from helpers.devices import DEVICE
 from vllm_spechub.triton_kernels.compaction import KVCompactor
 from vllm_spechub.triton_kernels.compaction.kernel import (
-    ELEMENT_BITS,
-    _compact_kernel,
     plan_launches,
 )
 from vllm_spechub.triton_kernels.compaction.reference import as_raw_bits
@@ -176,26 +174,3 @@ def test_bad_arguments_are_named():
         compact(table, roots.int(), path)
     with pytest.raises(ValueError, match=r"^path:"):
         compact(table, roots, path.long())
-
-
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("dtype", list(ELEMENT_BITS))
-def test_compiles_ahead_of_time(compile_for, dtype, capability):
-    constexprs = {
-        "ELEMENT_BITS": ELEMENT_BITS[dtype],
-        "ALIGNMENT": 16,
-        "BLOCK_SIZE": 16,
-        "NUM_HEADS": 8,
-        "CONTENT": 256,
-        "PATH_LEN": 6,
-        "PATH_PADDED": 8,
-        "HEADS_PADDED": 8,
-        "CONTENT_PADDED": 256,
-        "content_stride": 1,
-    }
-    signature = {name: "i32" for name in _compact_kernel.arg_names if name not in constexprs}
-    signature |= {"view_address_ptr": "*i64", "root_positions_ptr": "*i64"}
-    signature |= {"block_table_ptr": "*i32", "path_ptr": "*i32"}
-    resources = compile_for(_compact_kernel, signature, constexprs, capability)
-    print(f"{dtype} sm_{capability}: {resources}")
-    assert resources.spill_bytes == 0

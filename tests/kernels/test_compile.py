@@ -1,14 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sampling and verification kernels compile for GPUs, without spilling registers."""
+"""Kernels compile for GPUs, without spilling registers. Without a GPU, ahead of time.
 
+Some cases are always compiled, and all where what is compiled has changed: see `conftest`.
+"""
+
+import itertools
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from vllm_spechub.triton_kernels import rng
 from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
+from vllm_spechub.triton_kernels.compaction.kernel import ELEMENT_BITS, _compact_kernel
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
+from vllm_spechub.triton_kernels.tree_attention.kernel import (
+    _merge_splits_kernel,
+    _tree_attention_kernel,
+    launch_config,
+)
 from vllm_spechub.triton_kernels.verification import kernel as verification
+
+
+def with_rest(cases: list, always: list) -> list:
+    """The cases, of which those that are not always compiled are marked."""
+    assert all(case in cases for case in always)
+    marks = {True: (), False: pytest.mark.all_targets}
+    return [pytest.param(*case, marks=marks[case in always]) for case in cases]
+
 
 # for a vocabulary of 128,256
 LANES = {"BLOCK_SIZE": rng.LANES, "LANE_SIZE": 64}
@@ -58,19 +78,22 @@ VERIFICATION_ARGUMENTS = {
 
 @pytest.mark.parametrize(
     ("rule", "max_children", "capability", "dtype"),
-    [
-        ("unordered", 1, *TARGETS[1]),
-        ("ordered", 2, *TARGETS[1]),
-        ("ordered", 3, *TARGETS[1]),
-        *((rule, 4, *target) for rule in ("ordered", "rrs", "rrsw") for target in TARGETS),
-    ],
+    with_rest(
+        [
+            ("unordered", 1, *TARGETS[1]),
+            ("ordered", 2, *TARGETS[1]),
+            ("ordered", 3, *TARGETS[1]),
+            *((rule, 4, *target) for rule in ("ordered", "rrs", "rrsw") for target in TARGETS),
+        ],
+        always=[("ordered", 4, 90, "bf16"), ("rrsw", 4, 90, "bf16")],
+    ),
 )
 def test_child_sampling(compile_for, capability, dtype, rule, max_children):
     resources = compile_for(
         child_sampling._sample_children_kernel,
         CHILD_SAMPLING_ARGUMENTS | {"logits_ptr": f"*{dtype}"},
         {
-            "RULE": rule,
+            **child_sampling.constants(BUILTIN_RULES[rule]),
             "MAX_CHILDREN": max_children,
             "SHARPENED": False,
             **LANES,
@@ -86,17 +109,25 @@ def test_child_sampling(compile_for, capability, dtype, rule, max_children):
 
 @pytest.mark.parametrize(
     ("rule", "sharpened", "capability", "dtype"),
-    [
-        *(
-            (rule, False, *target)
-            for rule in ("ordered", "traversal", "rrs", "rrsw")
-            for target in TARGETS
-        ),
-        ("unordered", False, *TARGETS[1]),
-        ("chain", False, *TARGETS[1]),
-        ("ordered", True, *TARGETS[1]),
-        ("traversal", True, *TARGETS[1]),
-    ],
+    with_rest(
+        [
+            *(
+                (rule, False, *target)
+                for rule in ("ordered", "traversal", "rrs", "rrsw")
+                for target in TARGETS
+            ),
+            ("unordered", False, *TARGETS[1]),
+            ("chain", False, *TARGETS[1]),
+            ("ordered", True, *TARGETS[1]),
+            ("traversal", True, *TARGETS[1]),
+        ],
+        always=[
+            ("ordered", False, 90, "bf16"),
+            ("traversal", False, 80, "bf16"),
+            ("traversal", False, 90, "bf16"),
+            ("traversal", False, 100, "bf16"),
+        ],
+    ),
 )
 def test_verification(compile_for, capability, dtype, rule, sharpened):
     arguments = dict(VERIFICATION_ARGUMENTS)
@@ -108,10 +139,165 @@ def test_verification(compile_for, capability, dtype, rule, sharpened):
         constants["MAX_NODES"] = 64
     else:
         function = verification._verify_tree_kernel
-        constants["RULE"] = rule
+        constants |= verification.constants(BUILTIN_RULES[rule])
     resources = compile_for(function, arguments, constants, capability, verification.NUM_WARPS)
     sharpness = ", sharpened" if sharpened else ""
     print(f"verify_tree, {rule}{sharpness}, {dtype}, sm_{capability}: {resources}")
+    assert resources.spill_bytes == 0
+
+
+TRITON_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def attention_job(
+    dtype,
+    head_size,
+    group_size,
+    max_query_len,
+    num_splits=1,
+    softcap=False,
+    window=False,
+    fp8=False,
+    capability=90,
+):
+    """Signature, constexprs and options as `tree_attention_triton` launches."""
+    config = launch_config(dtype, head_size, group_size, max_query_len, capability // 10)
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    constexprs = {
+        "BLOCK_SIZE": 16,
+        "HEAD_SIZE": head_size,
+        "HEAD_PADDED": 1 << (head_size - 1).bit_length(),
+        "GROUP_SIZE": group_size,
+        "BLOCK_Q": config["BLOCK_M"] // group_size,
+        "NUM_SPLITS": num_splits,
+        "USE_SOFTCAP": softcap,
+        "USE_WINDOW": window,
+        **config,
+    }
+    # At run time the launcher sees that these are multiples of 16; known values stand in for that.
+    fused = 2 * head_size
+    for cache in ("key", "value"):
+        constexprs |= {
+            f"{cache}_block_stride": 8 * 16 * fused,
+            f"{cache}_slot_stride": 8 * fused,
+            f"{cache}_head_stride": fused,
+            f"{cache}_dim_stride": 1,
+        }
+    for rows in ("query", "output"):
+        constexprs |= {
+            f"{rows}_token_stride": 8 * group_size * head_size,
+            f"{rows}_head_stride": head_size,
+        }
+    if num_splits == 1:
+        constexprs["part_lse_ptr"] = None
+    if not fp8:
+        constexprs |= {"key_scale_ptr": None, "value_scale_ptr": None}
+    kind = TRITON_TYPE[dtype]
+    signature = {
+        name: "i32"
+        for name in _tree_attention_kernel.arg_names
+        if (name.endswith("_stride") or name in ("num_reqs", "window")) and name not in constexprs
+    }
+    signature["query_ptr"] = f"*{kind}"
+    cached = "fp8e4nv" if fp8 else kind
+    signature |= dict.fromkeys(("key_cache_ptr", "value_cache_ptr"), f"*{cached}")
+    if fp8:
+        signature |= dict.fromkeys(("key_scale_ptr", "value_scale_ptr"), "*fp32")
+    signature |= dict.fromkeys(
+        ("query_start_loc_ptr", "seq_lens_ptr", "block_table_ptr", "visible_until_ptr"), "*i32"
+    )
+    signature |= {"tree_mask_ptr": "*i64", "qk_scale": "fp32", "softcap": "fp32"}
+    signature["output_ptr"] = "*fp32" if num_splits > 1 else f"*{kind}"
+    if num_splits > 1:
+        signature["part_lse_ptr"] = "*fp32"
+    return signature, constexprs, options
+
+
+SPILL_CASES = [
+    *itertools.product(
+        [90], (torch.bfloat16, torch.float32), (64, 80, 128, 192, 256), (1, 15), (False, True)
+    ),
+    *itertools.product([90], [torch.float16], (64, 128, 256), [15], [False]),
+    *itertools.product((80, 100), [torch.bfloat16], (80, 128, 256), [15], (False, True)),
+    *itertools.product((80, 100), [torch.float32], (128, 192), [15], [True]),
+]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_size", "max_query_len", "all_features"),
+    with_rest(
+        SPILL_CASES,
+        always=[
+            (90, torch.bfloat16, 128, 1, False),
+            (90, torch.bfloat16, 128, 15, True),
+            (80, torch.bfloat16, 128, 15, True),
+            (100, torch.bfloat16, 128, 15, True),
+        ],
+    ),
+)
+def test_tree_attention(compile_for, capability, dtype, head_size, max_query_len, all_features):
+    """At the configurations that a decode (one row block of 16) and a tree (the largest) get."""
+    group_size = 1 if max_query_len == 1 else 4
+    signature, constexprs, options = attention_job(
+        dtype,
+        head_size,
+        group_size,
+        max_query_len,
+        num_splits=1 if all_features else 8,
+        softcap=all_features,
+        window=all_features,
+        capability=capability,
+    )
+    resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)
+    print(f"{dtype} head {head_size}, {max_query_len} queries, sm_{capability}: {resources}")
+    assert resources.spill_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "max_query_len"),
+    with_rest([(90, 15), (90, 512), (100, 15), (100, 512)], always=[(90, 15)]),
+)
+def test_tree_attention_over_an_fp8_cache(compile_for, capability, max_query_len):
+    signature, constexprs, options = attention_job(
+        torch.bfloat16, 128, 4, max_query_len, window=True, fp8=True
+    )
+    resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)
+    print(f"fp8 sm_{capability}: {resources}")
+    assert resources.spill_bytes == 0
+
+
+@pytest.mark.parametrize("capability", with_rest([(80,), (90,), (100,)], always=[(90,)]))
+def test_merging_splits(compile_for, capability):
+    constexprs = {"HEAD_SIZE": 80, "HEAD_PADDED": 128, "NUM_SPLITS": 16}
+    signature = {name: "i32" for name in _merge_splits_kernel.arg_names if name not in constexprs}
+    signature |= dict.fromkeys(("part_output_ptr", "part_lse_ptr"), "*fp32")
+    signature |= {"output_ptr": "*bf16", "query_start_loc_ptr": "*i32"}
+    resources = compile_for(_merge_splits_kernel, signature, constexprs, capability)
+    assert resources.spill_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability"),
+    with_rest([*itertools.product(ELEMENT_BITS, (80, 90, 100))], always=[(torch.int64, 90)]),
+)
+def test_compaction(compile_for, dtype, capability):
+    constexprs = {
+        "ELEMENT_BITS": ELEMENT_BITS[dtype],
+        "ALIGNMENT": 16,
+        "BLOCK_SIZE": 16,
+        "NUM_HEADS": 8,
+        "CONTENT": 256,
+        "PATH_LEN": 6,
+        "PATH_PADDED": 8,
+        "HEADS_PADDED": 8,
+        "CONTENT_PADDED": 256,
+        "content_stride": 1,
+    }
+    signature = {name: "i32" for name in _compact_kernel.arg_names if name not in constexprs}
+    signature |= {"view_address_ptr": "*i64", "root_positions_ptr": "*i64"}
+    signature |= {"block_table_ptr": "*i32", "path_ptr": "*i32"}
+    resources = compile_for(_compact_kernel, signature, constexprs, capability)
+    print(f"{dtype} sm_{capability}: {resources}")
     assert resources.spill_bytes == 0
 
 

@@ -10,7 +10,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from enumeration import (
+
+from helpers.enumeration import (
     Drafts,
     enumerate_drafts,
     laws_of,
@@ -18,9 +19,12 @@ from enumeration import (
     random_laws,
     special_laws,
 )
-
-from vllm_spechub.triton_kernels.rules import RECURSIVE, RULES, SPECHUB
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 from vllm_spechub.triton_kernels.verification.node_rules import node_outcome
+
+RECURSIVE = tuple(name for name, rule in BUILTIN_RULES.items() if rule.is_recursive)
+RULES = tuple(BUILTIN_RULES)
+SPECHUB = tuple(name for name, rule in BUILTIN_RULES.items() if rule.sharpens)
 
 TOLERANCE = 1e-12
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tree attention: kernel against reference, reference against its definition, resources."""
 
-import itertools
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,19 +8,16 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from devices import DEVICE
 from triton.runtime import interpreter
 
+from helpers.devices import DEVICE
 from vllm_spechub.triton_kernels.tree_attention import (
     CAUSAL,
     tree_attention,
     tree_attention_reference,
 )
 from vllm_spechub.triton_kernels.tree_attention.kernel import (
-    _merge_splits_kernel,
-    _tree_attention_kernel,
     choose_num_splits,
-    launch_config,
     tree_attention_triton,
 )
 
@@ -426,125 +422,6 @@ def test_bad_arguments_are_named(name, change):
     batch.__dict__.update(change)
     with pytest.raises(ValueError, match=rf"^{name}:"):
         batch.run(tree_attention)
-
-
-TRITON_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-def attention_job(
-    dtype,
-    head_size,
-    group_size,
-    max_query_len,
-    num_splits=1,
-    softcap=False,
-    window=False,
-    fp8=False,
-    capability=90,
-):
-    """Signature, constexprs and options as `tree_attention_triton` launches."""
-    config = launch_config(dtype, head_size, group_size, max_query_len, capability // 10)
-    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-    constexprs = {
-        "BLOCK_SIZE": 16,
-        "HEAD_SIZE": head_size,
-        "HEAD_PADDED": 1 << (head_size - 1).bit_length(),
-        "GROUP_SIZE": group_size,
-        "BLOCK_Q": config["BLOCK_M"] // group_size,
-        "NUM_SPLITS": num_splits,
-        "USE_SOFTCAP": softcap,
-        "USE_WINDOW": window,
-        **config,
-    }
-    # At run time the launcher sees that these are multiples of 16; known values stand in for that.
-    fused = 2 * head_size
-    for cache in ("key", "value"):
-        constexprs |= {
-            f"{cache}_block_stride": 8 * 16 * fused,
-            f"{cache}_slot_stride": 8 * fused,
-            f"{cache}_head_stride": fused,
-            f"{cache}_dim_stride": 1,
-        }
-    for rows in ("query", "output"):
-        constexprs |= {
-            f"{rows}_token_stride": 8 * group_size * head_size,
-            f"{rows}_head_stride": head_size,
-        }
-    if num_splits == 1:
-        constexprs["part_lse_ptr"] = None
-    if not fp8:
-        constexprs |= {"key_scale_ptr": None, "value_scale_ptr": None}
-    kind = TRITON_TYPE[dtype]
-    signature = {
-        name: "i32"
-        for name in _tree_attention_kernel.arg_names
-        if (name.endswith("_stride") or name in ("num_reqs", "window")) and name not in constexprs
-    }
-    signature["query_ptr"] = f"*{kind}"
-    cached = "fp8e4nv" if fp8 else kind
-    signature |= dict.fromkeys(("key_cache_ptr", "value_cache_ptr"), f"*{cached}")
-    if fp8:
-        signature |= dict.fromkeys(("key_scale_ptr", "value_scale_ptr"), "*fp32")
-    signature |= dict.fromkeys(
-        ("query_start_loc_ptr", "seq_lens_ptr", "block_table_ptr", "visible_until_ptr"), "*i32"
-    )
-    signature |= {"tree_mask_ptr": "*i64", "qk_scale": "fp32", "softcap": "fp32"}
-    signature["output_ptr"] = "*fp32" if num_splits > 1 else f"*{kind}"
-    if num_splits > 1:
-        signature["part_lse_ptr"] = "*fp32"
-    return signature, constexprs, options
-
-
-SPILL_CASES = [
-    *itertools.product(
-        [90], (torch.bfloat16, torch.float32), (64, 80, 128, 192, 256), (1, 15), (False, True)
-    ),
-    *itertools.product([90], [torch.float16], (64, 128, 256), [15], [False]),
-    *itertools.product((80, 100), [torch.bfloat16], (80, 128, 256), [15], (False, True)),
-    *itertools.product((80, 100), [torch.float32], (128, 192), [15], [True]),
-]
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype", "head_size", "max_query_len", "all_features"), SPILL_CASES
-)
-def test_nothing_spills(compile_for, capability, dtype, head_size, max_query_len, all_features):
-    """At the configurations that a decode (one row block of 16) and a tree (the largest) get."""
-    group_size = 1 if max_query_len == 1 else 4
-    signature, constexprs, options = attention_job(
-        dtype,
-        head_size,
-        group_size,
-        max_query_len,
-        num_splits=1 if all_features else 8,
-        softcap=all_features,
-        window=all_features,
-        capability=capability,
-    )
-    resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)
-    print(f"{dtype} head {head_size}, {max_query_len} queries, sm_{capability}: {resources}")
-    assert resources.spill_bytes == 0
-
-
-@pytest.mark.parametrize("max_query_len", [15, 512])
-@pytest.mark.parametrize("capability", [90, 100])
-def test_fp8_cache_compiles_without_spills(compile_for, capability, max_query_len):
-    signature, constexprs, options = attention_job(
-        torch.bfloat16, 128, 4, max_query_len, window=True, fp8=True
-    )
-    resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)
-    print(f"fp8 sm_{capability}: {resources}")
-    assert resources.spill_bytes == 0
-
-
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_merge_compiles_ahead_of_time(compile_for, capability):
-    constexprs = {"HEAD_SIZE": 80, "HEAD_PADDED": 128, "NUM_SPLITS": 16}
-    signature = {name: "i32" for name in _merge_splits_kernel.arg_names if name not in constexprs}
-    signature |= dict.fromkeys(("part_output_ptr", "part_lse_ptr"), "*fp32")
-    signature |= {"output_ptr": "*bf16", "query_start_loc_ptr": "*i32"}
-    resources = compile_for(_merge_splits_kernel, signature, constexprs, capability)
-    assert resources.spill_bytes == 0
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from enumeration import enumerate_drafts, laws_of, random_laws, special_laws
 
-from vllm_spechub.triton_kernels.rules import RULES, SPECHUB
+from helpers.enumeration import enumerate_drafts, laws_of, random_laws, special_laws
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 from vllm_spechub.triton_kernels.verification.node_rules import node_outcome, traversal_outcome
+
+RULES = tuple(BUILTIN_RULES)
+SPECHUB = tuple(name for name, rule in BUILTIN_RULES.items() if rule.sharpens)
 
 TOLERANCE = 1e-12
 

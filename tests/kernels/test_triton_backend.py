@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from devices import DEVICE
+
+from helpers.devices import DEVICE
 
 pytest.importorskip("vllm")
 
@@ -20,7 +21,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonA
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_spechub.attention import triton_tree
+from vllm_spechub.attention import triton_backend
 from vllm_spechub.attention.triton_backend import TritonTreeBackend, cache_views
 from vllm_spechub.attention.visibility import TreeAttnMetadata, TreeVisibility
 from vllm_spechub.triton_kernels.tree_attention import CAUSAL, tree_attention_reference
@@ -161,7 +162,7 @@ def launches(monkeypatch):
         calls.append(args)
         tree_attention_triton(*args, num_splits=2)
 
-    monkeypatch.setattr(triton_tree, "tree_attention", launch)
+    monkeypatch.setattr(triton_backend, "tree_attention", launch)
     return calls
 
 

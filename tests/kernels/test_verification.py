@@ -6,14 +6,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from drafting import BINARY, CHAIN, UNEQUAL, WIDE, Draft, Tree, draft_tree, huge_rows
-from enumeration import enumerate_drafts, laws_of
 from scipy import stats
 
+from helpers.drafting import BINARY, CHAIN, UNEQUAL, WIDE, Draft, Tree, draft_tree, huge_rows
+from helpers.enumeration import enumerate_drafts, laws_of
 from vllm_spechub.triton_kernels import rng
-from vllm_spechub.triton_kernels.rules import RULES, SPECHUB
+from vllm_spechub.triton_kernels.arguments import Drafts, Requests, TargetRows, TreeTables
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 from vllm_spechub.triton_kernels.verification import kernel, reference, verify_tree
 from vllm_spechub.triton_kernels.verification.node_rules import node_outcome
+
+RULES = tuple(BUILTIN_RULES)
+SPECHUB = tuple(name for name, rule in BUILTIN_RULES.items() if rule.sharpens)
 
 TREES = {"binary": BINARY, "unequal": UNEQUAL, "chain": CHAIN, "wide": WIDE}
 TARGET_TEMPERATURES = [1.0, 0.0, 1.0, 0.5, 1.0, 0.0, 0.02]
@@ -21,7 +25,7 @@ DRAFT_TEMPERATURES = [1.0, 1.0, 0.0, 0.5, 0.3, 0.0, 0.02]
 
 
 def on(device: str, arguments: list) -> list:
-    return [value.to(device) for value in arguments]
+    return [value._make(field.to(device) for field in value) for value in arguments]
 
 
 def make_case(
@@ -73,21 +77,21 @@ def make_case(
     num_nodes = torch.full((num_reqs,), tree.num_drafted)
     num_nodes[-1], num_nodes[-2] = 0, tree.num_drafted // 2
     arguments = [
-        rows,
-        row_start.int(),
-        num_nodes.int(),
-        node_tokens,
-        draft.logits,
-        draft.sample_slots,
-        req_idx.int(),
-        torch.tensor(TARGET_TEMPERATURES).repeat(num_reqs // 7 + 1)[:num_reqs],
-        torch.tensor(DRAFT_TEMPERATURES).repeat(num_reqs // 7 + 1)[:num_reqs],
-        torch.arange(num_reqs) * 1000 - 3,
-        torch.arange(num_reqs) + 50,
-        tree.first_child,
-        tree.num_children,
-        tree.internal_index,
-        tree.subtree_sizes,
+        TargetRows(
+            rows,
+            torch.tensor(TARGET_TEMPERATURES).repeat(num_reqs // 7 + 1)[:num_reqs],
+            row_start.int(),
+            num_nodes.int(),
+            node_tokens,
+        ),
+        Drafts(draft.logits, draft.sample_slots),
+        Requests(
+            req_idx.int(),
+            torch.arange(num_reqs) + 50,
+            torch.tensor(DRAFT_TEMPERATURES).repeat(num_reqs // 7 + 1)[:num_reqs],
+            torch.arange(num_reqs) * 1000 - 3,
+        ),
+        tree.tables,
     ]
     options = {"max_depth": tree.max_depth, "rule": rule, "sharpening": sharpening}
     return arguments, options
@@ -135,11 +139,11 @@ def test_kernel_equals_reference(
         assert (emitted != vocab_size // 2).all()  # masked in the target
         assert (tokens[request, count:] == -1).all()
         assert (path[request, count:] == -1).all()
-        start = int(arguments[1][request])
+        start = int(arguments[0].row_start[request])
         walked = path[request, :count].long()
         assert walked[0] == 0
-        assert torch.equal(arguments[3][start + walked[1:]], emitted[:-1])
-        assert (walked <= arguments[2][request]).all()
+        assert torch.equal(arguments[0].node_tokens[start + walked[1:]], emitted[:-1])
+        assert (walked <= arguments[0].num_nodes[request]).all()
 
 
 @pytest.mark.parametrize("tree", [Tree([2, 2, 2, 0, 0, 0, 0]), Tree([2, 2, 2, 1, 0, 0, 0, 0])])
@@ -156,7 +160,7 @@ def test_rejections_of_many_requests(monkeypatch, device, rule):
     """Targets that differ from the draft, so that walks end in residuals all over the tree."""
     monkeypatch.setattr(rng, "LANES", 32)
     arguments, options = make_case(UNEQUAL, 20, rule, torch.float32, num_reqs=28)
-    arguments[0] += 2 * torch.randn(20, generator=torch.Generator().manual_seed(5))
+    arguments[0].logits.add_(2 * torch.randn(20, generator=torch.Generator().manual_seed(5)))
     expected = verify_tree(*arguments, **options)
     ends = {int(path[path >= 0].max()) for path in expected[2]}
     assert len(ends & set(torch.nonzero(UNEQUAL.num_children).flatten().tolist())) > 2
@@ -175,11 +179,11 @@ def test_only_visited_rows_are_read(device, rule):
     assert (visited.sum(dim=1) >= num_emitted).all()
     internal = tree.internal_index >= 0
     num_read = 0
-    for request, start in enumerate(arguments[1].tolist()):
-        arguments[0][start : start + len(tree.counts)][~visited[request]] = float("nan")
-        state = int(arguments[6][request])
-        drafts = visited[request, internal] & (arguments[7][state] > 0)
-        arguments[4][state, ~drafts] = float("nan")
+    for request, start in enumerate(arguments[0].row_start.tolist()):
+        arguments[0].logits[start : start + len(tree.counts)][~visited[request]] = float("nan")
+        state = int(arguments[2].req_idx[request])
+        drafts = visited[request, internal] & (arguments[0].temperature[state] > 0)
+        arguments[1].logits[state, ~drafts] = float("nan")
         num_read += int(drafts.sum())
     assert 0 < num_read < 21 * int(internal.sum())
     assert_equal(kernel.verify_tree(*on(device, arguments), **options), expected)
@@ -189,16 +193,15 @@ def test_only_visited_rows_are_read(device, rule):
 def test_strides(device, rule):
     arguments, options = make_case(BINARY, 63, rule, torch.float32)
     expected = verify_tree(*arguments, **options)
-    rows, draft_logits, slots = arguments[0], arguments[4], arguments[5]
+    rows, (draft_logits, slots) = arguments[0].logits, arguments[1]
     nan = float("nan")
     for implementation, where in ((verify_tree, "cpu"), (kernel.verify_tree, device)):
         strided = on(where, arguments)
         wide = torch.full((len(rows), 100), nan, device=where)
-        strided[0] = wide[:, :63].copy_(rows)
+        strided[0] = strided[0]._replace(logits=wide[:, :63].copy_(rows))
         wide = torch.full((draft_logits.shape[0], 9, 80), nan, device=where)
-        strided[4] = wide[:, :7, :63].copy_(draft_logits)
-        wide = torch.full((slots.shape[0], 11), -9, dtype=torch.int32, device=where)
-        strided[5] = wide[:, :7].copy_(slots)
+        wide_slots = torch.full((slots.shape[0], 11), -9, dtype=torch.int32, device=where)
+        strided[1] = Drafts(wide[:, :7, :63].copy_(draft_logits), wide_slots[:, :7].copy_(slots))
         assert_equal(implementation(*strided, **options), expected)
 
 
@@ -208,10 +211,11 @@ def test_offsets_beyond_32_bits(device, rule):
         pytest.skip("needs memory that is reserved but not used")
     arguments, options = make_case(Tree([2, 0, 0]), 8, rule, torch.bfloat16)
     expected = verify_tree(*arguments, **options)
-    rows = arguments[0]
-    arguments[0] = huge_rows(len(rows), 2**28 + 16, 8).copy_(rows)
+    target, drafts = arguments[:2]
+    rows = huge_rows(len(target.logits), 2**28 + 16, 8).copy_(target.logits)
+    arguments[0] = target._replace(logits=rows)
     draft_logits = huge_rows(7, 2**29 + 16, 8).unsqueeze(1)
-    arguments[4] = draft_logits.copy_(arguments[4])
+    arguments[1] = drafts._replace(logits=draft_logits.copy_(drafts.logits))
     assert_equal(kernel.verify_tree(*arguments, **options), expected)
 
 
@@ -220,19 +224,19 @@ def test_offsets_beyond_32_bits(device, rule):
 def test_greedy_follows_the_argmax(name, rule):
     tree = TREES[name]
     arguments, options = make_case(tree, 30, rule, torch.bfloat16, num_reqs=21)
-    arguments[7] = torch.zeros(21)
+    arguments[0] = target = arguments[0]._replace(temperature=torch.zeros(21))
     tokens, num_emitted, path = verify_tree(*arguments, **options)
     for request in range(21):
-        start, limit = int(arguments[1][request]), int(arguments[2][request])
+        start, limit = int(target.row_start[request]), int(target.num_nodes[request])
         node, expected = 0, []
         while True:
-            logits = arguments[0][start + node].tolist()
+            logits = target.logits[start + node].tolist()
             expected.append(logits.index(max(logits)))
             first = int(tree.first_child[node])
             children = range(first, first + tree.counts[node])
             if any(child > limit for child in children):
                 break
-            matching = [c for c in children if arguments[3][start + c] == expected[-1]]
+            matching = [c for c in children if target.node_tokens[start + c] == expected[-1]]
             if not matching:
                 break
             node = matching[0]
@@ -274,22 +278,17 @@ def run_markov(
     )
     num_rows = len(tree.counts)
     tokens, num_emitted, _ = verify_tree(
-        # Not yet divided by their temperature.
-        0.5 * target[drafted.tokens].flatten(0, 1),
-        torch.arange(count, dtype=torch.int32) * num_rows,
-        torch.full((count,), tree.num_drafted if num_nodes is None else num_nodes).int(),
-        drafted.tokens.flatten(),
-        drafted.logits,
-        drafted.sample_slots,
-        req_idx.int(),
-        torch.full((count,), 0.5),
-        temperature,
-        seeds,
-        positions,
-        tree.first_child,
-        tree.num_children,
-        tree.internal_index,
-        tree.subtree_sizes,
+        TargetRows(
+            # Not yet divided by their temperature.
+            0.5 * target[drafted.tokens].flatten(0, 1),
+            torch.full((count,), 0.5),
+            torch.arange(count, dtype=torch.int32) * num_rows,
+            torch.full((count,), tree.num_drafted if num_nodes is None else num_nodes).int(),
+            drafted.tokens.flatten(),
+        ),
+        Drafts(drafted.logits, drafted.sample_slots),
+        Requests(req_idx.int(), positions, temperature, seeds),
+        tree.tables,
         max_depth=tree.max_depth,
         rule=rule,
         sharpening=sharpening,
@@ -395,21 +394,21 @@ def test_ruled_out_tokens_are_never_emitted(device, implementation, rule):
     draft_logits = torch.full((count, 1, vocab_size), -30.0)
     draft_logits[:, 0, 3] = 0.0
     arguments = [
-        rows,
-        torch.arange(count, dtype=torch.int32) * 2,
-        torch.ones(count, dtype=torch.int32),
-        torch.full((count * 2,), 5),
-        draft_logits,
-        torch.zeros(count, 1, dtype=torch.int32),
-        torch.arange(count, dtype=torch.int32),
-        torch.ones(count),
-        torch.ones(count),
-        torch.arange(count),
-        torch.zeros(count, dtype=torch.int64),
-        torch.tensor([1, 0], dtype=torch.int32),
-        torch.tensor([1, 0], dtype=torch.int32),
-        torch.tensor([0, -1], dtype=torch.int32),
-        torch.tensor([2, 1]),
+        TargetRows(
+            rows,
+            torch.ones(count),
+            torch.arange(count, dtype=torch.int32) * 2,
+            torch.ones(count, dtype=torch.int32),
+            torch.full((count * 2,), 5),
+        ),
+        Drafts(draft_logits, torch.zeros(count, 1, dtype=torch.int32)),
+        Requests(
+            torch.arange(count, dtype=torch.int32),
+            torch.zeros(count, dtype=torch.int64),
+            torch.ones(count),
+            torch.arange(count),
+        ),
+        Tree([1, 0]).tables,
     ]
     if implementation == "kernel":
         tokens, num_emitted, _ = kernel.verify_tree(*on(device, arguments), max_depth=1, rule=rule)
@@ -420,33 +419,23 @@ def test_ruled_out_tokens_are_never_emitted(device, implementation, rule):
 
 
 NAMES = [
-    "target_logits",
-    "row_start",
-    "num_nodes",
-    "node_tokens",
-    "draft_logits",
-    "sample_slots",
-    "req_idx",
-    "target_temperature",
-    "draft_temperature",
-    "seeds",
-    "root_positions",
-    "first_child",
-    "num_children",
-    "internal_index",
-    "subtree_sizes",
+    (place, name)
+    for place, kind in enumerate((TargetRows, Drafts, Requests, TreeTables))
+    for name in kind._fields
 ]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "row_start"])
-def test_wrong_shapes_are_named(name):
+@pytest.mark.parametrize(
+    ("place", "name"), [(place, name) for place, name in NAMES if name != "row_start"]
+)
+def test_wrong_shapes_are_named(place, name):
     arguments, options = make_case(CHAIN, 9, "unordered", torch.float32)
-    named = dict(zip(NAMES, arguments, strict=True))
-    named[name] = named[name][..., :-1]
+    value = getattr(arguments[place], name)
+    arguments[place] = arguments[place]._replace(**{name: value[..., :-1]})
     # These two set the length that others are compared with.
-    message = {"target_temperature": "draft_temperature", "first_child": "num_children"}
+    message = {"temperature": "requests.temperature", "first_child": "num_children"}
     with pytest.raises(ValueError, match=message.get(name, name)):
-        verify_tree(**named, **options)
+        verify_tree(*arguments, **options)
 
 
 @pytest.mark.parametrize(
@@ -466,8 +455,9 @@ def test_wrong_rules_are_named(change, message):
 @pytest.mark.parametrize("rule", RULES)
 def test_no_requests(device, rule):
     arguments, options = make_case(CHAIN, 9, rule, torch.float32)
-    for position in (1, 2, 6, 10):
-        arguments[position] = arguments[position][:0]
+    target, _, requests, _ = arguments
+    arguments[0] = target._replace(row_start=target.row_start[:0], num_nodes=target.num_nodes[:0])
+    arguments[2] = requests.rows(torch.arange(0))
     for implementation, where in ((verify_tree, "cpu"), (kernel.verify_tree, device)):
         tokens, num_emitted, path = implementation(*on(where, arguments), **options)
         assert tokens.shape == path.shape == (0, 5)

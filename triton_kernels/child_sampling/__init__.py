@@ -53,9 +53,9 @@ def sample_children(
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError("logits must be [num_rows, vocab_size] with contiguous rows")
     num_rows, vocab_size = logits.shape
-    builtin_rule(rule, sharpening, max_children)
     if not 1 <= max_children <= min(MAX_CHILDREN, vocab_size):
         raise ValueError(f"max_children must be in 1..{min(MAX_CHILDREN, vocab_size)}")
+    builtin_rule(rule, sharpening, max_children)
     for name, value in (
         ("req_idx", requests.req_idx),
         ("root_positions", requests.root_positions),

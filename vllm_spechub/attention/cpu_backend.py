@@ -7,6 +7,7 @@ on one thread, do short chains: a call of it costs more than their arithmetic.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,23 +107,23 @@ def check_cache_layout(
     """Write one block through vLLM and read it back through `cache_views`.
 
     Raises:
-        ValueError: this processor's kernel lays its cache out in another way.
+        ValueError: this processor's kernel has another cache layout.
     """
     stored_dtype = FP8.get(kv_cache_dtype, dtype)
-    written = torch.randint(-4, 5, (2, block_size, 1, head_size)).to(dtype)
+    key, value = torch.randint(-4, 5, (2, block_size, 1, head_size)).to(dtype)
     cache = torch.zeros(1, 1, block_size, 2 * head_size).to(stored_dtype)
     if stored_dtype != dtype:
         cache = cache.view(torch.uint8)
     key_cache, value_cache = cache.view(1, 1, 2 * block_size, head_size).chunk(2, dim=2)
     slots = torch.arange(block_size)
     ops.cpu_attn_reshape_and_cache(
-        *written, key_cache, value_cache, slots, isa, 1.0, 1.0, kv_cache_dtype
+        key, value, key_cache, value_cache, slots, isa, 1.0, 1.0, kv_cache_dtype
     )
-    for stored, expected in zip(cache_views(cache.view(stored_dtype)), written, strict=True):
+    for stored, expected in zip(cache_views(cache.view(stored_dtype)), (key, value), strict=True):
         if not torch.equal(stored[0].to(dtype), expected):
             raise ValueError(
-                f"spechub: the CPU attention kernel for {isa!r} lays out its KV cache in an "
-                "unknown way; supported: x86-64 with AVX2 or AVX-512"
+                f"spechub: the CPU attention kernel for {isa!r} has an unknown KV cache "
+                "layout; supported: x86-64 with AVX2 or AVX-512"
             )
 
 
@@ -176,7 +177,7 @@ class CPUTreeMetadataBuilder(CPUAttentionMetadataBuilder):
         )
 
     def _chain_rows(self, common: CommonAttentionMetadata) -> TreeRows | None:
-        """A batch of short chains as trees: each one's root is its first token."""
+        """A batch of short chains as trees whose roots are the chains' first tokens."""
         # vLLM's kernel shares its work among threads, ours does not
         if not (1 < common.max_query_len <= MAX_CHAIN and common.causal):
             return None
@@ -240,7 +241,7 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
 
     def forward(
         self,
-        layer,
+        layer: Any,
         # [num_tokens, num_heads, head_size]
         query: torch.Tensor,
         # [num_tokens, num_kv_heads, head_size]
@@ -257,10 +258,10 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         if attn_metadata is None:  # a profiling run
             return output
-        rows = getattr(attn_metadata, "tree", None)
-        alone = rows is not None and rows.whole_batch
+        rows: TreeRows | None = getattr(attn_metadata, "tree", None)
+        whole = rows if rows is not None and rows.whole_batch else None
         stores = self.kv_sharing_target_layer_name is None
-        if alone and stores and kv_cache.dtype == query.dtype == torch.float32:
+        if whole is not None and stores and kv_cache.dtype == query.dtype == torch.float32:
             if self._viewed is not kv_cache:
                 self._viewed, self._views = kv_cache, host_views(kv_cache, self.head_size)
             store_and_attend(
@@ -269,14 +270,14 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
                 attn_metadata.slot_mapping.numpy(),
                 query.contiguous().numpy(),
                 *self._views,
-                *self._where(rows, rows.block_table),
+                *self._where(whole, whole.block_table),
                 output.numpy(),
             )
             return output
         if stores:
             slots = attn_metadata.slot_mapping
             self.do_kv_cache_update(layer, key, value, kv_cache, slots)
-        if not alone:
+        if whole is None:
             super().forward(
                 layer,
                 query,
@@ -292,7 +293,22 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
             self._attend(layer, query, kv_cache, rows, output)
         return output
 
-    def _where(self, rows: TreeRows, block_table: np.ndarray) -> tuple:
+    def _where(
+        self,
+        rows: TreeRows,
+        # [num_tree_reqs, num_blocks] int32
+        block_table: np.ndarray,
+    ) -> tuple[
+        np.ndarray,
+        np.ndarray,
+        np.ndarray,
+        np.ndarray,
+        np.ndarray,
+        np.ndarray,
+        np.float32,
+        np.float32,
+        int,
+    ]:
         """What `attend_trees` takes between the cache and the output."""
         return (
             block_table,
@@ -308,7 +324,7 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
 
     def _attend(
         self,
-        layer,
+        layer: Any,
         # [num_tokens, num_heads, head_size]
         query: torch.Tensor,
         # [num_blocks, num_kv_heads, block_size, 2 * head_size]
@@ -330,9 +346,11 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
                 halves[:, :, 1] *= layer._v_scale_float
             block_table = np.arange(len(cache), dtype=np.int32).reshape(block_table.shape)
             attended = output.float()
+        keys, values = host_views(cache, self.head_size)
         attend_trees(
             query.float().contiguous().numpy(),
-            *host_views(cache, self.head_size),
+            keys,
+            values,
             *self._where(rows, block_table),
             attended.numpy(),
         )

@@ -9,7 +9,7 @@ captured call is always ours and reads visibility from buffers that every `build
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
@@ -82,7 +82,8 @@ def cache_views(
     kv_cache: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key and value views [num_blocks, block_size, num_kv_heads, head_size] of a layer's cache."""
-    return kv_cache.transpose(1, 2).chunk(2, dim=-1)
+    key, value = kv_cache.transpose(1, 2).chunk(2, dim=-1)
+    return key, value
 
 
 class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
@@ -150,6 +151,7 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> TritonTreeMetadata:
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
+        assert isinstance(metadata, TritonTreeMetadata)  # made by `build`
         metadata.visible_until = self.visible_until
         metadata.tree_mask = self.tree_mask
         return metadata
@@ -172,8 +174,9 @@ class TritonTreeImpl(TritonAttentionImpl):
         sliding_window: int | None,
         kv_cache_dtype: str,
         logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
+        attn_type: AttentionType = AttentionType.DECODER,
+        # a layer's name, whatever vLLM declares
+        kv_sharing_target_layer_name: Any = None,
         sinks: torch.Tensor | None = None,
         use_alibi_sqrt: bool = False,
         chunk_lookback: int = -1,
@@ -216,7 +219,7 @@ class TritonTreeImpl(TritonAttentionImpl):
 
     def forward(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         # [num_tokens, num_heads, head_size]
         query: torch.Tensor,
         # [num_tokens, num_kv_heads, head_size]
@@ -225,14 +228,16 @@ class TritonTreeImpl(TritonAttentionImpl):
         value: torch.Tensor,
         # [num_blocks, num_kv_heads, block_size, 2 * head_size]
         kv_cache: torch.Tensor,
-        attn_metadata: TritonTreeMetadata | None,
+        # None in a profiling run, which vLLM does not declare
+        attn_metadata: TritonTreeMetadata,
         # [num_tokens, num_heads, head_size]
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend to the paged cache; this step's keys and values are already in it."""
-        if attn_metadata is None or attn_metadata.visible_until is None:
+        visible_until: torch.Tensor | None = getattr(attn_metadata, "visible_until", None)
+        if visible_until is None:
             return super().forward(
                 layer,
                 query,
@@ -244,6 +249,7 @@ class TritonTreeImpl(TritonAttentionImpl):
                 output_scale,
                 output_block_scale,
             )
+        assert attn_metadata.tree_mask is not None  # set with `visible_until`
         num_tokens = attn_metadata.num_actual_tokens
         key_scale = value_scale = None
         if self._kv_quant_mode == KVQuantMode.FP8_PER_TENSOR:
@@ -258,7 +264,7 @@ class TritonTreeImpl(TritonAttentionImpl):
             attn_metadata.query_start_loc,
             attn_metadata.seq_lens,
             attn_metadata.block_table,
-            attn_metadata.visible_until,
+            visible_until,
             attn_metadata.tree_mask,
             self.scale,
             attn_metadata.max_query_len,

@@ -1,38 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moves the accepted path's KV to where a plain decode would have written it.
 
-The target wrote every tree node to its own slot. The next step, the prefix cache and preemption
-all read consecutive slots, so the path moves before anything else can look.
+The target wrote every tree node to a slot of its own. The next step, the prefix cache and
+preemption all read consecutive slots, so the path moves before anything else can read it.
 """
-
-from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import VllmConfig
-from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
 
-if TYPE_CHECKING:
-    from vllm_spechub.triton_kernels.compaction import KVCompactor
+from vllm_spechub.engine.platform import Compactor, Platform
 
 
 class PathCompactor:
-    """One `KVCompactor` per KV cache group of the target; the draft rewrites its own cache."""
+    """One compactor per KV cache group of the target. The draft writes accepted tokens again, so
+    its cache needs none."""
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    def __init__(self, vllm_config: VllmConfig, platform: Platform) -> None:
         self.layers = vllm_config.compilation_config.static_forward_context
-        self.compactors: list[tuple[int, KVCompactor]] = []
+        self.platform = platform
+        self.compactors: list[tuple[int, Compactor]] = []
 
     def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Take hold of the target's cache tensors once they are allocated."""
-        if current_platform.is_cpu():
-            from vllm_spechub.attention.cpu_backend import cache_views
-            from vllm_spechub.cpu.tree_kernels.compaction import HostKVCompactor as Compactor
-        else:
-            from vllm_spechub.attention.triton_backend import cache_views
-            from vllm_spechub.triton_kernels.compaction import KVCompactor as Compactor
-
+        cache_views, compactor = self.platform.cache_kernels()
         self.block_tables = block_tables
         self.compactors = []
         for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
@@ -41,8 +33,8 @@ class PathCompactor:
                 backend = layer.get_attn_backend()
                 if not getattr(backend.get_builder_cls(), "accepts_tree", False):
                     raise RuntimeError(
-                        f"spechub: an attention layer runs on {backend.__name__}, which knows no "
-                        "trees; leave attention_backend unset"
+                        f"spechub: an attention layer runs on {backend.__name__}, which does not "
+                        "support trees; leave attention_backend unset"
                     )
             views = [
                 view
@@ -51,7 +43,7 @@ class PathCompactor:
                 for view in cache_views(layer.kv_cache)
             ]
             if views:
-                self.compactors.append((group_id, Compactor(views)))
+                self.compactors.append((group_id, compactor(views)))
 
     def __call__(
         self,
@@ -60,6 +52,7 @@ class PathCompactor:
         # [num_reqs, depth + 1] int32
         path: torch.Tensor,
     ) -> None:
+        """Move the KV of `path`; -1 past a path's end."""
         num_reqs = path.shape[0]
         for group_id, compact in self.compactors:
             block_table = self.block_tables.input_block_tables[group_id][:num_reqs]

@@ -8,7 +8,7 @@ plain decoding feeds it, alone, so a reasoning parser may switch the grammar on 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.v1.structured_output.utils import strip_speculative_padding
 
@@ -45,10 +45,16 @@ class History:
         """The request when it had `length` tokens."""
         return cls(
             request.request_id,
-            request.structured_output_request,
+            structured_output_of(request),
             request.prompt_token_ids,
             request.all_token_ids[:length],
         )
+
+
+def structured_output_of(request: "Request") -> "StructuredOutputRequest":
+    """The structured output that a request asks for. One that asks for none has no masks."""
+    assert request.structured_output_request is not None
+    return request.structured_output_request
 
 
 def is_masked(manager: "StructuredOutputManager", request: "Request") -> bool:
@@ -67,10 +73,11 @@ class GrammarWalk:
     def __init__(self, manager: "StructuredOutputManager", request: "Request") -> None:
         self.manager = manager
         self.request_id = request.request_id
-        self.grammar: StructuredOutputGrammar = request.structured_output_request.grammar
+        # compiled: vLLM schedules no request before its grammar is
+        self.grammar = cast("StructuredOutputGrammar", structured_output_of(request).grammar)
         # `masks`: whether the grammar applies here, and not only after some reasoning to come
         self.masks = is_masked(manager, request)
-        self.history = None if self.masks else History.of(request, request.num_tokens)
+        self.history = History.of(request, 0 if self.masks else request.num_tokens)
 
     @contextmanager
     def step(self, token: int) -> Iterator[bool]:
@@ -85,7 +92,7 @@ class GrammarWalk:
             return
         self.history.all_token_ids.append(token)
         start, constraint_start = self.manager._get_constraint_bounds(
-            self.history, [token], spec_tokens_committed=True
+            cast("Request", self.history), [token], spec_tokens_committed=True
         )
         self.masks = constraint_start <= 1
         if start == 0:  # the token that ends the reasoning belongs to the grammar
@@ -156,10 +163,12 @@ def grammar_bitmask(
         drafts: each request's scheduled drafts, -1 for those that are not known here.
         trees: the tree that each request's drafts belong to.
     """
-    if manager._grammar_bitmask is None:
+    bitmask = manager._grammar_bitmask
+    if bitmask is None:
+        assert manager.backend is not None  # it has compiled a grammar
         config = manager.vllm_config
         rows = config.scheduler_config.max_num_seqs * (1 + config.num_speculative_tokens)
-        manager._grammar_bitmask = manager.backend.allocate_token_bitmask(rows)
+        bitmask = manager._grammar_bitmask = manager.backend.allocate_token_bitmask(rows)
     end = 0
     for request_id in request_ids:
         tokens = drafts.get(request_id, [])
@@ -168,9 +177,9 @@ def grammar_bitmask(
             GrammarWalk(manager, requests[request_id]),
             trees.get(request_id, ANY_TREE),
             strip_speculative_padding(tokens),
-            manager._grammar_bitmask[start:end],
+            bitmask[start:end],
         )
-    return manager._grammar_bitmask[:end].numpy()
+    return bitmask[:end].numpy()
 
 
 def unseen_drafts(
@@ -185,7 +194,7 @@ def unseen_drafts(
     starting |= scheduler_output.scheduled_cached_reqs.resumed_req_ids
     known = zip(
         grammar_output.structured_output_request_ids,
-        grammar_output.num_acceptable_drafts,
+        grammar_output.num_acceptable_drafts or [],
         strict=True,
     )
     return {
@@ -196,7 +205,7 @@ def unseen_drafts(
 
 
 def accept_tokens(
-    accept: "Callable[[StructuredOutputManager, Request | History, list[int]], bool]",
+    accept: "Callable[[StructuredOutputManager, Any, list[int]], bool]",
     manager: "StructuredOutputManager",
     request: "Request",
     token_ids: Sequence[int],
@@ -204,7 +213,7 @@ def accept_tokens(
     """Feed a step's emitted tokens to the grammar as plain decoding does, one at a time.
 
     Args:
-        accept: vLLM's `StructuredOutputManager.accept_tokens`.
+        accept: vLLM's `StructuredOutputManager.accept_tokens`, to which a `History` is a request.
         token_ids: the last tokens of `request`. A reasoning parser is asked about each of them
             with those before it only, and a grammar may end before the last of them.
 

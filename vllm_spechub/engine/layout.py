@@ -11,16 +11,18 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_spechub.attention.visibility import TreeVisibility
-from vllm_spechub.engine.request_trees import DraftedTrees
+from vllm_spechub.engine.request_trees import RequestTrees
 
 
 class TreeLayout:
     """Per-token positions and visibility of a batch, in buffers that CUDA graphs can replay."""
 
-    def __init__(self, drafted: DraftedTrees, max_num_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, request_trees: RequestTrees, max_num_tokens: int, device: torch.device
+    ) -> None:
         self.device = device
-        self.drafted = drafted
-        trees = drafted.trees
+        self.request_trees = request_trees
+        trees = request_trees.trees
         # Entry 0 stands for an ordinary token, the others for the trees' nodes, tree after tree.
         sizes = [tree.num_nodes + 1 for tree in trees]
         # [num_trees] where the tree's root stands
@@ -42,7 +44,7 @@ class TreeLayout:
         self.tree_mask = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
 
     def place_tables(self) -> None:
-        """Put the tree's tables on the device; again after its memory was given away."""
+        """Copy the trees' tables to the device, also again after sleep mode has discarded them."""
         tables = [table.to(self.device, copy=True) for table in self._tables]
         self._rope_offset, self._until_offset, self._mask = tables
 
@@ -59,7 +61,7 @@ class TreeLayout:
             start = np.repeat(ends - num_tree_tokens, num_tree_tokens)
             first = np.repeat(np.cumsum(num_tree_tokens) - num_tree_tokens, num_tree_tokens)
             node = np.arange(num_tree_tokens.sum()) - first
-            root = self._root_entry[self.drafted.index[batch.idx_mapping_np]]
+            root = self._root_entry[self.request_trees.index_for(batch.idx_mapping_np)]
             row[start + node] = np.repeat(root, num_tree_tokens) + node
         rows = async_tensor_h2d(row, device=self.device)
         positions = batch.positions[:num_tokens]

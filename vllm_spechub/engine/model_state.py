@@ -1,42 +1,78 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target's model state: tree inputs before the forward pass, tree sampling after it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.sample.states import SamplingStates
+from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_spechub.attention.visibility import TreeAttnMetadata
+from vllm_spechub.config import spechub_config
 from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.layout import TreeLayout
+from vllm_spechub.engine.platform import Platform
 from vllm_spechub.engine.processors import HistoryProcessors
-from vllm_spechub.engine.request_trees import DraftedTrees
+from vllm_spechub.engine.request_trees import RequestTrees
 from vllm_spechub.engine.sampler import TreeRejectionSampler
-from vllm_spechub.engine.tree_kernels import tree_kernels
 from vllm_spechub.rules.base import build_rule
 
 
 class TreeModelState(DefaultModelState):
-    """`DefaultModelState` for batches whose requests may carry a draft tree."""
+    """`DefaultModelState` for batches whose requests may carry a draft tree.
 
-    def __init__(self, vllm_config, model, encoder_cache, device) -> None:
+    It is the one place in a worker from which the rest of the engine, proposers above all, learns
+    about requests.
+
+    Args:
+        platform: supplies the compactor and the verification rule's kernels.
+
+    Attributes:
+        request_trees: what the worker remembers of each request's drafts.
+        sampling_states: each request's sampling parameters; from `custom_sampler` on, which vLLM
+            calls when the target is loaded.
+        req_states: each request's text, likewise.
+    """
+
+    request_trees: RequestTrees
+    sampling_states: SamplingStates
+    req_states: RequestState
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        model: torch.nn.Module,
+        encoder_cache: EncoderCache | None,
+        device: torch.device,
+        platform: Platform,
+    ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.config = vllm_config.speculative_config
-        self.drafted = DraftedTrees(self.config.schedule, self.max_num_reqs)
-        self.layout = TreeLayout(self.drafted, self.max_num_tokens, device)
-        self.compactor = PathCompactor(vllm_config)
+        self.config = spechub_config(vllm_config)
+        self.platform = platform
+        self.request_trees = RequestTrees(self.config.schedule, self.max_num_reqs, device)
+        self.layout = TreeLayout(self.request_trees, self.max_num_tokens, device)
+        self.compactor = PathCompactor(vllm_config, platform)
+        self.bind_compactor: Callable[[], None]
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
-        self.drafted.add_request(req_index)
+        self.request_trees.add_request(req_index)
 
-    def initialize_kv_cache(self, kv_cache_config, block_tables) -> None:
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
+    ) -> None:
         self.bind_compactor = partial(self.compactor.bind, kv_cache_config, block_tables)
         self.bind_compactor()
 
@@ -45,13 +81,15 @@ class TreeModelState(DefaultModelState):
         self.layout.place_tables()
         self.bind_compactor()
 
-    def prepare_attn(self, input_batch: InputBatch, *args, **kwargs) -> dict[str, Any]:
+    def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
         tree = self.layout.update(input_batch)
         return super().prepare_attn(
             input_batch, *args, **kwargs, model_specific_attn_metadata=TreeAttnMetadata(tree)
         )
 
-    def prepare_inputs(self, input_batch: InputBatch, req_states) -> dict[str, torch.Tensor]:
+    def prepare_inputs(
+        self, input_batch: InputBatch, req_states: RequestState
+    ) -> dict[str, torch.Tensor | None]:
         self._map_adapters_to_rows(input_batch)
         return {"positions": self.layout.positions[: input_batch.num_tokens_after_padding]}
 
@@ -61,7 +99,7 @@ class TreeModelState(DefaultModelState):
 
     def _map_adapters_to_rows(self, input_batch: InputBatch) -> None:
         """Give every logits row its request's LoRA adapter; the V2 runner maps one row each."""
-        manager = getattr(self.model, "lora_manager", None)
+        manager: Any = getattr(self.model, "lora_manager", None)
         if manager is None or not input_batch.num_draft_tokens:
             return
         mapping = manager._last_mapping
@@ -72,8 +110,13 @@ class TreeModelState(DefaultModelState):
         history = HistoryProcessors(sampler.logits_processors, self.max_num_reqs)
         sampler.logits_processors = [history]
         self.sampling_states, self.req_states = sampler.sampling_states, sampler.req_states
-        rule = build_rule(self.config, tree_kernels())
         rejection_sampler = TreeRejectionSampler(
-            sampler, self.config, self.device, rule, history, self.drafted, self.compactor
+            sampler,
+            self.config,
+            self.device,
+            build_rule(self.config, self.platform.tree_kernels()),
+            history,
+            self.request_trees,
+            self.compactor,
         )
         return sampler, rejection_sampler

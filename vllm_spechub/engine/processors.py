@@ -28,7 +28,7 @@ class HistoryProcessors(LogitsProcessor):
         self.needs_history = np.zeros(max_num_reqs, dtype=bool)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        # Every processor must hear of the request. Biases, allowed tokens and min_tokens look at
+        # Every processor must see the request. Biases, allowed tokens and min_tokens look at
         # a row's position only; the thinking budget runs outside this list, but reads history.
         used = [p.add_request(req_idx, sampling_params) for p in self.processors]
         budget = sampling_params.thinking_token_budget is not None
@@ -71,8 +71,8 @@ class UnrolledRows:
 
 @lru_cache(maxsize=256)
 def _unrolled_tree(tree: TokenTree, num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes of all root-to-leaf paths of the first `num_nodes` nodes, one after the other, and
-    each one's depth."""
+    """The nodes of all root-to-leaf paths of the first `num_nodes` nodes, path after path, and
+    their depths."""
     kept = range(num_nodes + 1)
     inner = {tree.parents[node - 1] for node in kept if node}
     paths = [tree.paths[node] for node in kept if node not in inner]

@@ -1,35 +1,139 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DraftedTrees`: what the worker remembers on the host of each request's drafts."""
+"""`RequestTrees`: everything that a worker remembers of its requests' drafts."""
 
 import numpy as np
+import torch
+from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_spechub.trees.schedule import TreeSchedule
 from vllm_spechub.trees.tree import TokenTree
 
 
-class DraftedTrees:
-    """Which tree each request drafted last, and how far the draft model lags behind it.
+class RequestTrees:
+    """Which tree each request drafted last, how far its draft lags, and which path was accepted.
 
-    The width may change from step to step, and a request that missed a step still has the tree of
-    its last one: a batch may mix trees.
+    A schedule may change the tree from step to step, and a request that missed a step still has the
+    tree of its last one, so a batch may mix trees.
+
+    Args:
+        schedule: the trees that requests may draft.
+        max_num_reqs: request-state slots.
+        device: where verification and drafting run.
     """
 
-    def __init__(self, schedule: TreeSchedule, max_num_reqs: int) -> None:
+    def __init__(self, schedule: TreeSchedule, max_num_reqs: int, device: torch.device) -> None:
         self.trees = schedule.trees
         # [num_trees]
-        self.depths = np.array([tree.depth for tree in schedule.trees])
+        self._depths = np.array([tree.depth for tree in schedule.trees])
         # [max_num_reqs] place in `trees`
-        self.index = np.zeros(max_num_reqs, dtype=np.int64)
-        # [max_num_reqs] at most so many tokens before a request's next one the draft has not read
-        self.behind = np.zeros(max_num_reqs, dtype=np.int64)
+        self._index = np.zeros(max_num_reqs, dtype=np.int64)
+        # [max_num_reqs] upper bound on the tokens that the draft has not read before the next one
+        self._draft_lag = np.zeros(max_num_reqs, dtype=np.int64)
+        # [max_num_reqs] the first position that the draft has not read, or the last root's
+        self._next_unread_position = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
+        # [num_reqs, depth + 1] int32, of the batch that was verified last
+        self._accepted_paths: torch.Tensor | None = None
 
-    def add_request(self, req_idx: int) -> None:
-        self.behind[req_idx] = 0
+    def add_request(self, req_index: int) -> None:
+        """Forget the request that had this place before."""
+        self._draft_lag[req_index] = 0
 
-    def of(
+    def record_drafted(
+        self,
+        # [num_reqs]
+        reqs: np.ndarray,
+        index: int,
+    ) -> None:
+        """These requests draft the tree with this place in the schedule."""
+        self._index[reqs] = index
+
+    def index_for(
+        self,
+        # [num_reqs]
+        reqs: np.ndarray,
+    ) -> np.ndarray:
+        """The place in the schedule of each request's tree. [num_reqs] int64"""
+        return self._index[reqs]
+
+    def trees_for(
         self,
         # [num_reqs]
         reqs: np.ndarray,
     ) -> list[TokenTree]:
         """Each request's tree."""
-        return [self.trees[index] for index in self.index[reqs]]
+        return [self.trees[index] for index in self._index[reqs]]
+
+    def depths_for(
+        self,
+        # [num_reqs]
+        reqs: np.ndarray,
+    ) -> np.ndarray:
+        """The depth of each request's tree. [num_reqs] int64"""
+        return self._depths[self._index[reqs]]
+
+    def record_accepted(
+        self,
+        # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end
+        paths: torch.Tensor,
+    ) -> None:
+        """Keep the paths that were just verified until the next ones are."""
+        self._accepted_paths = paths
+
+    def accepted_paths(self, batch: InputBatch) -> torch.Tensor | None:
+        """The accepted path of each request of the batch that was just verified.
+
+        Returns:
+            [num_reqs, depth + 1] int32: the accepted node of each depth, 0 first, -1 past the end.
+            None if no request of the batch had a tree.
+        """
+        return self._accepted_paths if batch.num_draft_tokens else None
+
+    def draft_lag(
+        self,
+        # [num_reqs]
+        reqs: np.ndarray,
+    ) -> np.ndarray:
+        """How many of each request's tokens the draft has not read, at most. [num_reqs] int64"""
+        return self._draft_lag[reqs]
+
+    def next_unread_position(
+        self,
+        # [num_reqs] int64
+        idx_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """The first position that the draft has not read, if the request lags. [num_reqs] int64"""
+        return self._next_unread_position[idx_mapping]
+
+    def pause_reading(
+        self,
+        # [num_reqs]
+        reqs: np.ndarray,
+    ) -> None:
+        """The draft does not read the token that each of these requests has just got."""
+        self._draft_lag[reqs] += 1
+
+    def catch_up(
+        self,
+        # [num_reqs]
+        reqs: np.ndarray,
+        num_rows: int,
+    ) -> np.ndarray:
+        """Share out spare rows among requests that lag, one after the other.
+
+        Returns:
+            How many rows each request gets. [num_reqs] int64
+        """
+        lag = self._draft_lag[reqs]
+        given = np.clip(num_rows - (np.cumsum(lag) - lag), 0, lag)
+        self._draft_lag[reqs] = lag - given
+        return given
+
+    def record_read(
+        self,
+        # [num_reqs] int64
+        idx_mapping: torch.Tensor,
+        # [num_reqs] int64
+        positions: torch.Tensor,
+    ) -> None:
+        """The draft has read everything before these positions."""
+        self._next_unread_position[idx_mapping] = positions

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verifies every request's tree and puts the accepted path where a plain decode would have it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
 
 from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.processors import HistoryProcessors, UnrolledRows, unroll
-from vllm_spechub.engine.request_trees import DraftedTrees
+from vllm_spechub.engine.request_trees import RequestTrees
 from vllm_spechub.engine.truncation import truncates
 from vllm_spechub.rules.base import VerificationRule
 from vllm_spechub.rules.draft_state import DraftBuffers, DraftState
@@ -36,7 +36,12 @@ class TreeSamplerOutput(SamplerOutput):
     """vLLM's output, and which nodes the accepted tokens are."""
 
     # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end
-    accepted_paths: torch.Tensor | None = None
+    accepted_paths: torch.Tensor = field(kw_only=True)
+    # the same on the host, once the copy that `start_copy_to_host` queues is through
+    accepted_paths_on_host: torch.Tensor = field(init=False)
+
+    def start_copy_to_host(self) -> None:
+        self.accepted_paths_on_host = self.accepted_paths.to("cpu", non_blocking=True)
 
 
 class TreeRejectionSampler(RejectionSampler):
@@ -49,13 +54,13 @@ class TreeRejectionSampler(RejectionSampler):
         device: torch.device,
         rule: VerificationRule,
         history: HistoryProcessors,
-        drafted: DraftedTrees,
+        request_trees: RequestTrees,
         compactor: PathCompactor,
     ) -> None:
         super().__init__(sampler, config, device)
         self.rule = rule
         self.history = history
-        self.drafted = drafted
+        self.request_trees = request_trees
         self.compactor = compactor
         self.reports_processed = sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
 
@@ -91,6 +96,7 @@ class TreeRejectionSampler(RejectionSampler):
         tokens, num_emitted, path = self._verify_each_tree(target, requests, batch, draft)
         self._sample_without_tree(processed, target_temperature, batch, root_positions, tokens)
         self.compactor(root_positions, path)
+        self.request_trees.record_accepted(path)
 
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             num_emitted, batch.seq_lens, batch.cu_num_logits, batch.idx_mapping, prefill_len
@@ -111,7 +117,7 @@ class TreeRejectionSampler(RejectionSampler):
         batch: InputBatch,
         draft: DraftBuffers,
     ) -> VerifiedPaths:
-        """Verify the requests of every tree in the batch: nearly always there is but one."""
+        """Verify each request with its own tree. Nearly every batch has a single tree."""
 
         def verify(
             # [num_reqs]
@@ -122,18 +128,23 @@ class TreeRejectionSampler(RejectionSampler):
             return self.rule.verify(checked, requests, state)
 
         num_nodes = target.num_nodes
-        if len(self.drafted.trees) == 1:
+        if len(self.request_trees.trees) == 1:
             return verify(num_nodes, draft.states[0])
-        tree_index = self.drafted.index[batch.idx_mapping_np]
+        assert batch.num_draft_tokens_per_req is not None  # else vLLM's own sampler runs
+        tree_index = self.request_trees.index_for(batch.idx_mapping_np)
         first, *others = np.unique(tree_index[batch.num_draft_tokens_per_req > 0])
         if not others:
             return verify(num_nodes, draft.states[first])
         width = 1 + max(draft.states[index].tree.depth for index in (first, *others))
-        merged: VerifiedPaths | None = None
-        for index in (first, *others):
+
+        def verify_tree(index: int) -> tuple[torch.Tensor, VerifiedPaths]:
             mine = async_tensor_h2d(tree_index == index, device=num_nodes.device)
-            paths = verify(num_nodes * mine, draft.states[index]).padded(width)
-            merged = paths if merged is None else paths.where(mine, merged)
+            return mine, verify(num_nodes * mine, draft.states[index]).padded(width)
+
+        _, merged = verify_tree(first)
+        for index in others:
+            mine, paths = verify_tree(index)
+            merged = paths.where(mine, merged)
         return merged
 
     def process(
@@ -158,7 +169,7 @@ class TreeRejectionSampler(RejectionSampler):
         first_row = batch.cu_num_logits_np[:-1]
         num_nodes = batch.cu_num_logits_np[1:] - first_row - 1
         needs_history = self.history.needs_history[reqs[chosen]]
-        trees = self.drafted.of(reqs[chosen])
+        trees = self.request_trees.trees_for(reqs[chosen])
         rows = unroll(trees, num_nodes[chosen], first_row[chosen], needs_history)
         processed = logits.to(torch.float32, copy=True)
         remaining = temperature.clone()

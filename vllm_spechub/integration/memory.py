@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.model_executor.layers.linear import LinearBase
 
+from vllm_spechub.config import spechub_config
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -17,13 +19,15 @@ def tensor_bytes(owner: object) -> int:
 
 
 def weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of this rank's weights, those included that a CPU's matrix kernels have packed away."""
-    total = sum(parameter.nbytes for parameter in model.parameters())
+    """Bytes of this rank's weights, including those that a CPU's matrix kernels have repacked."""
+    total: int = sum(parameter.nbytes for parameter in model.parameters())
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
         if isinstance(layer, LinearBase) and weight is not None and weight.numel() == 0:
-            packed = layer.input_size_per_partition * layer.output_size_per_partition
-            total += packed * dtype.itemsize
+            # a layer that every rank holds whole has no partitions
+            inputs: int = getattr(layer, "input_size_per_partition", layer.input_size)
+            outputs: int = getattr(layer, "output_size_per_partition", layer.output_size)
+            total += inputs * outputs * dtype.itemsize
     return total
 
 
@@ -46,7 +50,7 @@ def verification_bytes(vllm_config: "VllmConfig") -> int:
     vLLM's profiling run, which sizes the KV cache, has one row per request.
     """
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
-    nodes = vllm_config.speculative_config.num_speculative_tokens
+    nodes = spechub_config(vllm_config).num_speculative_tokens
     rows = min(scheduler.max_num_seqs * (1 + nodes), scheduler.max_num_batched_tokens)
     rows -= min(scheduler.max_num_seqs, rows)
     return rows * model.get_vocab_size() * (model.dtype.itemsize + torch.float32.itemsize)

@@ -3,7 +3,8 @@
 
 Nothing else in the package assigns to vLLM's names. A patch names its symbol, the parameters it
 expects, and the replacement, a function that takes the original and returns what to install.
-`docs/patches.md` is rendered from this ledger.
+`docs/patches.md` shows this ledger, and what else of vLLM the package relies on, which
+`scripts/check_vllm.py` finds in its sources.
 """
 
 import inspect

@@ -1,34 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that draft trees refuse of an engine or a model, and what to use instead."""
+"""The settings and models that draft trees do not support, and what to use instead."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vllm.platforms import current_platform
-
-from vllm_spechub.integration.classes import SCHEDULERS, VLLM_WORKERS, WORKERS
+from vllm_spechub.config import spechub_config
+from vllm_spechub.engine.platform import Platform
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
+SCHEDULERS = {
+    False: "vllm_spechub.integration.scheduler.TreeScheduler",
+    True: "vllm_spechub.integration.scheduler.AsyncTreeScheduler",
+}
+"""The paths of our schedulers, by whether scheduling is asynchronous."""
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
 class Unsupported(RuntimeError):
-    """A setting that draft trees do not support. Not a ValueError: pydantic, inside whose
-    validation it is raised, would bury the line in its own report."""
+    """A setting that draft trees do not support. It is no ValueError because pydantic, inside
+    whose validation it is raised, would bury the line in its own report."""
 
 
 def raise_first(refusals: Iterator[tuple[bool, str]]) -> None:
+    """Raises: Unsupported, for the first refusal that holds."""
     for refused, message in refusals:
         if refused:
             raise Unsupported(f"spechub: {message}")
 
 
-def engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
-    """(is it asked for, what to say) for everything draft trees refuse of an engine."""
+def engine_refusals(vllm_config: "VllmConfig", platform: Platform) -> Iterator[tuple[bool, str]]:
+    """(is it set, what to say) for every setting of an engine that draft trees do not support."""
     import vllm.envs as envs
 
+    spechub = spechub_config(vllm_config)
     parallel = vllm_config.parallel_config
     cache = vllm_config.cache_config
     attention = vllm_config.attention_config.backend
@@ -40,21 +46,19 @@ def engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
     yield (
         parallel.distributed_executor_backend == "ray"
         and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND,
-        "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 is set, but trees bring an executor of the newer kind; "
-        "unset it",
+        "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 is set, but spechub supplies an executor of the newer "
+        "kind; unset it",
     )
     yield (
-        not (current_platform.is_cpu() or current_platform.is_cuda()),
-        f"the platform {current_platform.device_name!r} is not supported; use CUDA or the CPU",
-    )
-    yield (
-        parallel.worker_cls not in VLLM_WORKERS | set(WORKERS.values()),
-        f"worker_cls={parallel.worker_cls!r}: trees bring their own worker; leave it unset",
+        parallel.worker_cls not in ("auto", platform.vllm_worker, platform.worker),
+        f"worker_cls={parallel.worker_cls!r}: spechub supplies its own worker; leave worker_cls "
+        "unset",
     )
     scheduler = vllm_config.scheduler_config.scheduler_cls
     yield (
         scheduler not in (None, *SCHEDULERS.values()),
-        f"scheduler_cls={scheduler!r}: trees bring their own scheduler; leave it unset",
+        f"scheduler_cls={scheduler!r}: spechub supplies its own scheduler; leave "
+        "scheduler_cls unset",
     )
     yield (
         parallel.pipeline_parallel_size > 1,
@@ -62,14 +66,14 @@ def engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
     )
     yield (
         parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe,
-        "data_parallel_size > 1 is not supported for mixtures of experts, whose ranks run in step; "
-        "start separate engines",
+        "data_parallel_size > 1 is not supported for mixture-of-experts models, whose ranks must "
+        "run in step; start separate engines",
     )
     yield (
-        parallel.data_parallel_size > 1
-        and vllm_config.speculative_config.tree_by_batch_size is not None,
-        "speculative_config['tree_by_batch_size'] with data_parallel_size > 1 is not supported, as "
-        "vLLM varies no widths there; use speculative_config['tree']",
+        parallel.data_parallel_size > 1 and len(spechub.schedule.ranges) > 1,
+        "speculative_config['tree_by_batch_size'] with data_parallel_size > 1 is not supported, "
+        "because vLLM does not vary the number of drafted tokens there; use "
+        "speculative_config['tree']",
     )
     yield (
         parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
@@ -77,19 +81,23 @@ def engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
     )
     yield parallel.use_ubatching, "enable_dbo (dual-batch overlap) is not supported; turn it off"
     yield (
-        parallel.enable_batch_sharded_sampling,
+        bool(parallel.enable_batch_sharded_sampling),
         "enable_batch_sharded_sampling is not supported; turn it off",
     )
     yield parallel.enable_eplb, "enable_eplb is not supported; turn it off"
     yield (
         vllm_config.kv_transfer_config is not None,
-        "kv_transfer_config (KV connectors) is not supported: a connector may read a tree's slots "
-        "before its accepted path is in place; remove it",
+        "kv_transfer_config (KV connectors) is not supported: a connector may read a tree's KV "
+        "cache before the accepted path is moved into place; remove it",
     )
-    yield vllm_config.ec_transfer_config is not None, "ec_transfer_config is not supported"
+    yield (
+        vllm_config.ec_transfer_config is not None,
+        "ec_transfer_config is not supported; remove it",
+    )
     yield (
         vllm_config.aux_output_config.enable_return_routed_experts,
-        "enable_return_routed_experts is not supported: experts are recorded by slot; turn it off",
+        "enable_return_routed_experts is not supported: vLLM records experts by slot, and trees "
+        "move tokens between slots; turn it off",
     )
     yield (
         getattr(vllm_config, "watermark_config", None) is not None,
@@ -97,7 +105,7 @@ def engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
     )
     for where, dtype in (
         ("kv_cache_dtype", cache.cache_dtype),
-        ("speculative_config['kv_cache_dtype']", vllm_config.speculative_config.kv_cache_dtype),
+        ("speculative_config['kv_cache_dtype']", spechub.kv_cache_dtype),
     ):
         yield (
             dtype not in (None, *KV_CACHE_DTYPES),
@@ -105,14 +113,14 @@ def engine_refusals(vllm_config: "VllmConfig") -> Iterator[tuple[bool, str]]:
         )
     yield cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill is not supported; turn it off"
     yield (
-        attention is not None and attention.name not in ("CUSTOM", "CPU_ATTN"),
-        f"attention_backend={getattr(attention, 'name', '')}: trees bring their own attention "
-        "backend; leave it unset",
+        attention not in (None, platform.backend_entry),
+        f"attention_backend={getattr(attention, 'name', '')}: spechub supplies its own attention "
+        "backend; leave attention_backend unset",
     )
 
 
 def model_refusals(model: "ModelConfig | None") -> Iterator[tuple[bool, str]]:
-    """(is it so, what to say) for everything draft trees refuse of a target or draft model."""
+    """(is it so, what to say) for every kind of target or draft that trees do not support."""
     if model is None:
         return
     hf = model.hf_text_config
@@ -138,7 +146,7 @@ def model_refusals(model: "ModelConfig | None") -> Iterator[tuple[bool, str]]:
     yield (
         model.attention_chunk_size is not None,
         f"{name} has chunked attention layers; not supported "
-        "(their chunks are counted in slots, a tree's positions in depth)",
+        "(chunks count slots, the positions of a tree count depths)",
     )
     yield (
         getattr(hf, "alibi", False) or getattr(hf, "model_type", "") in ("bloom", "mpt"),

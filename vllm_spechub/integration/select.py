@@ -1,45 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names our worker, scheduler and attention backend in a spechub configuration."""
+"""Chooses the platform, and names our classes in a spechub configuration."""
 
 from typing import TYPE_CHECKING
 
 from vllm.platforms import current_platform
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import register_backend
 
-from vllm_spechub.integration import patches
-from vllm_spechub.integration.classes import SCHEDULERS, TRITON_BACKEND, WORKERS
-from vllm_spechub.integration.patch import apply_all
-from vllm_spechub.integration.refusals import engine_refusals, model_refusals, raise_first
+from vllm_spechub.config import spechub_config
+from vllm_spechub.engine.platform import Platform
+from vllm_spechub.integration.platforms import PLATFORMS
+from vllm_spechub.integration.refusals import (
+    SCHEDULERS,
+    Unsupported,
+    engine_refusals,
+    model_refusals,
+    raise_first,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+def platform() -> Platform:
+    """The platform of this process, by the one that vLLM has found.
+
+    Raises:
+        Unsupported: trees do not run on it.
+    """
+    name = current_platform.device_name
+    if name not in PLATFORMS:
+        raise Unsupported(f"spechub: the platform {name!r} is not supported; use CUDA or the CPU")
+    return PLATFORMS[name]
+
+
 def prepare_engine(vllm_config: "VllmConfig") -> None:
-    """Refuse what draft trees cannot do yet, then name our worker and attention backend.
+    """Refuse what draft trees cannot do yet, then name our worker, scheduler and attention backend.
 
     Runs whenever vLLM validates an engine's configuration, before any weights are loaded.
 
     Raises:
         Unsupported: one line that names the setting and what to use instead.
     """
-    raise_first(engine_refusals(vllm_config))
+    ours = platform()
+    raise_first(engine_refusals(vllm_config, ours))
     raise_first(model_refusals(vllm_config.model_config))
-    raise_first(model_refusals(vllm_config.speculative_config.draft_model_config))
-    scheduler = vllm_config.scheduler_config
+    raise_first(model_refusals(spechub_config(vllm_config).draft_model_config))
+    ours.prepare_process()  # the worker may live in this process
+    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
-    parallel = vllm_config.parallel_config
-    if current_platform.is_cpu():
-        parallel.worker_cls = WORKERS["cpu"]
-        apply_all(
-            patches.CPU_WORKER
-        )  # for a worker in this process, where Numba may be loaded already
-    else:
-        parallel.worker_cls = WORKERS["cuda"]
-        register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
-        vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
+    parallel.worker_cls = ours.worker
+    if ours.names_backend:
+        register_attention_backend(ours)
+        vllm_config.attention_config.backend = ours.backend_entry
     if parallel.distributed_executor_backend == "ray":
         # needs Ray, which is there if it is asked for
         from vllm_spechub.integration.ray_executor import SpecHubRayExecutor
 
         parallel.distributed_executor_backend = SpecHubRayExecutor
+
+
+def register_attention_backend(platform: Platform) -> None:
+    """Put our attention backend into vLLM's registry, which every process has its own of."""
+    register_backend(platform.backend_entry, platform.attention_backend)
+    # an engine before this one in the same process may have chosen vLLM's own
+    selector._cached_get_attn_backend.cache_clear()

@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from vllm_spechub.config import spechub_config
 from vllm_spechub.integration.memory import (
     kv_cache_share,
     tensor_bytes,
@@ -17,25 +18,26 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+    from vllm_spechub.proposers.base import TreeProposer
+
 
 def summarize(
-    vllm_config: "VllmConfig", speculator: object, kv_cache_config: "KVCacheConfig"
+    vllm_config: "VllmConfig", proposer: "TreeProposer", kv_cache_config: "KVCacheConfig"
 ) -> str:
     """One readable block: method, tree, rule, draft, memory added, what is off and why."""
-    config = vllm_config.speculative_config
-    draft = config.draft_model_config
+    config = spechub_config(vllm_config)
     # a proposer may have no model of its own
-    model = getattr(speculator, "model", None)
-    weights = weight_bytes(model, draft.dtype) if model is not None else 0
+    model = getattr(proposer, "model", None)
+    weights = weight_bytes(model, config.draft_model_config.dtype) if model is not None else 0
     sharpened = f", sharpening {config.sharpening:g}" if config.sharpening != 1 else ""
-    share = kv_cache_share(kv_cache_config, getattr(speculator, "draft_attn_layer_names", set()))
+    share = kv_cache_share(kv_cache_config, getattr(proposer, "draft_attn_layer_names", set()))
     off = switched_off(vllm_config)
     rows = [
-        ("draft", f"{config.model} ({config.proposer})"),
+        ("draft", f"{config.model} ({config.proposer})" if model else config.proposer),
         ("verification", f"{config.verification}{sharpened}"),
         *_trees(config.schedule),
         ("memory added", f"{weights / 2**20:,.1f} MiB of draft weights"),
-        ("", f"{tensor_bytes(speculator.draft_logits) / 2**20:,.1f} MiB of draft rows"),
+        ("", f"{tensor_bytes(proposer.draft_logits) / 2**20:,.1f} MiB of draft rows"),
         ("", f"{verification_bytes(vllm_config) / 2**20:,.1f} MiB for rows to verify"),
         ("", f"{share:.0%} of every KV cache block"),
         ("off", "; ".join(off) or "nothing"),

@@ -8,11 +8,11 @@ The scheduler fills `TreeDecodingStats` once per step; it travels to the fronten
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any, cast
 
 import numpy as np
 import prometheus_client
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
-from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_spechub.trees.schedule import TreeSchedule
@@ -42,7 +42,8 @@ class TreeDecodingStats(SpecDecodingStats):
 
     @classmethod
     def new(cls, num_spec_tokens: int) -> "TreeDecodingStats":
-        stats = super().new(num_spec_tokens)
+        # vLLM's makes a `cls`, but declares its own class
+        stats = cast(TreeDecodingStats, super().new(num_spec_tokens))
         stats.accepted_by_slot = [0] * MAX_CHILDREN
         return stats
 
@@ -90,7 +91,8 @@ class TreeRequestMetrics(RequestSpecDecodeMetrics):
 
     @classmethod
     def of(cls, observer: StepObserver) -> "TreeRequestMetrics":
-        return cls.new(observer.depth)
+        # vLLM's makes a `cls`, but declares its own class
+        return cast(TreeRequestMetrics, cls.new(observer.depth))
 
     def observe(self, num_draft_tokens: int, num_accepted: int, detailed: bool = False) -> None:
         super().observe(self.depths[num_draft_tokens], num_accepted, detailed)
@@ -104,33 +106,35 @@ class TreeMetrics:
         schedule: TreeSchedule,
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
-        counter_cls: type = prometheus_client.Counter,
+        counter_cls: Any = prometheus_client.Counter,
     ) -> None:
-        def counter(name: str, documentation: str, *labels: str):
+        def counter(name: str, documentation: str, *labels: str) -> Any:
             return counter_cls(
                 name=f"vllm:spechub_{name}",
                 documentation=documentation,
                 labelnames=[*labelnames, *labels],
             )
 
+        def per_engine(metric: Any) -> dict[int, Any]:
+            return {idx: metric.labels(*values) for idx, values in per_engine_labelvalues.items()}
+
         self.labelvalues = per_engine_labelvalues
-        self.nodes = create_metric_per_engine(
-            counter("num_nodes", "Drafted nodes that the target verified."), per_engine_labelvalues
-        )
+        self.nodes = per_engine(counter("num_nodes", "Drafted nodes that the target verified."))
         self.accepted_by_slot = counter(
             "num_accepted_tokens_per_slot", "Accepted nodes by their place among siblings.", "slot"
         )
-        histogram_cls = prometheus_client.Histogram
+        histogram_cls: Any = prometheus_client.Histogram
         if counter_cls is not prometheus_client.Counter:
-            from vllm.v1.metrics.ray_wrappers import RayHistogramWrapper as histogram_cls
-        self.emitted = create_metric_per_engine(
+            from vllm.v1.metrics.ray_wrappers import RayHistogramWrapper
+
+            histogram_cls = RayHistogramWrapper
+        self.emitted = per_engine(
             histogram_cls(
                 name="vllm:spechub_emitted_tokens",
                 documentation="Tokens that a verified tree emitted, the bonus token included.",
                 buckets=list(range(1, schedule.depth + 2)),
                 labelnames=labelnames,
-            ),
-            per_engine_labelvalues,
+            )
         )
         self.steps = counter(
             "steps", "Engine steps by the drafted nodes of their largest tree.", "width"

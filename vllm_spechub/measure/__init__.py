@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring around engines: benchmarks that compare them, and tuning."""
+"""Measure real engines: benchmarks that compare them, and tuning."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One forward pass of a draft model, run eagerly or by replaying a CUDA graph.
+"""Forward passes of a proposer's model as CUDA graphs.
 
 vLLM 0.32 runs a separate draft model eagerly. Here a graph is captured for each number of rows that
 a pass may have for every request, and each captured batch size: one row per expanded node of a
@@ -9,20 +9,17 @@ the new root.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
-from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
-from vllm_spechub.attention.visibility import TreeAttnMetadata, TreeVisibility
-
-if TYPE_CHECKING:
-    from vllm_spechub.proposers.draft_model import DraftModelProposer
+from vllm_spechub.attention.visibility import TreeVisibility
 
 
 @dataclass(frozen=True)
@@ -45,36 +42,33 @@ class DraftPass:
     # None for ordinary causal tokens
     tree: TreeVisibility | None = None
 
-    def run(self, proposer: "DraftModelProposer") -> torch.Tensor:
-        """Hidden states, [num_tokens, hidden_size]."""
-        metadata = self.attention(proposer)
-        return proposer._run_model(self.tokens, self.positions, *metadata, None)
+
+class PassRunner(Protocol):
+    """A proposer whose passes can be captured."""
+
+    vllm_config: VllmConfig
+    device: torch.device
+    max_num_reqs: int
+    # [num_kv_cache_groups, most rows of a pass] int64
+    slots: torch.Tensor
 
     def attention(
-        self, proposer: "DraftModelProposer", for_capture: bool = False
+        self, draft_pass: DraftPass, for_capture: bool = False
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Attention metadata and KV slots, by layer."""
-        num_reqs, longest = len(self.seq_lens), proposer.max_model_len
-        metadata = build_attn_metadata(
-            attn_groups=proposer.attn_groups,
-            num_reqs=num_reqs,
-            num_tokens=len(self.tokens),
-            query_start_loc_gpu=self.starts,
-            query_start_loc_cpu=torch.from_numpy(self.starts_np),
-            max_query_len=int(np.diff(self.starts_np).max()),
-            seq_lens=self.seq_lens,
-            max_seq_len=longest,
-            block_tables=[table[:num_reqs] for table in proposer.block_tables.input_block_tables],
-            slot_mappings=self.slot_mappings,
-            kv_cache_config=proposer.kv_cache_config,
-            seq_lens_cpu_upper_bound=self.seq_lens_bound,
-            positions=self.positions,
-            is_prefilling=proposer.draft_is_prefilling[:num_reqs],
-            model_specific_attn_metadata=None if self.tree is None else TreeAttnMetadata(self.tree),
-            for_cudagraph_capture=for_capture,
-        )
-        slot_mappings = build_slot_mappings_by_layer(self.slot_mappings, proposer.kv_cache_config)
-        return metadata, slot_mappings
+        """A pass's attention metadata and KV slots, by layer."""
+        ...
+
+    def run_model(
+        self,
+        # [num_tokens] int32
+        tokens: torch.Tensor,
+        # [num_tokens] int64
+        positions: torch.Tensor,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Hidden states, [num_tokens, hidden_size]."""
+        ...
 
 
 class PassGraphs(CudaGraphManager):
@@ -93,9 +87,10 @@ class PassGraphs(CudaGraphManager):
         ]
 
     def fitting(self, num_reqs: int) -> BatchExecutionDescriptor | None:
-        """The smallest captured batch with room for so many requests."""
-        fitting = [desc for desc in self.graphs if desc.num_reqs >= num_reqs]
-        return min(fitting, key=lambda desc: desc.num_reqs, default=None)
+        """The smallest captured batch that has room for `num_reqs` requests."""
+        num_tokens = num_reqs * self.decode_query_len
+        fitting = [desc for desc in self.graphs if desc.num_tokens >= num_tokens]
+        return min(fitting, key=lambda desc: desc.num_tokens, default=None)
 
 
 class DraftGraphs:
@@ -103,11 +98,11 @@ class DraftGraphs:
     the attention backend, `proposer.slots` and the block tables, and through nothing else.
 
     Args:
-        proposer: whose draft model runs; its attention is set up.
+        proposer: whose model runs; its attention is set up.
         rows_per_request: the different numbers of rows that a pass may have for each request.
     """
 
-    def __init__(self, proposer: "DraftModelProposer", rows_per_request: Iterable[int]) -> None:
+    def __init__(self, proposer: PassRunner, rows_per_request: Iterable[int]) -> None:
         self.proposer = proposer
         device, max_num_reqs = proposer.device, proposer.max_num_reqs
         # the widest first: the others fit into the memory of its graphs
@@ -126,14 +121,15 @@ class DraftGraphs:
     def capture(self) -> None:
         for rows, graphs in self.by_rows.items():
             title = f"Capturing draft CUDA graphs, {rows} rows a request"
-            graphs.capture(self._captured, progress_bar_desc=title)
+            graphs.capture(partial(self._captured, rows), progress_bar_desc=title)
 
     def _captured(
-        self, desc: BatchExecutionDescriptor, warmup: bool
+        self, rows: int, desc: BatchExecutionDescriptor, warmup: bool
     ) -> Callable[[CUDAGraphMode], None]:
         """A pass over the buffers, called inside a capture; its metadata is made outside."""
-        proposer, num_reqs, num_tokens = self.proposer, desc.num_reqs, desc.num_tokens
-        starts_np = np.arange(num_reqs + 1, dtype=np.int32) * desc.uniform_token_count
+        proposer, num_tokens = self.proposer, desc.num_tokens
+        num_reqs = num_tokens // rows
+        starts_np = np.arange(num_reqs + 1, dtype=np.int32) * rows
         self.starts[: num_reqs + 1] = async_tensor_h2d(starts_np, device=proposer.device)
         proposer.slots.fill_(PAD_SLOT_ID)
         dummy = DraftPass(
@@ -145,10 +141,10 @@ class DraftGraphs:
             self.seq_lens[:num_reqs],
             torch.ones(num_reqs, dtype=torch.int32),
         )
-        metadata = dummy.attention(proposer, for_capture=True)
+        metadata = proposer.attention(dummy, for_capture=True)
 
         def forward(_mode: CUDAGraphMode) -> None:
-            hidden = proposer._run_model(dummy.tokens, dummy.positions, *metadata, None)
+            hidden = proposer.run_model(dummy.tokens, dummy.positions, *metadata)
             if self.hidden is None:
                 self.hidden = hidden.new_zeros(len(self.tokens), hidden.shape[1])
             self.hidden[:num_tokens] = hidden
@@ -167,7 +163,7 @@ class DraftGraphs:
         """Hidden states, [num_tokens, hidden_size], until the next replay."""
         num_tokens, num_reqs = len(draft_pass.tokens), len(draft_pass.seq_lens)
         # Fills the attention backend's buffers. What it returns is what the capture holds already.
-        draft_pass.attention(self.proposer)
+        self.proposer.attention(draft_pass)
         self.tokens[:num_tokens] = draft_pass.tokens
         self.positions[:num_tokens] = draft_pass.positions
         self.starts[: num_reqs + 1] = draft_pass.starts
@@ -175,5 +171,6 @@ class DraftGraphs:
         # Requests of padding have no rows; their slots are padding already.
         self.starts[num_reqs + 1 :] = num_tokens
         self.seq_lens[num_reqs:] = 0
-        self.by_rows[desc.uniform_token_count].run_fullgraph(desc)
+        self.by_rows[num_tokens // num_reqs].run_fullgraph(desc)
+        assert self.hidden is not None  # since the first capture
         return self.hidden[:num_tokens]

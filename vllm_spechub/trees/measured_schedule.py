@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where measured schedules are kept for `"tree_by_batch_size": "auto"`.
+"""Keeps measured schedules for `"tree_by_batch_size": "auto"`.
 
-One file for each target, draft, rule, device and set of versions, below vLLM's cache root.
+Each combination of target, draft, rule, device and versions has a file below vLLM's cache root.
 """
 
 import hashlib
@@ -12,14 +12,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from vllm_spechub.registry import PROPOSERS
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
 Schedule = list[list[Any]]
-"""`[first, last, tree]` for each range of running requests, as `tree_by_batch_size` has it."""
+"""`[first, last, tree]` for each range of running requests, as in `tree_by_batch_size`."""
 
 
 def device_name() -> str:
-    """The GPU's name, or the processor's with its cores."""
+    """The name of the GPU, or the number of cores and the name of the processor."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -32,6 +33,7 @@ def device_name() -> str:
 
 
 def versions() -> dict[str, str]:
+    """The installed versions of what a measurement depends on, by package."""
     import vllm
 
     return {
@@ -42,12 +44,12 @@ def versions() -> dict[str, str]:
 
 
 def _model(name: str) -> str:
-    """A folder's full path, or a Hugging Face id."""
+    """The full path of a folder; any other name as it is."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _identity(target: str, draft: str, rule: str) -> dict[str, Any]:
-    """What a schedule holds for. torch is vLLM's choice."""
+    """What a schedule is valid for. torch's version is left out because vLLM's version fixes it."""
     return {
         "target": _model(target),
         "draft": _model(draft),
@@ -57,15 +59,24 @@ def _identity(target: str, draft: str, rule: str) -> dict[str, Any]:
     }
 
 
-def _file(identity: dict[str, Any]) -> Path:
+def folder() -> Path:
+    """The folder of all measured schedules."""
     import vllm.envs as envs
 
+    return Path(envs.VLLM_CACHE_ROOT) / "spechub" / "tuned"
+
+
+def _file(identity: dict[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Path(envs.VLLM_CACHE_ROOT) / "spechub" / "tuned" / f"{digest[:16]}.json"
+    return folder() / f"{digest[:16]}.json"
 
 
 def keep(target: str, draft: str, rule: str, schedule: Schedule) -> Path:
-    """Write a schedule down. -> its file"""
+    """Store a schedule for `measured_schedule`, which takes the same arguments.
+
+    Returns:
+        The file.
+    """
     identity = _identity(target, draft, rule)
     file = _file(identity)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -78,28 +89,34 @@ def measured_schedule(target: str, draft: str, rule: str) -> Schedule:
     """The schedule that `vllm-spechub tune` has measured on this machine.
 
     Args:
-        target: a folder or a Hugging Face id, as the engine has it.
-        draft: likewise.
+        target: the target model as the engine is given it, a folder or a Hugging Face id.
+        draft: the draft model, likewise; for a proposer without a model, the proposer's name.
         rule: the verification rule.
 
     Raises:
-        ValueError: there is none, with the command that makes it; or no tree was worth it. One
-            line.
+        ValueError: one line. Nothing was measured, with the command that does it; or no tree was
+            worth it.
     """
     identity = _identity(target, draft, rule)
     file = _file(identity)
     if not file.exists():
-        option = "" if rule == DEFAULT_RULE else f" --rule {rule}"
         installed = ", ".join(f"{name} {number}" for name, number in identity["versions"].items())
         raise ValueError(
             f"no schedule was measured for this pair with {rule!r} on {identity['device']} with "
-            f"{installed}; `vllm-spechub tune {target} --draft {draft}{option} --prompts FILE` "
-            "measures one"
+            f"{installed}; {_remedy(target, draft, rule)}"
         )
     schedule = json.loads(file.read_text(encoding="utf-8"))["tree_by_batch_size"]
     if not any(tree for *_, tree in schedule):
         raise ValueError(
-            "no tree was faster than plain vLLM here when `vllm-spechub tune` measured it; leave "
-            "speculation off"
+            "no tree was faster than plain vLLM when `vllm-spechub tune` measured on this machine; "
+            "leave speculation off"
         )
     return schedule
+
+
+def _remedy(target: str, draft: str, rule: str) -> str:
+    if draft in PROPOSERS:  # `tune` compares draft models
+        return "give the ranges, [[FIRST, LAST, TREE], ...]"
+    option = "" if rule == DEFAULT_RULE else f" --rule {rule}"
+    command = f"vllm-spechub tune {target} --draft {draft}{option} --prompts FILE"
+    return f"`{command}` measures one"

@@ -1,24 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
 """`TreeSchedule`: which tree is drafted, by the number of running requests.
 
-A verified node costs nearly nothing while a step's time is reading weights, and a full share of it
-once the batch fills the device. So few requests draft wide trees, many draft narrow ones or none.
+While a step mostly waits for weights, verifying one more node is nearly free; once the batch keeps
+the processor busy, it costs as much as any other token. So a few requests draft wide trees, and
+many draft narrow ones or none.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator, StrictInt, TypeAdapter, ValidationError, ValidationInfo
 
 from vllm_spechub.trees.best_tree import parse_tree
 from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.validation import one_line
 
-FORM = "[[FIRST, LAST, TREE], ...]"
+ENTRY = ("FIRST", "LAST", "TREE")
+FORM = f"[[{', '.join(ENTRY)}], ...] or 'auto'"
 OPEN_END = 2**31 - 1
 
 
+def _parse(value: Any, info: ValidationInfo[dict[str, str]]) -> TokenTree | None:
+    if value is None:
+        return None
+    try:
+        return parse_tree(value, info.context["rule"])
+    except ValueError as error:
+        raise ValueError(f"{error}, or null") from None
+
+
+_ENTRIES = TypeAdapter(
+    list[
+        tuple[
+            StrictInt,
+            StrictInt | None,
+            Annotated[TokenTree | None, BeforeValidator(_parse)],
+        ]
+    ]
+)
+
+
+def _describe(where: tuple[int | str, ...]) -> tuple[str, str | None]:
+    match where:
+        case ():
+            return "the schedule", FORM
+        case (int(position),):
+            return f"range {position + 1}", f"[{', '.join(ENTRY)}]"
+        case (int(position), int(part), *_):
+            number = "a number" if ENTRY[part] == "FIRST" else "a number or null"
+            return f"range {position + 1}: {ENTRY[part]}", number
+    raise AssertionError(where)
+
+
 class BatchRange(NamedTuple):
-    """Numbers of running requests, both ends included, and what they draft."""
+    """A range of numbers of running requests, both ends included, and the tree it drafts."""
 
     first: int
     # None has no end
@@ -37,11 +73,12 @@ class TreeSchedule:
     """A tree, or none, for every number of running requests.
 
     Args:
-        ranges: from 1 request on, one behind the other, the last without an end.
+        ranges: the first starts at 1 request, each of the others where the one before it ends, and
+            the last has no end.
 
     Raises:
-        ValueError: a gap, an overlap, no tree at all, or two trees of as many nodes: the number of
-            nodes is what vLLM's scheduler tells the worker.
+        ValueError: a gap, an overlap, no tree at all, or two trees with the same number of nodes:
+            by that number vLLM's scheduler tells the worker which tree to draft.
     """
 
     ranges: tuple[BatchRange, ...]
@@ -61,11 +98,15 @@ class TreeSchedule:
                 f"the last range must have null as its end: what do {start} requests draft?"
             )
         if not self.trees:
-            raise ValueError("no range has a tree; without speculation leave out the configuration")
+            raise ValueError(
+                "no range has a tree; to run without speculation, leave out speculative_config"
+            )
         sizes = [tree.num_nodes for tree in self.trees]
         for size in sizes:
             if sizes.count(size) > 1:
-                raise ValueError(f"two different trees have {size} nodes; give one of them another")
+                raise ValueError(
+                    f"two different trees have {size} nodes; their numbers of nodes must differ"
+                )
 
     @classmethod
     def constant(cls, tree: TokenTree) -> "TreeSchedule":
@@ -84,22 +125,11 @@ class TreeSchedule:
         Raises:
             ValueError: names the range and what is allowed.
         """
-        if not isinstance(spec, Sequence) or isinstance(spec, str):
-            raise ValueError(f"{spec!r} is not {FORM} or 'auto'")
-        ranges = []
-        for position, entry in enumerate(spec, start=1):
-            if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 3:
-                raise ValueError(f"range {position} is {entry!r}, not [FIRST, LAST, TREE]")
-            first, last, tree = entry
-            for name, value in (("FIRST", first), ("LAST", last)):
-                if type(value) is not int and not (name == "LAST" and value is None):
-                    raise ValueError(f"range {position}: {name} is {value!r}, not a number")
-            try:
-                shape = None if tree is None else parse_tree(tree, rule)
-            except ValueError as error:
-                raise ValueError(f"range {position}: {error}, or null") from None
-            ranges.append(BatchRange(first, last, shape))
-        return cls(tuple(ranges))
+        try:
+            entries = _ENTRIES.validate_python(spec, context={"rule": rule})
+        except ValidationError as error:
+            raise ValueError(one_line(error, _describe)) from None
+        return cls(tuple(BatchRange(*entry) for entry in entries))
 
     @cached_property
     def trees(self) -> tuple[TokenTree, ...]:
@@ -123,7 +153,8 @@ class TreeSchedule:
         return any(r.tree is None for r in self.ranges)
 
     def index(self, num_nodes: int) -> int | None:
-        """Which of `trees` has so many nodes. None for no nodes, which is no tree."""
+        """The index in `trees` of the tree with that many nodes; None for 0 nodes, which is no
+        tree."""
         if num_nodes == 0:
             return None
         return [tree.num_nodes for tree in self.trees].index(num_nodes)

@@ -2,12 +2,12 @@
 """Static draft trees: shapes, numbering and the tables that the rest of the package reads.
 
 Node 0 is the root, the last emitted token. Drafted nodes are numbered from 1 in breadth-first
-order, so any prefix of them is closed under taking ancestors: when the scheduler truncates a
-tree to fit a budget, what is left is a tree.
+order, so every prefix of them contains its nodes' ancestors: when the scheduler truncates a tree to
+fit its token budget, what is left is a tree.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,7 @@ import numpy as np
 from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
 
 MAX_NODES = 63
-"""Most drafted nodes: with the root they fill one 64-bit ancestor mask."""
+"""The largest number of drafted nodes: with the root they fill one 64-bit ancestor mask."""
 
 FAMILIES = "binary:DEPTH, kary:BRANCHING:DEPTH, chain:DEPTH, caterpillar:DEPTH[:BRANCHING]"
 _FAMILY = re.compile(r"(binary|kary|chain|caterpillar)((?::\d+)+)")
@@ -32,7 +32,8 @@ class TokenTree:
             `parents[i] <= i`. The order of siblings is the order of their slots.
 
     Raises:
-        ValueError: empty or too large a tree, too many children, or not breadth-first.
+        ValueError: the tree is empty or too large, a node has too many children, or the nodes are
+            not in breadth-first order.
 
     Examples::
 
@@ -78,7 +79,8 @@ class TokenTree:
         return cls._grow(depth, lambda _level, width: [branching] + [0] * (width - 1))
 
     @classmethod
-    def _grow(cls, depth: int, children_of_level) -> "TokenTree":
+    def _grow(cls, depth: int, children_of_level: Callable[[int, int], list[int]]) -> "TokenTree":
+        """`children_of_level(level, width)` gives the number of children of each of its nodes."""
         parents: list[int] = []
         level = [0]
         for d in range(depth):
@@ -87,7 +89,7 @@ class TokenTree:
                 parents.extend([node] * count)
             if len(parents) > MAX_NODES:
                 raise ValueError(
-                    f"a tree has 1 to {MAX_NODES} drafted nodes, this one has more by depth {d + 1}"
+                    f"a tree has 1 to {MAX_NODES} drafted nodes, this one has more at depth {d + 1}"
                 )
             level = list(range(first, len(parents) + 1))
         return cls(tuple(parents))

@@ -171,6 +171,8 @@ def apply_write(
 ) -> None:
     """Stands for `buffer_utils._apply_write_kernel`."""
     if MULTI_GROUP:
+        assert isinstance(output_stride, torch.Tensor)
+        assert write_group_ids is not None
         _apply_grouped_write(
             output.tolist(),
             output_stride.tolist(),

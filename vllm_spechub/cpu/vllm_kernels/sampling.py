@@ -72,6 +72,8 @@ def gumbel_sample(
     temps = temperatures[idx].float().masked_fill_(~is_real, 0.0)
 
     if logits_cache is not None:
+        assert logits_cache_col is not None
+        assert logits_cache_source is not None
         # Before temperature, so that the cache may keep the model's dtype.
         cols = logits_cache_col if PER_TOKEN_COL else logits_cache_col.expand(num_rows)
         cached = logits_cache_source[is_real, :vocab_size]

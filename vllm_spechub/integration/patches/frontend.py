@@ -3,6 +3,7 @@
 
 import functools
 import json
+from argparse import ArgumentTypeError
 from typing import Any
 
 from vllm_spechub.integration.patch import Patch, PatchMismatch
@@ -15,10 +16,13 @@ HELP = (
 
 
 def parse_speculative_config(text: str) -> dict[str, Any] | None:
-    """The value of `--speculative-config`: JSON, or the method's bare name."""
+    """The value of `--speculative-config`: JSON, or only the name of the method."""
     if text == METHOD:
         return {"method": METHOD}
-    return None if text in ("", "None") else json.loads(text)
+    try:
+        return None if text in ("", "None") else json.loads(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is neither JSON nor the word {METHOD}") from None
 
 
 def _add_cli_args(original):
@@ -39,17 +43,21 @@ def _add_cli_args(original):
 def _create_speculative_config(original):
     @functools.wraps(original)
     def create_speculative_config(self, target_model_config, target_parallel_config):
-        options = self.speculative_config
-        if options == METHOD:
-            options = {"method": METHOD}
-        method = (options or {}).get("method")
+        given = self.speculative_config
+        if given == METHOD:
+            given = {"method": METHOD}
+        method = given.get("method") if isinstance(given, dict) else None
         if METHOD not in (method, self.spec_method):
             return original(self, target_model_config, target_parallel_config)
         if _mismatch is not None:
             raise _mismatch
         from vllm_spechub.config import create_config
 
-        options = {key.replace("-", "_"): value for key, value in (options or {}).items()}
+        if given is not None and not isinstance(given, dict):
+            raise ValueError(
+                f"speculative_config is {given!r}, allowed: {METHOD!r} or an object of options"
+            )
+        options = {str(key).replace("-", "_"): value for key, value in (given or {}).items()}
         for flag, key, value in (
             ("--spec-method", "method", self.spec_method),
             ("--spec-model", "model", self.spec_model),
@@ -117,7 +125,7 @@ def _process_inputs(original):
 
 
 def _check_sizes(params) -> None:
-    """Refuse what the V2 runner's buffers cannot hold: its worker would stop the whole engine.
+    """Refuse what the V2 runner's buffers cannot hold, which would stop the whole engine.
 
     Raises:
         VLLMValidationError: one line that names the parameter and the largest size.
@@ -141,7 +149,7 @@ def _check_sizes(params) -> None:
     ):
         if size > limit:
             raise VLLMValidationError(
-                f"{name} with {size} {what} is not supported with spechub, at most {limit} are",
+                f"{name} with {size} {what} is not supported with spechub; at most {limit} are",
                 parameter=name,
             )
 
@@ -151,8 +159,8 @@ PATCHES = (
         symbol="vllm.engine.arg_utils:EngineArgs.add_cli_args",
         parameters=("parser",),
         why="`--speculative-config` takes JSON only, and `--spec-method` has fixed choices.",
-        how="Lets the one accept the bare word `spechub`, says so in its help, and adds the method "
-        "to the other's choices.",
+        how="Lets `--speculative-config` accept the word `spechub`, says so in its help, and adds "
+        "`spechub` to the choices of `--spec-method`.",
         upstream="none yet",
         until="vLLM lets plugins register speculative methods",
         replace=_add_cli_args,
@@ -160,7 +168,7 @@ PATCHES = (
     Patch(
         symbol="vllm.engine.arg_utils:EngineArgs.create_speculative_config",
         parameters=("self", "target_model_config", "target_parallel_config"),
-        why="`SpeculativeConfig` knows its own methods and keys only.",
+        why="`SpeculativeConfig` accepts vLLM's own methods and keys only.",
         how="Builds a `SpecHubConfig` where the method is spechub; otherwise calls the original.",
         upstream="none yet",
         until="vLLM lets plugins register speculative methods",
@@ -179,8 +187,8 @@ PATCHES = (
         symbol="vllm.config:VllmConfig._validate_v2_model_runner",
         parameters=("self",),
         why="It refuses the V2 runner without Triton, and is the last check before weights load.",
-        how="For spechub configurations refuses what trees cannot do and names our worker and "
-        "attention backend; otherwise the original.",
+        how="For spechub configurations refuses what trees cannot do and names our worker, "
+        "scheduler and attention backend; otherwise the original.",
         upstream="none yet",
         until="vLLM runs the V2 model runner on the CPU, and has a hook for plugins' checks",
         replace=_validate_v2_model_runner,
@@ -213,9 +221,9 @@ PATCHES = (
             "session_id",
             "kv_hints",
         ),
-        why="The V2 runner's worker finds out that a request's lists are longer than its buffers "
-        "when it is too late: the error stops the engine.",
-        how="Calls the original, then answers such a request of a spechub engine with an error.",
+        why="Where a request's lists are longer than the V2 runner's buffers, its worker raises an "
+        "error that stops the engine.",
+        how="Calls the original, then rejects such a request to a spechub engine with an error.",
         upstream="none yet",
         until="vLLM checks these sizes when a request comes in",
         replace=_process_inputs,
@@ -226,7 +234,7 @@ _mismatch: PatchMismatch | None = None
 
 
 def refuse_spechub(mismatch: PatchMismatch) -> None:
-    """Leave vLLM as it is, and answer a spechub configuration with the mismatch."""
+    """Leave vLLM as it is, and raise the mismatch for a spechub configuration."""
     global _mismatch
     _mismatch = mismatch
     for patch in PATCHES[:2]:

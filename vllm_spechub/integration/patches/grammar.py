@@ -25,11 +25,12 @@ def _grammar_bitmask(original):
     ):
         from vllm_spechub.config import is_spechub
         from vllm_spechub.engine import grammar
+        from vllm_spechub.integration.messages import ScheduledDrafts
 
         arguments = (self, requests, structured_output_request_ids, scheduled_spec_decode_tokens)
         if is_spechub(self.vllm_config):
-            # left there by the scheduler, which knows who drafted what
-            return grammar.grammar_bitmask(*arguments, self.draft_trees)
+            trees = ScheduledDrafts.of(scheduled_spec_decode_tokens).trees()
+            return grammar.grammar_bitmask(*arguments, trees)
         return original(*arguments)
 
     return grammar_bitmask

@@ -109,11 +109,11 @@ def _log(original):
 def _async_output_init(original):
     @functools.wraps(original)
     def __init__(self, model_runner_output, sampler_output, *args, **kwargs):
-        # queued before the original's event, so its synchronisation covers this copy too
-        paths = getattr(sampler_output, "accepted_paths", None)
-        if paths is not None:
-            paths = paths.to("cpu", non_blocking=True)
-        self.accepted_paths = paths
+        from vllm_spechub.engine.sampler import TreeSamplerOutput
+
+        if isinstance(sampler_output, TreeSamplerOutput):
+            # queued before the original's event, so its synchronisation covers this copy too
+            sampler_output.start_copy_to_host()
         original(self, model_runner_output, sampler_output, *args, **kwargs)
 
     return __init__
@@ -122,9 +122,13 @@ def _async_output_init(original):
 def _async_output_get(original):
     @functools.wraps(original)
     def get_output(self):
+        from vllm_spechub.engine.sampler import TreeSamplerOutput
+        from vllm_spechub.integration.messages import TreeRunnerOutput
+
         output = original(self)
-        if self.accepted_paths is not None:
-            output.accepted_paths = self.accepted_paths.numpy()
+        if isinstance(self.sampler_output, TreeSamplerOutput):
+            paths = self.sampler_output.accepted_paths_on_host.numpy()
+            output = TreeRunnerOutput(**vars(output), accepted_paths=paths)
         return output
 
     return get_output

@@ -10,14 +10,14 @@ def _init_speculator(original):
     @functools.wraps(original)
     def init_speculator(vllm_config, device, req_states):
         from vllm_spechub.config import is_spechub
-        from vllm_spechub.engine.tree_kernels import tree_kernels
+        from vllm_spechub.integration.select import platform
         from vllm_spechub.registry import PROPOSERS
         from vllm_spechub.rules.base import build_rule
 
         if not is_spechub(vllm_config):
             return original(vllm_config, device, req_states)
         config = vllm_config.speculative_config
-        rule = build_rule(config, tree_kernels())
+        rule = build_rule(config, platform().tree_kernels())
         return PROPOSERS.load(config.proposer)(vllm_config, device, rule)
 
     return init_speculator
@@ -31,6 +31,7 @@ def _init_model_state(original):
 
         from vllm_spechub.config import is_spechub
         from vllm_spechub.engine.model_state import TreeModelState
+        from vllm_spechub.integration.select import platform
 
         if not is_spechub(vllm_config):
             return original(vllm_config, model, encoder_cache, device)
@@ -40,7 +41,7 @@ def _init_model_state(original):
                 f"spechub: {type(model).__name__} needs {needed.__name__}, which trees do not "
                 "support; only decoder-only text models are supported"
             )
-        return TreeModelState(vllm_config, model, encoder_cache, device)
+        return TreeModelState(vllm_config, model, encoder_cache, device, platform())
 
     return init_model_state
 

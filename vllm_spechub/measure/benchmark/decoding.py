@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode at a constant batch and count what happens meanwhile; runs in an engine's process."""
+"""Decode at a constant batch size and count what happens. Runs in an engine's process."""
 
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import Any
 
 WARM_STEPS = 4
 """Steps at the full batch before the clock starts."""
 WARM_TOKENS = 16
-"""Tokens that a request may well have emitted by then."""
+"""Tokens that we expect a request to have emitted by then."""
 ROOM = 4
-"""A request may generate this many times the mean before a measurement ends."""
+"""A measurement ends when a request has generated this many times the mean number of tokens."""
 
 
-def counters(llm) -> tuple[int, int, list[int]]:
-    """(engine steps, verified drafts, accepted drafts by depth) so far."""
+def counters(llm: Any) -> tuple[int, int, list[int]]:
+    """The engine's total steps, verified drafts, and accepted drafts by depth."""
     steps, drafts, accepted = 0, 0, []
     for metric in llm.get_metrics():
         if metric.name == "vllm:iteration_tokens_total":
@@ -28,22 +29,22 @@ def counters(llm) -> tuple[int, int, list[int]]:
 
 
 def acceptance_length(drafts: int, accepted_by_depth: Iterable[int]) -> float:
-    """Tokens that one verification emits, the bonus token included; 1 without drafts."""
+    """Mean tokens per verification, including the bonus token; 1 without drafts."""
     return 1 + sum(accepted_by_depth) / drafts if drafts else 1.0
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What an engine did while a constant number of requests was decoding."""
+    """What an engine did while a constant number of requests were decoding."""
 
     batch: int
     tokens: int
     seconds: float
     steps: int
-    # verified drafts, and how many of them were accepted up to each depth, from 1
+    # number of verified drafts, and how many were accepted up to each depth, from 1
     drafts: int
     accepted_by_depth: tuple[int, ...]
-    # bytes of all workers
+    # memory of all workers, in bytes
     memory: int
 
     @property
@@ -65,35 +66,35 @@ class Decoded:
 
 
 def room(tokens: int) -> int:
-    """Most tokens that a request generates if `tokens` are to be timed for each on average."""
+    """Most tokens that a request may generate if `tokens` are timed per request on average."""
     return ROOM * (WARM_TOKENS + tokens)
 
 
 def longest_request(prompts: Sequence[Sequence[int]], tokens: int) -> int:
-    """Most tokens of a request that `decode` makes, a tree's nodes included."""
+    """Most tokens of a request that `decode` creates, including a tree's nodes."""
     from vllm_spechub.trees.tree import MAX_NODES
 
     return max(map(len, prompts)) + room(tokens) + MAX_NODES + 1
 
 
 def decode(
-    llm,
+    llm: Any,
     # [num_prompts][num_tokens]
     prompts: Sequence[Sequence[int]],
     batch: int,
     temperature: float,
     tokens: int,
 ) -> Decoded:
-    """Decode `batch` requests until they have emitted `tokens` each on average, then drop them.
+    """Decode `batch` requests until they have emitted `tokens` each on average, then abort them.
 
-    The clock starts once all are past their prompts and runs while all are decoding, so neither
-    prefill nor a batch that runs empty is in the figures. Ends early if a request has used its
-    `room`. Requests have no seeds, which would slow some ways down.
+    The clock starts when all requests have finished their prefill and runs while all of them are
+    decoding, so the figures include neither prefill nor a shrinking batch. Decoding ends early if
+    a request reaches its `room`. Requests have no seeds, which would slow some methods down.
 
     Args:
         llm: the engine.
-        prompts: tokenised; they are repeated where the batch is larger.
-        batch: requests.
+        prompts: tokenised prompts; they are repeated if the batch is larger.
+        batch: number of requests.
         temperature: of every request.
         tokens: mean number of tokens to time for each request.
     """
@@ -115,7 +116,7 @@ def decode(
         emitted[str(number)] = 0
 
     def step() -> bool:
-        """-> are all requests still decoding?"""
+        """Run one engine step. -> whether all requests are still decoding"""
         going = True
         for output in engine.step():
             emitted[output.request_id] += len(output.outputs[0].token_ids)
@@ -134,7 +135,7 @@ def decode(
     engine.abort_request(list(emitted))
     accepted = [a - b for a, b in zip(after[2], before[2] or [0] * len(after[2]), strict=True)]
     while accepted and accepted[-1] == 0:
-        accepted.pop()  # vLLM counts a tree's nodes for its depths, or nothing got so far
+        accepted.pop()  # vLLM reports more positions than depths, or no draft was accepted so far
     return Decoded(
         batch, counted, seconds, after[0] - before[0], after[1] - before[1], tuple(accepted), memory
     )

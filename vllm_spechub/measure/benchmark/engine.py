@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine in a process of its own, so that several can be up at once and one may fail alone."""
+"""An engine in a process of its own, so that several can be up at once and one may fail alone.
+
+`ProcessPoolExecutor` cannot do this job: it does not end its worker when the process that started
+it is killed, and it cannot kill what is left of an engine's process group after a time limit.
+"""
 
 import multiprocessing
 import os
@@ -16,20 +20,20 @@ GOODBYE_SECONDS = 30
 
 
 class EngineFailed(RuntimeError):
-    """An engine did not start, or stopped; its text is the end of its log."""
+    """An engine did not start or stopped early. The message is the end of its log."""
 
 
 class EngineProcess:
-    """One `LLM`, started at once and asked to run functions.
+    """An `LLM` in its own process, which starts immediately and then runs functions on request.
 
     Args:
-        options: arguments of `vllm.LLM`. A draft-model chain gets the correction that it needs on
-            the CPU (`fixed_chain`).
-        log: where the engine's output goes.
+        options: arguments of `vllm.LLM`. On the CPU, a draft-model chain also gets the correction
+            that it needs (`fixed_chain`).
+        log: file for the engine's output.
     """
 
     def __init__(self, options: dict[str, Any], log: Path) -> None:
-        # vLLM is imported once; its own processes are started as vLLM starts them.
+        # Import vLLM before the fork, so that it is imported only once for all engines.
         import vllm.entrypoints.llm  # noqa: F401
 
         fork = multiprocessing.get_context("fork")
@@ -41,11 +45,12 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process, and of the group of all that it started."""
+        """The process's id, which is also that of the group of all processes it started."""
+        assert self._process.pid is not None  # it was started
         return self._process.pid
 
     def wait(self) -> None:
-        """Until it is up.
+        """Wait until the engine is up.
 
         Raises:
             EngineFailed: it did not start.
@@ -53,7 +58,9 @@ class EngineProcess:
         self._receive()
 
     def call(self, function: Callable, *arguments: Any) -> Any:
-        """`function(llm, *arguments)`, run in the engine's process; a module's function.
+        """Run `function(llm, *arguments)` in the engine's process and return its result.
+
+        The function must be defined at the top level of a module.
 
         Raises:
             EngineFailed: the engine stopped.
@@ -65,15 +72,16 @@ class EngineProcess:
         return self._receive()
 
     def ask_to_stop(self) -> None:
-        with suppress(BrokenPipeError):  # it has stopped
+        """Tell the engine to shut down, without waiting for it."""
+        with suppress(BrokenPipeError):  # it has already stopped
             self._connection.send(None)
         self._connection.close()
 
     def join(self) -> None:
-        """Wait for the end, and end what is left of it by force."""
+        """Wait for the process to end, and kill what is left of its group after a time limit."""
         self._process.join(GOODBYE_SECONDS)
         if self._process.exitcode != 0:
-            with suppress(ProcessLookupError):  # all of them have ended
+            with suppress(ProcessLookupError):  # no process is left
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.join()
 
@@ -89,7 +97,7 @@ class EngineProcess:
 
 
 def close_all(engines: Iterable[EngineProcess]) -> None:
-    """Stop engines and everything that they started."""
+    """Stop the engines and all processes that they started."""
     engines = list(engines)
     for engine in engines:
         engine.ask_to_stop()
@@ -98,10 +106,10 @@ def close_all(engines: Iterable[EngineProcess]) -> None:
 
 
 def _serve(theirs: Connection, ours: Connection, options: dict[str, Any], log: Path) -> None:
-    """The process: start the engine, say so, then run what is sent, until None is."""
-    ours.close()  # or the end of the other process would not be noticed
-    os.setsid()  # an interrupt from the keyboard is for the other process, which will say so
-    # Finding out about the machine for vLLM's usage statistics takes seconds beside a start.
+    """Start the engine, report that it is up, then run the functions received until None comes."""
+    ours.close()  # otherwise this process would not notice when the other one ends
+    os.setsid()  # Ctrl-C goes only to the other process, which then stops this one
+    # Collecting vLLM's usage statistics adds seconds to the start.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     output = log.open("w", buffering=1)
     os.dup2(output.fileno(), 1)
@@ -115,8 +123,8 @@ def _serve(theirs: Connection, ours: Connection, options: dict[str, Any], log: P
     if current_platform.is_cpu():
         if is_chain:
             extension = "fixed_chain.FixedChain"
-        # What vLLM 0.32 compiles ahead of time here, it cannot load again ("no attribute
-        # 'finalize_loading'"), so every start would compile. Inductor's own cache does load.
+        # vLLM 0.32 cannot load what it compiled ahead of time here ("no attribute
+        # 'finalize_loading'"), so each start would compile again. Inductor's own cache works.
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     llm = LLM(**options, worker_extension_cls=f"vllm_spechub.measure.benchmark.{extension}")
     theirs.send(None)
@@ -125,6 +133,6 @@ def _serve(theirs: Connection, ours: Connection, options: dict[str, Any], log: P
             theirs.send(function(llm, *arguments))
     except (EOFError, BrokenPipeError):
         pass  # the other process has ended
-    # At once, since vLLM would wait while its processes take themselves apart. Python's resource
-    # tracker, which outlives this process, frees their shared memory.
+    # Without a timeout, vLLM would wait for its processes to clean up. Python's resource tracker,
+    # which outlives this process, frees their shared memory.
     llm.llm_engine.engine_core.shutdown(timeout=0)

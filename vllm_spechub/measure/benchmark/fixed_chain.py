@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A correction that vLLM 0.32's own chain needs on the CPU above temperature 0.
 
-vLLM's host version of `expand_kernel` fills an int64 copy of a float output and drops it, so
-verification divides by uninitialised temperatures. Loaded into the chain engine's workers with
-`worker_extension_cls`; nothing of spechub is in it.
+vLLM's host version of `expand_kernel` writes into an int64 copy of a float output and discards it,
+so verification divides by uninitialised temperatures. `worker_extension_cls` loads this module into
+the chain engine's workers. It contains nothing of spechub.
 """
 
 import torch
@@ -23,14 +23,14 @@ def expand_kernel(
     replace_to: float,
     MAX_NUM_TOKENS: int | None = None,
 ) -> None:
-    """Repeat each request's value over its tokens, replacing one value by another."""
+    """Repeat each request's value for all its tokens, and replace one value by another."""
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     values = torch.where(values == replace_from, replace_to, values)
     output[: int(cu_num_tokens[-1])] = torch.repeat_interleave(values, counts).to(output.dtype)
 
 
 class FixedChain(Observed):
-    """vLLM imports this module into each worker after it registered its own host kernels."""
+    """A worker whose vLLM imports this module after it has registered its own host kernels."""
 
 
 register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": expand_kernel})

@@ -1,83 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure several ways to decode on one machine, with interleaved repetitions.
+"""Compare decoding methods on one machine, with interleaved repetitions.
 
-As many engines as fit are up at once, plain vLLM among them throughout, and are measured one at a
-time, taking turns. So every engine starts once, and every figure has a plain one beside it that is
-seconds old: what a machine does over minutes cancels in their ratio.
+As many engines as fit are up at the same time, always including plain vLLM, and take turns being
+measured. So each engine starts only once, and every figure has one of plain vLLM beside it that
+was measured seconds earlier: slow changes of the machine cancel in their ratio.
 """
 
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_spechub.measure.benchmark.decoding import decode, longest_request
 from vllm_spechub.measure.benchmark.engine import EngineFailed, EngineProcess, close_all
-from vllm_spechub.measure.benchmark.ways import PLAIN, Way
+from vllm_spechub.measure.benchmark.methods import PLAIN, Method
 from vllm_spechub.trees.tree import MAX_NODES
 
 CUDA_RESIDENT = 3
-"""Engines at once on a GPU unless told: an 8B target and its draft take a third of 80 GB."""
+"""Engines at once on a GPU by default: an 8B target and its draft take a third of 80 GB."""
 CUDA_SHARE = 0.92
 KV_BLOCK = 128
-"""Tokens to which a request's KV cache is rounded: the largest block of any platform."""
+"""A request's KV cache is rounded up to this many tokens: the largest block of any platform."""
 MAX_PROMPT_TOKENS = 256
 MIN_BATCHED_TOKENS = 2048
 
 
 class Point(NamedTuple):
-    """What is asked of every way."""
+    """A setting at which every method is measured."""
 
     batch: int
     temperature: float
 
 
-class Turn(NamedTuple):
-    """One measurement."""
+class Run(NamedTuple):
+    """One measurement to make."""
 
-    way: str
+    method: str
     point: Point
     repetition: int
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement's figures, in the names of a CSV file's columns."""
+    """The figures of one measurement. The fields are the columns of the CSV file."""
 
-    way: str
+    method: str
     temperature: float
     batch: int
     repetition: int
     tokens_per_s: float
-    # tokens/s over plain vLLM's in the same repetition
+    # tokens/s divided by plain vLLM's in the same repetition
     against_plain: float
     ms_per_output_token: float
     ms_per_step: float
-    # acceptance length, the bonus token included
+    # acceptance length, including the bonus token
     tokens_per_step: float
+    # number of verified drafts
     drafts: int
-    # accepted drafts up to each depth, from 1
+    # number of drafts accepted up to each depth, from 1
     accepted_by_depth: tuple[int, ...]
-    # of all workers, KV cache included
+    # memory of all workers, including the KV cache
     memory_gib: float
 
     @property
-    def turn(self) -> Turn:
-        return Turn(self.way, Point(self.batch, self.temperature), self.repetition)
+    def run(self) -> Run:
+        return Run(self.method, Point(self.batch, self.temperature), self.repetition)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A way whose engine did not start or stopped; the others go on."""
+    """A method whose engine did not start or stopped early. The other methods go on."""
 
-    way: str
+    method: str
     log: str
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all ways have in common."""
+    """What all methods have in common."""
 
     target: str
     draft: str
@@ -87,7 +88,7 @@ class Setup:
     tokens: int
     # further options of every engine
     engine: dict[str, Any] = field(default_factory=dict)
-    # engines at once; None is all on the CPU and `CUDA_RESIDENT` on a GPU
+    # engines at once; None means all on the CPU and `CUDA_RESIDENT` on a GPU
     resident: int | None = None
 
 
@@ -100,7 +101,7 @@ def encode(target: str, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def kv_bytes_per_token(config: Any, bytes_per_value: int) -> int:
-    """Of a model, by its Hugging Face configuration."""
+    """Bytes of KV cache that one token takes, from a model's Hugging Face configuration."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -108,8 +109,11 @@ def kv_bytes_per_token(config: Any, bytes_per_value: int) -> int:
 
 
 def engine_options(setup: Setup, max_batch: int, resident: int) -> dict[str, Any]:
-    """What every engine gets: room for the largest batch, and no more of the memory than its share
-    of it, so that KV caches are alike and no request is preempted."""
+    """The arguments that all engines get.
+
+    Each engine has an equally large KV cache with room for the largest batch, so that no request
+    is preempted, and takes no more than its share of a GPU's memory.
+    """
     from transformers import AutoConfig
 
     models = setup.target, setup.draft
@@ -131,79 +135,81 @@ def engine_options(setup: Setup, max_batch: int, resident: int) -> dict[str, Any
     } | setup.engine
 
 
-def groups(ways: Sequence[Way], resident: int) -> Iterator[list[Way]]:
-    """Ways that are up together: plain vLLM stays, unless there is room for one engine only."""
-    others = [way for way in ways if way.name != PLAIN]
-    stays = [way for way in ways if way.name == PLAIN]
+def groups(methods: Sequence[Method], resident: int) -> Iterator[list[Method]]:
+    """Split the methods into groups of at most `resident` whose engines are up at the same time.
+
+    Plain vLLM is in every group, unless only one engine fits.
+    """
+    others = [method for method in methods if method.name != PLAIN]
+    always = [method for method in methods if method.name == PLAIN]
     if resident == 1:
-        yield from ([way] for way in stays + others)
+        yield from ([method] for method in always + others)
     elif not others:
-        yield from [stays] if stays else []
+        yield from [always] if always else []
     else:
         for first in range(0, len(others), resident - 1):
-            yield stays + others[first : first + resident - 1]
+            yield always + others[first : first + resident - 1]
 
 
 class Interleaved:
-    """The measurements of a set of ways, one after another.
+    """The measurements of several methods, interleaved.
 
     Args:
         setup: models, prompts and engine options.
-        ways: what to compare; the first is plain vLLM.
+        methods: what to compare; the first must be plain vLLM.
         points: batches and temperatures.
-        repetitions: numbers of the turns of every way at every point.
-        known: rows of an earlier run, which are not measured again, plain vLLM's apart where
-            another way needs them beside it.
-        say: told what is going on, in a few words.
+        repetitions: numbers of the repetitions of every method at every point.
+        known: rows of an earlier session, which are not measured again. Plain vLLM is still
+            measured wherever another method needs it for the ratio.
+        report: called with a short text about what happens now.
     """
 
     def __init__(
         self,
         setup: Setup,
-        ways: Sequence[Way],
+        methods: Sequence[Method],
         points: Sequence[Point],
         repetitions: Sequence[int],
         known: Collection[Row] = (),
-        say: Callable[[str], None] = lambda _: None,
+        report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        if ways[0].name != PLAIN:
-            raise ValueError("the first way must be plain vLLM")
-        from vllm.platforms import current_platform
-
-        self.setup, self.points, self.repetitions, self.say = setup, points, repetitions, say
-        self.resident = setup.resident
-        if self.resident is None:
-            self.resident = CUDA_RESIDENT if current_platform.is_cuda() else len(ways)
+        if methods[0].name != PLAIN:
+            raise ValueError("the first method must be plain vLLM")
+        self.setup, self.points, self.repetitions = setup, points, repetitions
+        self.report = report
+        self.resident = setup.resident or _default_resident(len(methods))
         self.plain = {
-            (row.turn.point, row.repetition): row.tokens_per_s for row in known if row.way == PLAIN
+            (row.run.point, row.repetition): row.tokens_per_s
+            for row in known
+            if row.method == PLAIN
         }
-        done = {row.turn for row in known}
-        open_ways = [way for way in ways if not done.issuperset(self._turns(way))]
-        if open_ways and open_ways[0].name != PLAIN and self.resident > 1:
-            open_ways.insert(0, ways[0])  # the others' yardstick
+        done = {row.run for row in known}
+        unfinished = [method for method in methods if not done.issuperset(self._runs(method))]
+        if unfinished and unfinished[0].name != PLAIN and self.resident > 1:
+            unfinished.insert(0, methods[0])  # the others are compared with it
         self.plan = [
-            (group, self._order(group, done)) for group in groups(open_ways, self.resident)
+            (group, self._order(group, done)) for group in groups(unfinished, self.resident)
         ]
-        self.total = sum(len(turns) for _, turns in self.plan)
+        self.total = sum(len(runs) for _, runs in self.plan)
 
-    def _turns(self, way: Way) -> list[Turn]:
-        return [Turn(way.name, p, r) for r in self.repetitions for p in self.points]
+    def _runs(self, method: Method) -> list[Run]:
+        return [Run(method.name, p, r) for r in self.repetitions for p in self.points]
 
-    def _order(self, group: Sequence[Way], done: Collection[Turn]) -> list[Turn]:
-        """The turns of ways that are up together: at each point all of them, one after another."""
+    def _order(self, group: Sequence[Method], done: Collection[Run]) -> list[Run]:
+        """The open runs of a group: at each point all methods, one after another."""
         order = []
-        for turns in zip(*(self._turns(way) for way in group), strict=True):
-            missing = [turn for turn in turns if turn not in done]
-            if missing and turns[0].way == PLAIN and turns[0] not in missing:
-                missing.insert(0, turns[0])
+        for runs in zip(*(self._runs(method) for method in group), strict=True):
+            missing = [run for run in runs if run not in done]
+            if missing and runs[0].method == PLAIN and runs[0] not in missing:
+                missing.insert(0, runs[0])
             order += missing
         return order
 
-    def run(self) -> Iterator[Row | Failure]:
-        """Rows as they are measured.
+    def measure(self) -> Generator[Row | Failure, None, None]:
+        """Start the engines and yield each measurement as it is made.
 
         Raises:
-            EngineFailed: plain vLLM's engine did not start or stopped.
+            EngineFailed: plain vLLM's engine did not start or stopped early.
         """
         options = engine_options(self.setup, max(p.batch for p in self.points), self.resident)
         engines: dict[str, EngineProcess] = {}
@@ -219,42 +225,48 @@ class Interleaved:
 
         with tempfile.TemporaryDirectory() as folder:
             try:
-                for number, (group, turns) in enumerate(self.plan):
-                    gone = set(engines) - {way.name for way in group}
-                    close_all([engines.pop(name) for name in gone])
-                    new = [way for way in group if way.name not in engines]
-                    self.say(f"starting {', '.join(way.name for way in new)}")
-                    for i, way in enumerate(new):
-                        speculative = {"speculative_config": way.speculative}
+                for number, (group, runs) in enumerate(self.plan):
+                    finished = set(engines) - {method.name for method in group}
+                    close_all([engines.pop(name) for name in finished])
+                    new = [method for method in group if method.name not in engines]
+                    self.report(f"starting {', '.join(method.name for method in new)}")
+                    for i, method in enumerate(new):
+                        speculative = {"speculative_config": method.speculative}
                         log = Path(folder) / f"{number}-{i}.log"
-                        engines[way.name] = EngineProcess(options | speculative, log)
-                    for way in new:
-                        failure = attempt(way.name, engines[way.name].wait)
+                        engines[method.name] = EngineProcess(options | speculative, log)
+                    for method in new:
+                        failure = attempt(method.name, engines[method.name].wait)
                         if failure is not None:
                             yield failure
-                    for turn in turns:
-                        if turn.way in engines:
-                            yield attempt(turn.way, self._measure, turn, engines[turn.way])
+                    for run in runs:
+                        if run.method in engines:
+                            yield attempt(run.method, self._measure, run, engines[run.method])
             finally:
                 close_all(engines.values())
 
-    def _measure(self, turn: Turn, engine: EngineProcess) -> Row:
-        name, (batch, temperature), repetition = turn
-        self.say(f"{name}: batch {batch}, T = {temperature:g}, repetition {repetition + 1}")
-        found = engine.call(decode, self.setup.prompts, batch, temperature, self.setup.tokens)
+    def _measure(self, run: Run, engine: EngineProcess) -> Row:
+        name, (batch, temperature), repetition = run
+        self.report(f"{name}: batch {batch}, T = {temperature:g}, repetition {repetition + 1}")
+        decoded = engine.call(decode, self.setup.prompts, batch, temperature, self.setup.tokens)
         if name == PLAIN:
-            self.plain[turn.point, repetition] = found.tokens_per_s
+            self.plain[run.point, repetition] = decoded.tokens_per_s
         return Row(
             name,
             temperature,
             batch,
             repetition,
-            found.tokens_per_s,
-            found.tokens_per_s / self.plain[turn.point, repetition],
-            found.ms_per_output_token,
-            found.ms_per_step,
-            found.tokens_per_step,
-            found.drafts,
-            found.accepted_by_depth,
-            found.memory / 2**30,
+            decoded.tokens_per_s,
+            decoded.tokens_per_s / self.plain[run.point, repetition],
+            decoded.ms_per_output_token,
+            decoded.ms_per_step,
+            decoded.tokens_per_step,
+            decoded.drafts,
+            decoded.accepted_by_depth,
+            decoded.memory / 2**30,
         )
+
+
+def _default_resident(num_methods: int) -> int:
+    from vllm.platforms import current_platform
+
+    return CUDA_RESIDENT if current_platform.is_cuda() else num_methods

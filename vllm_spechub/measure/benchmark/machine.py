@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where and with what figures were measured."""
+"""The machine, the versions and the command that figures were measured with."""
 
 import os
 import shlex
@@ -11,7 +11,7 @@ from vllm_spechub.trees.measured_schedule import device_name, versions
 
 
 def commit() -> str:
-    """The commit of this checkout, `-dirty` if anything in it is changed."""
+    """The commit of this checkout, with `-dirty` if it has uncommitted changes."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
@@ -22,7 +22,7 @@ def commit() -> str:
 
 
 def provenance() -> list[str]:
-    """Command, machine, versions, commit and load, one line each."""
+    """The command, machine, versions, commit and load average, one line each."""
     return [
         shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         device_name(),

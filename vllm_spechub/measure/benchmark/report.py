@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measured rows as a table, a CSV file and a plot."""
+"""Present measurements as a table, a CSV file and a plot."""
 
 import csv
 import json
@@ -12,21 +12,21 @@ from rich.table import Table
 
 from vllm_spechub.measure.benchmark.decoding import acceptance_length
 from vllm_spechub.measure.benchmark.interleaved import Point, Row
-from vllm_spechub.measure.benchmark.ways import is_chain
+from vllm_spechub.measure.benchmark.methods import is_chain
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One way at one point, over its repetitions."""
+    """One method at one point, summarised over its repetitions."""
 
-    way: str
+    method: str
     point: Point
     # medians
     tokens_per_s: float
     ms_per_output_token: float
     ms_per_step: float
     memory_gib: float
-    # over plain vLLM's tokens/s in the same repetition: median, lowest and highest
+    # tokens/s divided by plain vLLM's in the same repetition: median, lowest and highest
     against_plain: float
     lowest: float
     highest: float
@@ -35,20 +35,20 @@ class Summary:
 
 
 def summarize(rows: Sequence[Row]) -> dict[Point, dict[str, Summary]]:
-    """By point, then by way."""
+    """Summaries by point, then by method name."""
     by_point: dict[Point, dict[str, list[Row]]] = {}
     for row in rows:
-        by_point.setdefault(row.turn.point, {}).setdefault(row.way, []).append(row)
+        by_point.setdefault(row.run.point, {}).setdefault(row.method, []).append(row)
     return {
-        point: {way: _summary(way, point, found) for way, found in ways.items()}
-        for point, ways in by_point.items()
+        point: {method: _summary(method, point, found) for method, found in methods.items()}
+        for point, methods in by_point.items()
     }
 
 
-def _summary(way: str, point: Point, rows: Sequence[Row]) -> Summary:
+def _summary(method: str, point: Point, rows: Sequence[Row]) -> Summary:
     ratios = [row.against_plain for row in rows]
     return Summary(
-        way,
+        method,
         point,
         median(row.tokens_per_s for row in rows),
         median(row.ms_per_output_token for row in rows),
@@ -62,32 +62,32 @@ def _summary(way: str, point: Point, rows: Sequence[Row]) -> Summary:
 
 
 def pooled_acceptance_length(rows: Sequence[Row]) -> float:
-    """`acceptance_length` over several measurements."""
+    """The acceptance length over several measurements taken together."""
     accepted = (count for row in rows for count in row.accepted_by_depth)
     return acceptance_length(sum(row.drafts for row in rows), accepted)
 
 
 def best_chain(found: dict[str, Summary]) -> Summary | None:
-    """The chain with the most tokens per second, if any was measured."""
-    chains = [summary for way, summary in found.items() if is_chain(way)]
+    """The chain with the most tokens per second, or None if no chain was measured."""
+    chains = [summary for method, summary in found.items() if is_chain(method)]
     return max(chains, key=lambda summary: summary.against_plain, default=None)
 
 
 def shown(found: dict[str, Summary]) -> Iterator[tuple[str, Summary]]:
-    """Plain vLLM, its best chain, and everything that is not a chain, with their labels."""
+    """The labels and summaries to show: the best chain, and all methods that are not chains."""
     best = best_chain(found)
-    for way, summary in found.items():
+    for method, summary in found.items():
         if summary is best:
-            yield f"best chain ({way.split()[-1]})", summary
-        elif not is_chain(way):
-            yield way, summary
+            yield f"best chain ({method.split()[-1]})", summary
+        elif not is_chain(method):
+            yield method, summary
 
 
 def table(summaries: dict[Point, dict[str, Summary]]) -> Table:
-    """One section for each temperature and batch."""
+    """A table with one section for each temperature and batch."""
     table = Table(title="Decoding at a constant batch", title_justify="left")
-    for column in ("T", "batch", "way"):
-        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
+    for column in ("T", "batch", "method"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for column in (
         "tokens/s",
         "x plain",
@@ -121,7 +121,7 @@ def table(summaries: dict[Point, dict[str, Summary]]) -> Table:
 
 
 def write_csv(rows: Sequence[Row], path: Path, provenance: Sequence[str]) -> None:
-    """One line for each measurement, below comment lines that say how they came about."""
+    """Write one line per measurement, below comment lines with the provenance."""
     names = [field.name for field in fields(Row)]
     with path.open("w", newline="", encoding="utf-8") as file:
         file.writelines(f"# {line}\n" for line in provenance)
@@ -136,7 +136,7 @@ def write_csv(rows: Sequence[Row], path: Path, provenance: Sequence[str]) -> Non
 
 
 def plot(summaries: dict[Point, dict[str, Summary]], path: Path) -> None:
-    """Tokens/s over plain vLLM's by batch: a panel for each temperature."""
+    """Plot tokens/s relative to plain vLLM over the batch size, one panel per temperature."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -149,8 +149,8 @@ def plot(summaries: dict[Point, dict[str, Summary]], path: Path) -> None:
         lines: dict[str, list[Summary]] = {}
         for point, found in sorted(summaries.items()):
             if point.temperature == temperature:
-                for way, summary in shown(found):
-                    lines.setdefault(way.split(" (")[0], []).append(summary)
+                for method, summary in shown(found):
+                    lines.setdefault(method.split(" (")[0], []).append(summary)
         for label, points in lines.items():
             batches = [s.point.batch for s in points]
             middle = [s.against_plain for s in points]
@@ -165,7 +165,7 @@ def plot(summaries: dict[Point, dict[str, Summary]], path: Path) -> None:
         panel.set_title(f"T = {temperature:g}", fontsize=9)
         panel.grid(alpha=0.3)
     figure.supxlabel("requests decoding", fontsize=9)
-    figure.supylabel("tokens/s over plain vLLM", fontsize=9)
+    figure.supylabel("tokens/s relative to plain vLLM", fontsize=9)
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="center right", fontsize=8)
     figure.tight_layout(rect=(0, 0, 1 - 1.6 / size[0], 1))

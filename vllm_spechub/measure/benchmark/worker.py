@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a measured engine's workers are asked; loaded with `worker_extension_cls`."""
+"""Methods added to the workers of a measured engine, through `worker_extension_cls`."""
 
 
 class Observed:
-    """A worker that says how much memory it takes."""
+    """A worker that reports how much memory it uses."""
 
     def used_memory(self) -> int:
-        """Bytes: on CUDA what PyTorch holds, graphs and KV cache included; else all resident."""
+        """Bytes in use: on CUDA what PyTorch has reserved, including graphs and the KV cache;
+        otherwise the process's resident memory."""
         import torch
 
         if torch.cuda.is_available():

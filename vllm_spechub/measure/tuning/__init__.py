@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-spechub tune`: a schedule of trees for a pair of models, prompts and a machine."""
+"""`vllm-spechub tune`: find the schedule of trees for a pair of models, prompts and a machine."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tree for how many requests: from measured steps and acceptance to a schedule.
+"""Choose a tree for each number of requests, from measured step times and acceptance.
 
-Everything is relative to plain vLLM, measured beside each way: a way's gain is the tokens that its
-steps emit over the time that they take in plain steps.
+All times are relative to plain vLLM, which is measured beside each method. A method's gain is the
+number of tokens that its steps emit, divided by their duration in plain steps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,28 +18,28 @@ from vllm_spechub.trees.best_tree import Rates, best_shape
 from vllm_spechub.trees.tree import TokenTree
 
 MARGIN = 0.02
-"""A range's tree gives way, to another or to none, where that is faster by this much."""
+"""Another choice replaces a range's tree only if it is faster by at least this share."""
 DEEPEST = 10
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One way over the batches at which it was measured."""
+    """One method at the batches at which it was measured."""
 
-    # acceptance length: it does not depend on the batch
+    # acceptance length, which does not depend on the batch
     tokens_per_step: float
-    # by batch: time of a step over a plain step's
+    # by batch: duration of a step divided by that of a plain step
     step_time: Mapping[int, float]
 
     def gain(self, batch: int) -> float:
-        """Predicted tokens/s over plain vLLM's; step times are linear between batches."""
+        """Predicted tokens/s divided by plain vLLM's; step times are interpolated linearly."""
         batches = sorted(self.step_time)
         times = [self.step_time[b] for b in batches]
         return self.tokens_per_step / float(np.interp(batch, batches, times))
 
 
 def curve(rows: Sequence[Row]) -> Curve:
-    """One way's curve from its measurements."""
+    """The curve of one method, from its measurements."""
     ordered = sorted(rows, key=lambda row: row.batch)
     return Curve(
         pooled_acceptance_length(rows),
@@ -53,17 +53,17 @@ def curve(rows: Sequence[Row]) -> Curve:
 def chain_curves(rows: Sequence[Row], lengths: Sequence[int]) -> dict[int, Curve]:
     """The curves of vLLM's chains of all lengths up to the longest that was measured.
 
-    A shorter chain drafts as a longer one begins, so acceptance by depth is common to all, and
-    each further token costs the same: step times are linear between lengths.
+    A shorter chain drafts what a longer one drafts first, so all chains share the acceptance by
+    depth. Each further token costs the same, so step times are interpolated linearly.
 
     Args:
-        rows: of all chains.
-        lengths: those that were measured, ascending.
+        rows: measurements of all chains.
+        lengths: the measured lengths, ascending.
     """
     by_length = {
         length: curve(found)
         for length in lengths
-        if (found := [row for row in rows if row.way == f"chain {length}"])
+        if (found := [row for row in rows if row.method == f"chain {length}"])
     }
     if not by_length:
         return {}
@@ -72,7 +72,7 @@ def chain_curves(rows: Sequence[Row], lengths: Sequence[int]) -> dict[int, Curve
     batches = by_length[measured[0]].step_time
     curves, emitted = {}, 1.0
     for length in range(1, measured[-1] + 1):
-        deep = [row for row in rows if int(row.way.split()[-1]) >= length]
+        deep = [row for row in rows if int(row.method.split()[-1]) >= length]
         accepted = sum(sum(row.accepted_by_depth[length - 1 : length]) for row in deep)
         emitted += accepted / sum(row.drafts for row in deep)
         times = {
@@ -86,7 +86,7 @@ def chain_curves(rows: Sequence[Row], lengths: Sequence[int]) -> dict[int, Curve
 
 
 def draft_costs(chains: Mapping[int, Curve]) -> dict[int, float]:
-    """By batch: what one more level of drafting takes, in plain steps."""
+    """By batch: the duration of one more level of drafting, in plain steps."""
     shortest, longest = chains[min(chains)], chains[max(chains)]
     levels = max(len(chains) - 1, 1)
     return {
@@ -98,14 +98,15 @@ def draft_costs(chains: Mapping[int, Curve]) -> dict[int, float]:
 def candidate_trees(
     rates: Rates, node_counts: Sequence[int], costs: Sequence[float]
 ) -> list[TokenTree]:
-    """For each number of nodes and cost of a level, the tree that emits the most for its time.
+    """For each number of nodes and cost of a level, the tree that emits the most tokens per time.
 
-    No two have as many nodes, which a schedule needs: the later one gets fewer.
+    A schedule needs trees with different numbers of nodes. If two would have the same number, the
+    later one gets fewer.
 
     Args:
         rates: acceptance by number of children and slot.
-        node_counts: drafted nodes at most.
-        costs: of one level of drafting, in plain steps.
+        node_counts: largest numbers of drafted nodes.
+        costs: durations of one level of drafting, in plain steps.
     """
     trees: dict[int, TokenTree] = {}
     for nodes in node_counts:
@@ -123,15 +124,15 @@ def _fastest(rates: Rates, nodes: int, cost: float) -> TokenTree:
 
 
 def choose(curves: Mapping[str, Curve], max_batch: int) -> list[tuple[int, int | None, str | None]]:
-    """The fastest way for each number of requests, as ranges.
+    """The fastest tree for each number of requests, as ranges.
 
     Args:
-        curves: of all trees, by name.
+        curves: the curves of all trees, by name.
         max_batch: the largest batch that was measured; nothing is drafted beyond it.
 
     Returns:
-        `(first, last, name)`: ranges that begin where the last one ended; a name of None drafts
-        nothing, a last of None has no end.
+        Ranges `(first, last, name)`, each beginning where the previous one ends. If `name` is
+        None, nothing is drafted. The last range has no end: its `last` is None.
     """
 
     def gain(name: str | None, batch: int) -> float:
@@ -143,11 +144,12 @@ def choose(curves: Mapping[str, Curve], max_batch: int) -> list[tuple[int, int |
         best = max([None, *curves], key=lambda name: gain(name, batch))
         slower = gain(kept, batch) < 1.0  # than plain vLLM
         if slower or gain(best, batch) > (1 + MARGIN) * gain(kept, batch):
-            # none, unless a tree is worth it
+            # draft nothing unless a tree is clearly faster than plain vLLM
             kept = best if gain(best, batch) > 1 + MARGIN else None
         chosen.append(kept)
     chosen.append(None)
-    ranges, first = [], 1
+    ranges: list[tuple[int, int | None, str | None]] = []
+    first = 1
     for name, run in groupby(chosen):
         length = len(list(run))
         ranges.append((first, first + length - 1, name))

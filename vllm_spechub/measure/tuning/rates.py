@@ -1,82 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Acceptance by slot of every rule on the user's prompts, measured with transformers."""
+"""Measure the acceptance by slot of every rule on the user's prompts, with transformers."""
 
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
-from pathlib import Path
+from typing import NamedTuple
 
+from vllm_spechub.measure.tuning.request import TuningRequest
 from vllm_spechub.triton_kernels.rules import rates_of
 
 REFERENCE_NODES, REFERENCE_DEPTH = 15, 5
-"""The size of the tree by which rules are compared, each on its own best shape."""
+"""Rules are compared on trees of this size, each rule on its own best tree."""
 PREFERENCE = 0.01
-"""The default rule stays unless another emits this much more."""
+"""Another rule replaces the default only if it emits more tokens by at least this share."""
+
+POLL_SECONDS = 0.2
+
+_progress: Connection
+"""In the measuring process: where it reports its progress."""
 
 
-@dataclass(frozen=True)
-class Study:
-    """What is measured, and on what."""
+class Measurement(NamedTuple):
+    """The acceptance of every rule on the user's prompts."""
 
-    target: str
-    draft: str
-    prompts: Path
-    limit: int | None
-    rules: tuple[str, ...]
-    temperature: float
-    texts: int
-    tokens: int
+    # by rule and number of children (a string, for JSON): the acceptance rate of each slot
+    rates: dict[str, dict[str, list[float]]]
+    # by rule: simulated tokens per step on its own best tree
+    tokens_per_step: dict[str, float]
 
 
-Found = tuple[dict[str, dict[str, list[float]]], dict[str, float]]
-"""Rates by rule, number of children and slot; and by rule the simulated tokens per step."""
-
-
-def measure(study: Study, progress: Callable[[str, int, int], None]) -> Found:
-    """Rates and simulated tokens per step, in a process that leaves no models behind.
+def measure(request: TuningRequest, progress: Callable[[str, int, int], None]) -> Measurement:
+    """Measure acceptance in a separate process, which frees the models' memory when it ends.
 
     Args:
-        study: what to measure.
-        progress: told what is measured, how many prompts are done, and how many there are.
+        request: what to measure.
+        progress: called with what is measured, the number of finished prompts, and of all prompts.
 
     Raises:
-        ValueError: the models do not fit together, or the prompts are not as they should be.
-        RuntimeError: the process stopped; its error is on the standard error.
+        ValueError: the models do not fit together, or the prompts cannot be read.
+        RuntimeError: the process was killed, for example because memory ran out.
     """
     fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe(duplex=False)
-    process = fork.Process(target=_in_process, args=(theirs, study), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        while True:
-            kind, content = ours.recv()
-            if kind == "progress":
-                progress(*content)
-            elif kind == "error":
-                raise ValueError(content)
-            else:
-                return content
-    except EOFError:
-        raise RuntimeError("measuring acceptance stopped; its error is above") from None
-    finally:
-        process.terminate()
-        process.join()
+    # A pipe has no lock that a killed process could keep, unlike a queue.
+    reports, worker_reports = fork.Pipe(duplex=False)
+    with ProcessPoolExecutor(1, fork, _start_worker, (worker_reports,)) as pool:
+        worker = pool.submit(os.getpid).result()
+        measured = pool.submit(_measure, request)
+        try:
+            while reports.poll(POLL_SECONDS) or not measured.done():
+                if reports.poll():
+                    progress(*reports.recv())
+            return measured.result()
+        except KeyboardInterrupt:
+            os.kill(worker, signal.SIGKILL)  # otherwise the pool would wait for the result
+            raise
+        except BrokenProcessPool:
+            raise RuntimeError("the process that measures acceptance was killed") from None
 
 
-def _in_process(connection: Connection, study: Study) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends this one
-    try:
-        found = _measure(study, lambda *done: connection.send(("progress", done)))
-    except (ValueError, OSError) as error:
-        connection.send(("error", str(error)))
-    else:
-        connection.send(("found", found))
+def _start_worker(reports: Connection) -> None:
+    global _progress
+    _progress = reports
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process stops this one
 
 
-def _measure(study: Study, progress: Callable[[str, int, int], None]) -> Found:
+def _measure(request: TuningRequest) -> Measurement:
     import torch
 
     from vllm_spechub.offline.simulation.drafts import Variant
@@ -84,40 +76,51 @@ def _measure(study: Study, progress: Callable[[str, int, int], None]) -> Found:
     from vllm_spechub.offline.simulation.study import Sampling, measure_rates, pick_tree
     from vllm_spechub.trees.best_tree import best_shape
 
-    sampling = Sampling(texts=study.texts, tokens=study.tokens)
+    def progress(label: str, done: int, total: int) -> None:
+        _progress.send((label, done, total))
+
+    sampling = Sampling(texts=request.texts, tokens=request.tokens)
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    models = study.target, study.draft, study.prompts, study.limit
+    models = request.target, request.draft, request.prompts, request.limit
     pair, prompts = load(*models, sampling, REFERENCE_DEPTH, None, dtype)
-    variants = [
-        Variant(rule) for rule in dict.fromkeys([*study.rules, *map(rates_of, study.rules)])
-    ]
+    rules = dict.fromkeys([*request.rules, *map(rates_of, request.rules)])
     rates = measure_rates(
-        pair, prompts, variants, study.temperature, sampling, REFERENCE_DEPTH, progress
+        pair,
+        prompts,
+        [Variant(rule) for rule in rules],
+        request.temperature,
+        sampling,
+        REFERENCE_DEPTH,
+        progress,
     )
-    simulated = {}
-    for rule in study.rules:
-        guides = dict.fromkeys([rule, rates_of(rule)])
+    tokens_per_step = {}
+    for rule in request.rules:
         trees = [
-            best_shape(rates[Variant(guide)], REFERENCE_NODES, REFERENCE_DEPTH).tree
-            for guide in guides
+            best_shape(rates[Variant(other)], REFERENCE_NODES, REFERENCE_DEPTH).tree
+            for other in dict.fromkeys([rule, rates_of(rule)])
         ]
-        _, simulated[rule] = pick_tree(
-            pair, prompts, Variant(rule), trees, [study.temperature], sampling, progress
+        _, tokens_per_step[rule] = pick_tree(
+            pair, prompts, Variant(rule), trees, [request.temperature], sampling, progress
         )
-    return {
+    by_rule = {
         str(variant): {str(k): list(slots) for k, slots in table.items()}
         for variant, table in rates.items()
-    }, simulated
+    }
+    return Measurement(by_rule, tokens_per_step)
 
 
-def best_rule(simulated: dict[str, float], default: str) -> str:
-    """The rule that emits the most; the default one where it is as good."""
-    best = max(simulated, key=simulated.get)
-    if default in simulated and simulated[best] <= (1 + PREFERENCE) * simulated[default]:
-        return default
+def best_rule(tokens_per_step: Mapping[str, float], default: str) -> str:
+    """The rule that emits the most tokens per step, or the default if it is about as good."""
+    best = max(tokens_per_step, key=lambda rule: tokens_per_step[rule])
+    if default in tokens_per_step:
+        needed = (1 + PREFERENCE) * tokens_per_step[default]
+        if tokens_per_step[best] <= needed:
+            return default
     return best
 
 
-def guide_rates(rates: dict[str, dict[str, Sequence[float]]], rule: str) -> dict[int, list[float]]:
-    """The rates that a rule's shapes are made of."""
+def rates_for_trees(
+    rates: Mapping[str, Mapping[str, Sequence[float]]], rule: str
+) -> dict[int, list[float]]:
+    """The acceptance rates that a rule's trees are built from, by number of children."""
     return {int(k): list(slots) for k, slots in rates[rates_of(rule)].items()}

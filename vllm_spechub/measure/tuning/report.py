@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tuning found: a table, a plot, and the options for `--speculative-config`."""
+"""Present the result of a tuning: a table, a plot, and the `--speculative-config`."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from vllm_spechub.measure.tuning.run import TUNED, Tuned
 
 
 def speculative_config(tuned: Tuned, draft: str) -> dict[str, Any]:
+    """The `--speculative-config` that uses the tuned schedule."""
     return {
         "method": "spechub",
         "model": draft,
@@ -20,11 +21,11 @@ def speculative_config(tuned: Tuned, draft: str) -> dict[str, Any]:
 
 
 def table(tuned: Tuned) -> Table:
-    """By batch: what was chosen, what it was predicted to gain, what it gained, and the length and
-    the gain of the best chain."""
-    title = f"Tokens/s over plain vLLM's, verification {tuned.rule!r}"
+    """For each batch: the chosen tree, its predicted and measured gain, and the best chain's length
+    and gain."""
+    title = f"Tokens/s relative to plain vLLM, verification {tuned.rule!r}"
     table = Table(title=title, title_justify="left")
-    for column in ("batch", "tree", "predicted", "measured", "from - to", "tokens/step"):
+    for column in ("batch", "tree", "predicted", "measured", "lowest-highest", "tokens/step"):
         table.add_column(column, justify="left" if column == "tree" else "right", no_wrap=True)
     table.add_column("best chain", justify="right", no_wrap=True)
     measured = {point.batch: found for point, found in summarize(tuned.checked).items()}
@@ -46,8 +47,8 @@ def table(tuned: Tuned) -> Table:
 
 
 def plot(tuned: Tuned, path: Path) -> None:
-    """Tokens/s over batch: plain vLLM, its best chain and every tree that was tried, and the
-    schedule as it was predicted and as it was measured."""
+    """Plot tokens/s over the batch size for plain vLLM, its best chain, all trees that were tried,
+    and the schedule as predicted and as measured."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The phases of a tuning, each going on from what is in the state file."""
+"""The phases of a tuning. Each continues from what is in the state file."""
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_spechub.measure.benchmark import ways
+from vllm_spechub.measure.benchmark import methods
 from vllm_spechub.measure.benchmark.interleaved import (
     Failure,
     Interleaved,
@@ -22,7 +18,7 @@ from vllm_spechub.measure.benchmark.interleaved import (
     Setup,
     encode,
 )
-from vllm_spechub.measure.benchmark.machine import device_name, versions
+from vllm_spechub.measure.terminal import progress_bar
 from vllm_spechub.measure.tuning import rates
 from vllm_spechub.measure.tuning.choose import (
     Curve,
@@ -32,6 +28,7 @@ from vllm_spechub.measure.tuning.choose import (
     curve,
     draft_costs,
 )
+from vllm_spechub.measure.tuning.request import TuningRequest
 from vllm_spechub.measure.tuning.state import State
 from vllm_spechub.offline.simulation.texts import read_prompts
 from vllm_spechub.trees import measured_schedule
@@ -41,197 +38,167 @@ from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 TUNED = "tuned"
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What to tune, and how thoroughly."""
-
-    target: str
-    draft: str
-    prompts: Path
-    limit: int | None
-    # those to choose from
-    rules: tuple[str, ...]
-    temperature: float
-    # numbers of drafted nodes, chain lengths and batches to try, ascending
-    nodes: tuple[int, ...]
-    chains: tuple[int, ...]
-    batches: tuple[int, ...]
-    # of each text from which acceptance is measured, and of each request that is timed
-    texts: int
-    tokens: int
-    repetitions: int
-    engine: dict[str, Any]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What measurements depend on."""
-        prompts = hashlib.sha256(self.prompts.read_bytes()).hexdigest()[:16]
-        here = {"device": device_name(), "versions": versions()}
-        return vars(self) | {"prompts": prompts} | here
-
-
 @dataclass
 class Tuned:
-    """What came out."""
+    """The result of a tuning."""
 
     rule: str
     schedule: measured_schedule.Schedule
-    # by name of the way
+    # by the tree's name
     trees: dict[str, TokenTree]
     curves: dict[str, Curve]
+    # by length, at least one
     chains: dict[int, Curve]
-    # (first, last, name of the way or None)
+    # (first batch, last batch or None, name of the tree or None)
     ranges: list[tuple[int, int | None, str | None]]
     # plain vLLM's tokens/s by batch
     plain: dict[int, float]
-    # of the last phase: plain vLLM, its best chains and the schedule
+    # measurements of the last phase: plain vLLM, its best chains and the schedule
     checked: list[Row] = field(default_factory=list)
 
     @property
     def speculates(self) -> bool:
+        """Whether the schedule drafts at any batch."""
         return any(name for *_, name in self.ranges)
 
     def choice(self, batch: int) -> str | None:
+        """The name of the tree that is chosen for a batch, or None."""
         return next(n for first, last, n in self.ranges if first <= batch <= (last or batch))
 
     def predicted(self, batch: int) -> float:
-        """Tokens/s over plain vLLM's."""
+        """Predicted tokens/s divided by plain vLLM's."""
         name = self.choice(batch)
         return self.curves[name].gain(batch) if name else 1.0
 
-    def best_chain(self, batch: int) -> int | None:
+    def best_chain(self, batch: int) -> int:
         """The length of the chain that is predicted to be the fastest."""
-        return max(self.chains, key=lambda k: self.chains[k].gain(batch), default=None)
+        return max(self.chains, key=lambda length: self.chains[length].gain(batch))
 
 
 def tree_name(tree: TokenTree) -> str:
+    """A tree's name in tables and plots."""
     return f"{tree.num_nodes} nodes, {tree.depth} deep"
 
 
 def tree_spec(tree: TokenTree) -> str | list[int]:
-    """The tree as `tree` and `tree_by_batch_size` take it."""
+    """The tree in the form that `tree` and `tree_by_batch_size` accept."""
     text = str(tree)
     return json.loads(text) if text.startswith("[") else text
 
 
 class Tuning:
-    """One tuning: `run` goes through the phases; all that it measures is in `state`."""
+    """One tuning. `run` goes through all phases and keeps every measurement in `state`."""
 
-    def __init__(self, asked: Asked, state: State, resident: int | None, console: Console) -> None:
-        self.asked, self.state, self.console = asked, state, console
-        self.points = [Point(batch, asked.temperature) for batch in asked.batches]
-        prompts = encode(asked.target, read_prompts(asked.prompts, asked.limit))
-        self.setup = Setup(asked.target, asked.draft, prompts, asked.tokens, asked.engine, resident)
-        first = range(asked.repetitions)
+    def __init__(
+        self, request: TuningRequest, state: State, resident: int | None, console: Console
+    ) -> None:
+        self.request, self.state, self.console = request, state, console
+        self.points = [Point(batch, request.temperature) for batch in request.batches]
+        prompts = encode(request.target, read_prompts(request.prompts, request.limit))
+        self.setup = Setup(
+            request.target, request.draft, prompts, request.tokens, request.engine, resident
+        )
+        first = range(request.repetitions)
         self.trying, self.checking = first, range(first.stop, 2 * first.stop)
 
     def run(self) -> Tuned:
-        """All phases.
+        """Run all phases.
 
         Raises:
-            ValueError: models or prompts that do not fit.
-            EngineFailed: plain vLLM's engine did not start or stopped.
+            ValueError: the models do not fit together, or no chain could be measured.
+            EngineFailed: plain vLLM's engine did not start or stopped early.
         """
-        asked, draft = self.asked, self.asked.draft
-        self._acceptance()
+        request, draft = self.request, self.request.draft
+        self._measure_acceptance()
         rule = rates.best_rule(self.state.simulated, DEFAULT_RULE)
-        by_slot = rates.guide_rates(self.state.rates, rule)
 
-        chains = [ways.chain(draft, length) for length in asked.chains]
-        self._measure("plain vLLM and its chains", [ways.plain(), *chains], self.trying)
-        rows = self._tried([way.name for way in chains])
-        chain = chain_curves(rows, asked.chains)
-        if not chain:
-            raise ValueError("no chain could be measured, so a level's cost is unknown")
-        costs = draft_costs(chain)
-        ends = dict.fromkeys([costs[asked.batches[0]], costs[asked.batches[-1]]])
+        chains = self._try_chains()
+        costs = draft_costs(chains)
+        ends = dict.fromkeys([costs[request.batches[0]], costs[request.batches[-1]]])
+        by_slot = rates.rates_for_trees(self.state.rates, rule)
+        trees = {tree_name(t): t for t in candidate_trees(by_slot, request.nodes, list(ends))}
+        curves = self._try_trees(trees, rule)
 
-        trees = {tree_name(t): t for t in candidate_trees(by_slot, asked.nodes, list(ends))}
-        self._measure(
-            "trees",
-            [ways.plain(), *(self._way(name, rule, tree=trees[name]) for name in trees)],
-            self.trying,
-        )
-        curves = {name: curve(found) for name in trees if (found := self._tried([name]))}
-        # one that stopped says nothing about larger batches
-        curves = {
-            name: found
-            for name, found in curves.items()
-            if len(found.step_time) == len(asked.batches)
-        }
-        ranges = choose(curves, asked.batches[-1])
+        ranges = choose(curves, request.batches[-1])
         schedule = [
             [first, last, tree_spec(trees[name]) if name else None] for first, last, name in ranges
         ]
         plain = {
-            batch: median(r.tokens_per_s for r in self._tried([ways.PLAIN]) if r.batch == batch)
-            for batch in asked.batches
+            batch: median(r.tokens_per_s for r in self._tried([methods.PLAIN]) if r.batch == batch)
+            for batch in request.batches
         }
-        tuned = Tuned(rule, schedule, trees, curves, chain, ranges, plain)
+        tuned = Tuned(rule, schedule, trees, curves, chains, ranges, plain)
         if tuned.speculates:
-            best = sorted({tuned.best_chain(batch) for batch in asked.batches})
-            compared = [ways.plain(), *(ways.chain(draft, length) for length in best)]
+            best = sorted({tuned.best_chain(batch) for batch in request.batches})
+            compared = [methods.plain(), *(methods.chain(draft, length) for length in best)]
             compared.append(
-                ways.spechub(TUNED, draft, verification=rule, tree_by_batch_size=schedule)
+                methods.spechub(TUNED, draft, verification=rule, tree_by_batch_size=schedule)
             )
             self._measure("the schedule", compared, self.checking)
             tuned.checked = [r for r in self.state.rows.values() if r.repetition in self.checking]
         return tuned
 
-    def _way(self, name: str, rule: str, tree: TokenTree) -> ways.Way:
-        return ways.spechub(name, self.asked.draft, verification=rule, tree=tree_spec(tree))
-
-    def _tried(self, names: Sequence[str]) -> list[Row]:
-        return [
-            row
-            for row in self.state.rows.values()
-            if row.way in names and row.repetition in self.trying
-        ]
-
-    def _acceptance(self) -> None:
+    def _measure_acceptance(self) -> None:
         if self.state.rates:
             return
-        asked = self.asked
-        study = rates.Study(
-            asked.target,
-            asked.draft,
-            asked.prompts,
-            asked.limit,
-            asked.rules,
-            asked.temperature,
-            asked.texts,
-            asked.tokens,
-        )
-        with self._bar("acceptance") as (progress, task):
+        with progress_bar(self.console, "prompts") as progress:
+            task = progress.add_task("acceptance", total=None)
 
             def advance(label: str, done: int, total: int) -> None:
                 progress.update(task, description=label, completed=done, total=total)
 
-            self.state.rates, self.state.simulated = rates.measure(study, advance)
+            self.state.rates, self.state.simulated = rates.measure(self.request, advance)
         self.state.write()
 
-    def _measure(self, what: str, compared: list[ways.Way], repetitions: range) -> None:
-        with self._bar(what) as (progress, task):
-            runs = Interleaved(
+    def _try_chains(self) -> dict[int, Curve]:
+        """Measure plain vLLM and its chains. -> curves of all chain lengths up to the longest"""
+        chains = [methods.chain(self.request.draft, length) for length in self.request.chains]
+        self._measure("plain vLLM and its chains", [methods.plain(), *chains], self.trying)
+        curves = chain_curves(self._tried([c.name for c in chains]), self.request.chains)
+        if not curves:
+            raise ValueError("no chain could be measured, so the cost of a level is unknown")
+        return curves
+
+    def _try_trees(self, trees: dict[str, TokenTree], rule: str) -> dict[str, Curve]:
+        """Measure all trees. -> curves of those that were measured at every batch"""
+        tried = [
+            methods.spechub(name, self.request.draft, verification=rule, tree=tree_spec(tree))
+            for name, tree in trees.items()
+        ]
+        self._measure("trees", [methods.plain(), *tried], self.trying)
+        curves = {name: curve(rows) for name in trees if (rows := self._tried([name]))}
+        # a tree whose engine stopped early says nothing about larger batches
+        return {
+            name: found
+            for name, found in curves.items()
+            if len(found.step_time) == len(self.request.batches)
+        }
+
+    def _tried(self, names: Sequence[str]) -> list[Row]:
+        """The measurements of some methods in the phases before the last."""
+        return [
+            row
+            for row in self.state.rows.values()
+            if row.method in names and row.repetition in self.trying
+        ]
+
+    def _measure(self, phase: str, compared: list[methods.Method], repetitions: range) -> None:
+        with progress_bar(self.console) as progress:
+            task = progress.add_task(phase, total=None)
+            interleaved = Interleaved(
                 self.setup,
                 compared,
                 self.points,
                 repetitions,
                 known=list(self.state.rows.values()),
-                say=lambda text: progress.update(task, description=f"{what}: {text}"),
+                report=lambda text: progress.update(task, description=f"{phase}: {text}"),
             )
-            progress.update(task, total=runs.total)
-            with closing(runs.run()) as measured:
-                for found in measured:
-                    if isinstance(found, Failure):
-                        self.console.print(f"{found.way} failed:\n{found.log}", markup=False)
+            progress.update(task, total=interleaved.total)
+            with closing(interleaved.measure()) as results:
+                for result in results:
+                    if isinstance(result, Failure):
+                        self.console.print(f"{result.method} failed:\n{result.log}", markup=False)
                         continue
-                    self.state.add(found)
+                    self.state.add(result)
                     progress.advance(task)
-            progress.update(task, description=what)
-
-    @contextmanager
-    def _bar(self, what: str) -> Iterator[tuple[Progress, Any]]:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=self.console) as progress:
-            yield progress, progress.add_task(what, total=None)
+            progress.update(task, description=phase)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import get_type_hints
 
 from rich.table import Table
 
@@ -79,7 +80,7 @@ def write_csv(records: Sequence, path: Path) -> None:
 
 def read_csv(kind: type, path: Path) -> list:
     """What `write_csv` wrote."""
-    convert = {field.name: field.type for field in fields(kind)}
+    convert = get_type_hints(kind)
     records = []
     with path.open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):

@@ -25,10 +25,13 @@ class ModelPair:
         Raises:
             ValueError: the vocabularies differ in size.
         """
-        models = [
-            AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-            for name in (target, draft)
-        ]
+
+        def load(name: str) -> PreTrainedModel:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            torch.nn.Module.to(model, device)
+            return model.eval()
+
+        models = load(target), load(draft)
         sizes = [model.config.get_text_config().vocab_size for model in models]
         if sizes[0] != sizes[1]:
             raise ValueError(
@@ -123,7 +126,7 @@ def sample_roots(
     position = len(prompt) + torch.arange(roots_per_text, device=device) * stretch + offset
     ended = torch.zeros_like(tokens, dtype=torch.bool)
     if pair.tokenizer.eos_token_id is not None:
-        ended = tokens == pair.tokenizer.eos_token_id
+        ended |= tokens == pair.tokenizer.eos_token_id
         ended[:, : len(prompt)] = False
         ended = ended.cumsum(dim=1) > 0
     text, column = (~ended.gather(1, position)).nonzero(as_tuple=True)

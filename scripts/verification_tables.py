@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of docs/verification.md, from the CSV files in docs/verification/."""
+
+import csv
+import json
+from pathlib import Path
+
+from markdown_table import table
+
+from vllm_spechub.offline.simulation.report import (
+    DIFFERENCES_CSV,
+    ROWS_CSV,
+    STUDY_JSON,
+    YARDSTICK_CSV,
+    by_setting,
+    read_csv,
+)
+from vllm_spechub.offline.simulation.study import Difference, Row, best_kind
+from vllm_spechub.offline.simulation.yardstick import Yardstick
+from vllm_spechub.trees.tree import TokenTree
+
+FIGURES = Path(__file__).parents[1] / "docs" / "verification"
+PAIRS = (
+    ("ordered", "rrs"),
+    ("ordered", "rrsw"),
+    ("traversal", "ordered"),
+    ("traversal", "rrsw"),
+)
+
+
+def cell(value: float, ci: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f} ± {ci:.3f}"
+
+
+def study() -> dict:
+    """Settings and acceptance rates of the recorded run."""
+    return json.loads((FIGURES / STUDY_JSON).read_text(encoding="utf-8"))
+
+
+def measured() -> list[Row]:
+    """The recorded run's tokens per step."""
+    return read_csv(Row, FIGURES / ROWS_CSV)
+
+
+def lengths(kind: str) -> str:
+    """Tokens per step of one kind of shape: a column for each rule."""
+    rows = measured()
+    rules = list(dict.fromkeys(row.rule for row in rows))
+    lines = []
+    for (temperature, budget), found in by_setting(rows).items():
+        cells = [found[rule, kind] for rule in rules]
+        texts = [cell(row.tokens_per_step, row.ci) for row in cells]
+        best = max(range(len(cells)), key=lambda i: cells[i].tokens_per_step)
+        texts[best] = f"**{texts[best]}**"
+        lines.append([f"{temperature:g}", str(budget + 1), *texts])
+    return table(["T", "nodes", *rules], lines)
+
+
+def differences() -> str:
+    """Differences at equal roots and noise: a line for each setting, a column for each pair."""
+    found = read_csv(Difference, FIGURES / DIFFERENCES_CSV)
+    cells = {(d.temperature, d.budget, d.kind, d.rule, d.baseline): d for d in found}
+    lines = []
+    for temperature, budget, kind in dict.fromkeys(
+        (d.temperature, d.budget, d.kind) for d in found
+    ):
+        pairs = [cells[temperature, budget, kind, *pair] for pair in PAIRS]
+        texts = [cell(d.difference, d.ci, "+") for d in pairs]
+        lines.append([f"{temperature:g}", str(budget + 1), kind, *texts])
+    names = [f"{rule} - {other}" for rule, other in PAIRS]
+    return table(["T", "nodes", "shape", *names], lines)
+
+
+def slots() -> str:
+    """Acceptance by slot, and in all, of nodes with 1 to 4 children."""
+    rates = study()["rates"]
+    lines = []
+    for temperature in next(iter(rates.values())):
+        for rule, by_temperature in rates.items():
+            cells = []
+            for by_slot in by_temperature[temperature].values():
+                parts = " + ".join(f"{rate:.3f}"[1:] for rate in by_slot)
+                total = f" = {sum(by_slot):.3f}" if len(by_slot) > 1 else ""
+                cells.append(parts + total)
+            lines.append([temperature, rule, *cells, *[""] * (4 - len(cells))])
+    return table(["T", "rule", "1 child", "2 children", "3 children", "4 children"], lines)
+
+
+def shapes() -> str:
+    """The best trees of 15 nodes under the lowest cap of their depth."""
+    kind = best_kind(study()["settings"]["depth"][0])
+    lines = [
+        [f"{row.temperature:g}", row.rule, f"`{list(row.tree)}`", str(TokenTree(row.tree).depth)]
+        for row in measured()
+        if row.kind == kind and row.budget == 14
+    ]
+    return table(["T", "rule", "tree", "depth"], lines)
+
+
+def optimum() -> str:
+    """Acceptance at one node beside the most that any verification could accept."""
+    lines = [
+        [
+            f"{y.temperature:g}",
+            y.rule,
+            str(y.children),
+            f"{y.acceptance:.4f}",
+            f"{y.optimum:.4f}",
+        ]
+        for y in read_csv(Yardstick, FIGURES / YARDSTICK_CSV)
+    ]
+    return table(["T", "rule", "children", "acceptance", "optimum for its drafts"], lines)
+
+
+def paper() -> str:
+    """Published figures and the demo pair's, on complete binary trees."""
+    with (FIGURES / "paper.csv").open(newline="", encoding="utf-8") as file:
+        published = list(csv.DictReader(file))
+    columns = list(dict.fromkeys((r["target"], r["draft"], r["dataset"]) for r in published))
+    found = {
+        (float(r["temperature"]), int(r["nodes"]), r["target"], r["draft"], r["dataset"]): r
+        for r in published
+    }
+    ours = by_setting(measured())
+    lines = []
+    for temperature, nodes in sorted({key[:2] for key in found}):
+        texts = []
+        for column in columns:
+            r = found[temperature, nodes, *column]
+            texts.append(" / ".join(f"{float(r[name]):.2f}" for name in ("rrs", "rrsw", "spechub")))
+        demo = ours[temperature, nodes - 1]
+        rules = ("rrs", "rrsw", "unordered", "traversal")
+        texts.append(" / ".join(f"{demo[rule, 'complete'].tokens_per_step:.2f}" for rule in rules))
+        lines.append([f"{temperature:g}", str(nodes), *texts])
+    names = [f"{target}, {draft}, {data}" for target, draft, data in columns]
+    return table(["T", "nodes", *names, "demo pair: rrs / rrsw / unordered / traversal"], lines)

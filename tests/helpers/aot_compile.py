@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile Triton kernels for GPUs that are not there, and record that all of them were.
+
+The tests run under `TRITON_INTERPRET=1`, where `@triton.jit` yields interpreted functions. A worker
+process without that variable imports the same modules and compiles them for real.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "tests" / "kernels" / "compiled.json"
+"""What the last passing run of every compilation compiled: a digest, and Triton's version."""
+
+
+def compiled_now() -> dict[str, str]:
+    """What a run of every compilation would compile: kernels, compilations and the compiler."""
+    files = sorted((ROOT / "triton_kernels").rglob("*.py"))
+    files += [
+        ROOT / "tests" / "helpers" / "aot_compile.py",
+        ROOT / "tests" / "kernels" / "test_compile.py",
+    ]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
+    return {"sources": digest.hexdigest(), "triton": version("triton")}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas reports for one kernel: registers per thread, spilled bytes, shared bytes."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+class Compiler:
+    """Callable handle to the worker process, which starts at the first compilation."""
+
+    def __init__(self) -> None:
+        self._worker: subprocess.Popen | None = None
+
+    def __call__(
+        self,
+        kernel: Any,
+        signature: dict[str, str],
+        constexprs: dict[str, Any],
+        capability: int,
+        num_warps: int = 4,
+        num_stages: int = 3,
+    ) -> Resources:
+        """Compile `kernel`, a module-level `@triton.jit` function.
+
+        Args:
+            kernel: the function as imported, interpreted or not.
+            signature: type of each run-time argument, such as "*fp32", "i32" or "fp32";
+                "i32:16" for one that the launcher will see to be a multiple of 16.
+                A list stands for a Triton tuple.
+            constexprs: value of each constexpr argument.
+            capability: compute capability without the dot: 80, 90 or 100.
+
+        Raises:
+            RuntimeError: the compilation failed; the message holds the worker's traceback.
+        """
+        if self._worker is None:
+            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+            self._worker = subprocess.Popen(
+                [sys.executable, __file__],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        job = {
+            "module": kernel.fn.__module__,
+            "name": kernel.fn.__name__,
+            "signature": signature,
+            "constexprs": constexprs,
+            "capability": capability,
+            "options": {"num_warps": num_warps, "num_stages": num_stages},
+        }
+        self._worker.stdin.write(json.dumps(job) + "\n")
+        self._worker.stdin.flush()
+        answer = json.loads(self._worker.stdout.readline())
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return Resources(**answer)
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.stdin.close()
+            self._worker.wait()
+
+
+def _compile(job: dict[str, Any]) -> dict[str, int]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    kernel = getattr(importlib.import_module(job["module"]), job["name"])
+    signature = {**job["signature"], **dict.fromkeys(job["constexprs"], "constexpr")}
+    # What the launcher sees at run time: torch allocations are aligned.
+    aligned = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in job["signature"].items()
+        if isinstance(kind, str) and (kind.startswith("*") or kind.endswith(":16"))
+    }
+    signature = {
+        k: v.removesuffix(":16") if isinstance(v, str) else v for k, v in signature.items()
+    }
+    signature = {k: tuple(v) if isinstance(v, list) else v for k, v in signature.items()}
+    source = triton.compiler.ASTSource(kernel, signature, job["constexprs"], aligned)
+    target = GPUTarget("cuda", job["capability"], 32)
+    compiled = triton.compile(source, target=target, options=job["options"])
+
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        architecture = re.search(r"\.target (\w+)", ptx).group(1)
+        command = [get_ptxas(job["capability"]).path, "-v", f"--gpu-name={architecture}"]
+        log = subprocess.run(
+            [*command, file.name, "-o", os.devnull], capture_output=True, text=True, check=True
+        ).stderr
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", log).group(1)),
+        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def _serve() -> None:
+    import traceback
+
+    for line in sys.stdin:
+        try:
+            answer = _compile(json.loads(line))
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

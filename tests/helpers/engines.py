@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real engines, one at a time and inside the test's process, on the demo pair in fp32."""
+
+import gc
+from contextlib import contextmanager
+from functools import cache
+from weakref import WeakSet
+
+import pytest
+
+from helpers.pair import DRAFT, PROMPTS, TARGET
+
+DEFAULTS = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 64 << 20,
+    "enforce_eager": True,
+    "disable_log_stats": False,
+    "async_scheduling": False,
+}
+
+
+@contextmanager
+def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec=None, **options):
+    """A vLLM engine, gone again at the end of the block; with spechub if a tree is given.
+
+    `tree` may be a schedule, [[first, last, tree], ...]. `spec` are more of spechub's options, the
+    others are vLLM's.
+    """
+    from vllm import LLM
+    from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends import registry
+
+    from vllm_spechub.integration import patches as ledger
+    from vllm_spechub.integration.patch import apply_all
+
+    # A test that is collected may import Numba, over which a plain engine's start would stumble.
+    apply_all(ledger.CPU_WORKER)
+    # Plain vLLM runs on its own backend, whatever engine ran here before.
+    registry._ATTN_OVERRIDES.pop(registry.AttentionBackendEnum.CPU_ATTN, None)
+    selector._cached_get_attn_backend.cache_clear()
+    settings = DEFAULTS | {"model": model}
+    if tree is not None:
+        settings["speculative_config"] = {
+            "method": "spechub",
+            "model": draft,
+            "tree_by_batch_size" if is_schedule(tree) else "tree": tree,
+            "verification": verification,
+        } | (spec or {})
+    with settled_heap():
+        llm = LLM(**(settings | options))
+        started.add(llm)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            destroy_model_parallel()
+            destroy_distributed_environment()
+
+
+started = WeakSet()
+"""Engines that something still holds, running or not."""
+
+
+@contextmanager
+def settled_heap():
+    """Within, the garbage collector passes over everything that was there before.
+
+    vLLM collects a dozen times while an engine starts and stops. Over all that it imports, that
+    takes 6 of the 7 seconds of both; over what an engine makes itself, nothing.
+    """
+    gc.collect()
+    if not started:  # frozen, an engine that a test still holds would never be collected
+        gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        # vLLM freezes an engine after its start, and everything thaws when it stops.
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
+
+
+def is_schedule(tree) -> bool:
+    return isinstance(tree, list) and isinstance(tree[0], list)
+
+
+def model_runner(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def greedy_params(max_tokens=40, **options):
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=max_tokens, **options)
+
+
+def token_ids(outputs):
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def logprob_rows(output) -> list[dict[int, float]]:
+    """Every emitted and every prompt token's entries."""
+    rows = []
+    for entries in (output.outputs[0].logprobs or [], output.prompt_logprobs or []):
+        for i in range(len(entries)):
+            row = entries[i] or {}
+            rows.append({token: entry.logprob for token, entry in row.items()})
+    return rows
+
+
+@cache
+def plain_greedy(max_tokens=40):
+    """What plain vLLM answers to PROMPTS at temperature 0, with its default runner."""
+    with engine() as llm:
+        return token_ids(llm.generate(PROMPTS, greedy_params(max_tokens), use_tqdm=False))

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records the rows that engines of this process verify."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+
+@dataclass
+class Node:
+    """One verified row of one step."""
+
+    req_id: str
+    root_position: int
+    path_tokens: tuple[int, ...]  # drafted tokens from the root's child down to this node
+    logits: torch.Tensor
+    processed: torch.Tensor
+    temperature: float  # what the processed row is still to be divided by
+
+
+@contextmanager
+def recorded_nodes():
+    """Every row that is verified inside the block."""
+    from vllm_spechub.engine.sampler import TreeRejectionSampler
+
+    nodes: list[Node] = []
+    process = TreeRejectionSampler.process
+
+    def spy(self, logits, batch):
+        raw = logits.clone()
+        processed, temperature = process(self, logits, batch)
+        trees = self.request_trees.trees_for(batch.idx_mapping_np)
+        for r, (req_id, tree) in enumerate(zip(batch.req_ids, trees, strict=True)):
+            start, end = batch.cu_num_logits_np[r : r + 2]
+            rows = batch.logits_indices[start:end]
+            tokens, root = batch.input_ids[rows].tolist(), int(batch.positions[rows[0]])
+            remaining = float(temperature[batch.idx_mapping[r]])
+            for node in range(end - start if end - start > 1 else 0):
+                path = tuple(tokens[i] for i in tree.paths[node][1:])
+                row = processed[start + node].clone()
+                nodes.append(Node(req_id, root, path, raw[start + node], row, remaining))
+        return processed, temperature
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TreeRejectionSampler, "process", spy)
+        yield nodes
+
+
+def request_of(req_id: str) -> str:
+    """vLLM appends a random suffix to a request's id inside the engine."""
+    return req_id.rpartition("-")[0]

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory that speculation adds, in a real engine."""
+
+import psutil
+import pytest
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from helpers.engines import engine
+from vllm_spechub.integration import worker as worker_module
+from vllm_spechub.integration.memory import tensor_bytes, weight_bytes
+
+
+def test_what_is_added_is_known_before_the_cache_is_sized(monkeypatch):
+    with engine("binary:3", max_num_seqs=4) as llm:
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        speculator = worker.model_runner.speculator
+        # 4 requests, 7 nodes with children, 2048 tokens in fp32; 14 int64 tokens; 7 int32 slots
+        assert tensor_bytes(speculator.draft_logits) == 4 * (7 * 2048 * 4 + 14 * 8 + 7 * 4)
+        assert weight_bytes(speculator.model, speculator.draft_model_config.dtype) > 4 * 300_000
+
+        monkeypatch.setattr(worker_module, "verification_bytes", lambda _config: 1 << 30)
+        asked = worker.determine_available_memory()
+        assert asked == CPUWorker.determine_available_memory(worker)  # the user's own number
+        worker.cache_config.kv_cache_memory_bytes = None
+        worker.requested_cpu_memory = psutil.Process().memory_info().rss + (3 << 30)
+        ours = worker.determine_available_memory()
+        vllms = CPUWorker.determine_available_memory(worker)
+        assert vllms - ours == pytest.approx(1 << 30, abs=64 << 20)  # the process itself may grow

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two workers, each with half of every layer, decide alike; what happens when one dies; and two
+engines behind one front end."""
+
+import asyncio
+import os
+import signal
+import sys
+
+import pytest
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from helpers.engines import engine, greedy_params, plain_greedy, token_ids
+from helpers.metrics import spec_metrics
+from helpers.pair import DRAFT, PROMPTS, TARGET
+
+TREE = "binary:2"
+SEEDED = [
+    SamplingParams(temperature=1.0, top_p=0.95, seed=seed, max_tokens=12, ignore_eos=True)
+    for seed in range(len(PROMPTS))
+]
+
+
+@pytest.fixture
+def one_core_each(monkeypatch):
+    """For workers that are processes of their own."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # they import `helpers.decisions`
+    path = os.pathsep.join(sys.path)
+    monkeypatch.setenv("PYTHONPATH", path)
+
+
+def test_tensor_parallelism(one_core_each):
+    expected = plain_greedy()
+    with engine(TREE) as llm:
+        seeded = token_ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False))
+
+    options = {
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        "worker_extension_cls": "helpers.decisions.DecisionRecorder",
+    }
+    with engine(TREE, **options) as llm:
+        llm.collective_rpc("record_decisions")
+        assert token_ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False)) == seeded
+        answers = token_ids(llm.generate(PROMPTS[:4], greedy_params(16), use_tqdm=False))
+        assert answers == [answer[:16] for answer in expected[:4]]
+        assert spec_metrics(llm)["num_accepted_tokens"] > 20
+        first, second = llm.collective_rpc("recorded_decisions")
+        assert len(first) > 10
+        assert first == second
+
+        workers = llm.llm_engine.engine_core.engine_core.model_executor.workers
+        os.kill(workers[1].proc.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=r"[Ee]xecutor|[Ww]orker|cancelled"):
+            llm.generate(PROMPTS, greedy_params(), use_tqdm=False)
+
+
+def test_data_parallelism(one_core_each, monkeypatch):
+    """Dense models run as engines of their own, which know nothing of each other."""
+    expected = plain_greedy()
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    args = AsyncEngineArgs(
+        model=TARGET,
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=4,
+        enforce_eager=True,
+        kv_cache_memory_bytes=32 << 20,
+        data_parallel_size=2,
+        speculative_config={"method": "spechub", "model": DRAFT, "tree": TREE},
+    )
+
+    async def answer(llm, i: int, rank: int) -> list[int]:
+        stream = llm.generate(
+            PROMPTS[i], greedy_params(16), request_id=f"{i}-{rank}", data_parallel_rank=rank
+        )
+        return [list(output.outputs[0].token_ids) async for output in stream][-1]
+
+    async def answers() -> list[list[int]]:
+        llm = AsyncLLM.from_engine_args(args)
+        try:
+            return await asyncio.gather(*(answer(llm, i, rank) for i in (0, 2) for rank in (0, 1)))
+        finally:
+            llm.shutdown()
+
+    assert asyncio.run(answers()) == [expected[i][:16] for i in (0, 0, 2, 2)]

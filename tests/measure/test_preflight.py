@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Long commands check everything they need before a model is loaded or an engine starts."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bench_e2e
+import bench_kernels
+import pytest
+import transformers
+import typer
+from typer.testing import CliRunner
+
+from helpers.pair import DRAFT, PAIR, TARGET
+from vllm_spechub.cli import app
+from vllm_spechub.measure.benchmark import interleaved
+from vllm_spechub.measure.benchmark.interleaved import Failure, Row
+from vllm_spechub.measure.tuning import rates
+from vllm_spechub.measure.tuning.request import TuningRequest
+
+PROMPTS = str(PAIR / "prompts.jsonl")
+SIMULATE = ["simulate", TARGET, DRAFT, "--prompts", PROMPTS]
+SHAPE = ["shape", TARGET, DRAFT, "--prompts", PROMPTS]
+EXPLAIN = ["explain", TARGET, DRAFT, "--prompt", "x"]
+TUNE = ["tune", TARGET, "--draft", DRAFT, "--prompts", PROMPTS]
+BENCH_E2E = ["bench_e2e", TARGET, "--draft", DRAFT, "--prompts", PROMPTS]
+BENCH_KERNELS = ["bench_kernels", "--quick"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch, tmp_path):
+    """Fail where a model would be loaded, an engine started or a kernel measured."""
+
+    def refuse(*_, **__):
+        raise AssertionError("too late: the command has begun its work")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(rates, "measure", refuse)
+    monkeypatch.setattr(interleaved, "EngineProcess", refuse)
+    monkeypatch.setattr(bench_kernels, "copy_bandwidth", refuse)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+def run(arguments):
+    """Run a command of the command line or a script's main function."""
+    for script in (bench_e2e, bench_kernels):
+        if arguments[0] == script.__name__:
+            single = typer.Typer()
+            single.command()(script.main)
+            return CliRunner().invoke(single, arguments[1:])
+    return CliRunner().invoke(app, arguments)
+
+
+def assert_refused(arguments, message):
+    done = run(arguments)
+    assert done.exit_code == 2, done.output
+    (line,) = done.output.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[*SIMULATE, "--out", "study"], [*EXPLAIN, "--out", "x.png"], TUNE, BENCH_E2E, BENCH_KERNELS],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_plot_needs_matplotlib(monkeypatch, arguments):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert_refused(arguments, "pip install 'vllm-spechub[cli]'")
+
+
+@pytest.mark.parametrize("arguments", [SIMULATE, BENCH_E2E, BENCH_KERNELS], ids=lambda a: a[0])
+def test_an_output_folder_is_writable(tmp_path, arguments):
+    (tmp_path / "file").touch()
+    assert_refused([*arguments, "--out", "file/folder"], "--out file/folder cannot be written")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "file"),
+    [
+        (SHAPE, "--rates", "rates.json"),
+        (EXPLAIN, "--out", "tree.png"),
+        (EXPLAIN, "--out", "tree.html"),
+        (TUNE, "--out", "tuned.json"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_an_output_file_has_a_folder(arguments, option, file):
+    assert_refused([*arguments, option, f"missing/{file}"], f"{option} missing/{file} cannot")
+
+
+@pytest.mark.parametrize(
+    "arguments", [SIMULATE, SHAPE, EXPLAIN, TUNE, BENCH_E2E], ids=lambda a: a[0]
+)
+def test_models_exist(tmp_path, arguments):
+    no_model = [str(tmp_path) if argument == DRAFT else argument for argument in arguments]
+    assert_refused(no_model, f"{str(tmp_path)!r} has no model")
+    no_folder = ["./gone" if argument == TARGET else argument for argument in arguments]
+    assert_refused(no_folder, "TARGET './gone' has no model: there is no such folder")
+
+
+@pytest.mark.parametrize("arguments", [TUNE, BENCH_E2E], ids=lambda a: a[0])
+def test_prompts_and_engine_options_are_read(tmp_path, arguments):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "?"}\n')
+    assert_refused([str(bad) if a == PROMPTS else a for a in arguments], "prompt 1: no `turns`")
+    for engine, message in (
+        ("dtype=float32", "--engine must be a JSON object"),
+        ("[1]", "--engine must be a JSON object"),
+        ('{"dtipe": "float32"}', "--engine has 'dtipe', which vLLM does not know"),
+    ):
+        assert_refused([*arguments, "--engine", engine], message)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("best", "--rule is 'best', allowed: ordered"),
+        ("chain", "--rule is 'chain', allowed: ordered"),
+        ("ordered@2", "--rule is 'ordered@2', allowed: ordered"),
+    ],
+)
+def test_rules_to_tune_draft_trees(rule, message):
+    assert_refused([*TUNE, "--rule", rule], message)
+
+
+def test_schedules_can_be_kept(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "file"))
+    assert_refused(TUNE, "VLLM_CACHE_ROOT")
+
+
+def test_another_versions_state_file_is_refused(tmp_path):
+    (tmp_path / "spechub-tuned.state.json").write_text('{"rows": [{"way": "plain"}]}')
+    assert_refused(TUNE, "not a state file of this version")
+
+
+def test_the_extra_is_named_where_it_is_missing():
+    hide = "import sys; sys.modules['typer'] = None; import vllm_spechub.cli"
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line == "vllm-spechub needs typer: pip install 'vllm-spechub[cli]'"
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupted_benchmark_keeps_its_rows(monkeypatch, tmp_path):
+    class Interrupted:
+        total = 2
+
+        def __init__(self, *_, **__):
+            pass
+
+        def measure(self):
+            yield Failure("chain 1", "out of memory")
+            yield Row("plain", 1.0, 1, 0, 10.0, 1.0, 1.0, 1.0, 1.0, 0, (), 1.0)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_e2e, "Interleaved", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench_e2e.measure(None, [], [], 1, tmp_path / "rows.csv")
+    lines = (tmp_path / "rows.csv").read_text().splitlines()
+    assert lines[-1].startswith("plain,1,1,0,10,")
+    assert lines[-2].startswith("method,temperature,")
+
+
+def refused_measurement(request):
+    rates._progress.send(("texts", 1, 2))
+    raise ValueError("the models do not fit together")
+
+
+def killed_measurement(request):
+    os.kill(os.getpid(), 9)
+
+
+def endless_measurement(request):
+    rates._progress.send(("texts", 1, 2))
+    time.sleep(600)
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    """Measure acceptance with another function in the place of `_measure`."""
+    monkeypatch.undo()
+    request = TuningRequest("", "", Path(), None, (), 1.0, (), (), (), 1, 1, 1, {})
+
+    def measure(function, progress):
+        monkeypatch.setattr(rates, "_measure", function)
+        return rates.measure(request, progress)
+
+    return measure
+
+
+def test_errors_of_the_measuring_process_arrive(measure):
+    reports = []
+    with pytest.raises(ValueError, match="do not fit"):
+        measure(refused_measurement, lambda *report: reports.append(report))
+    assert reports == [("texts", 1, 2)]
+    with pytest.raises(RuntimeError, match="was killed"):
+        measure(killed_measurement, lambda *report: None)
+
+
+def test_an_interrupt_stops_the_measuring_process(measure):
+    def interrupt(*report):
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        measure(endless_measurement, interrupt)
+    assert time.monotonic() - start < 60

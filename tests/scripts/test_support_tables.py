@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of what works: complete, and every row with a test behind it."""
+
+import re
+
+import msgspec
+import pytest
+import support_tables as support
+from vllm import SamplingParams
+
+from helpers.pair import ROOT
+from vllm_spechub.integration.patch import SUPPORTED_VLLM
+
+TESTS = ROOT / "tests"
+# set by vLLM itself, not by a request
+INTERNAL = {"output_text_buffer_length", "skip_clone"}
+
+
+def test_every_sampling_parameter_has_a_row():
+    fields = {field.name for field in msgspec.structs.fields(SamplingParams)}
+    wanted = {name for name in fields - INTERNAL if not name.startswith("_")}
+    listed = [name for row in support.SAMPLING_PARAMETERS for name in row.names]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == wanted
+
+
+@pytest.mark.parametrize("title", support.TABLES)
+def test_every_row_names_tests_that_exist(title):
+    for row in support.TABLES[title]:
+        assert row.tests or row.state not in ("works", "refused"), row.names
+        for test in row.tests:
+            file, _, name = test.partition("::")
+            assert re.search(rf"^def {name}\(", (TESTS / file).read_text(), re.M), test
+
+
+def test_one_version_is_supported():
+    states = {version: state for version, (state, *_) in support.VERSIONS.items()}
+    assert [v for v, state in states.items() if state == "supported"] == [SUPPORTED_VLLM]

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The best shape for given rates, against all trees of a small size; "auto" in configurations."""
+
+import itertools
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_spechub.trees import best_tree
+from vllm_spechub.trees.best_tree import best_shape, parse_tree, shipped_rates
+from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
+
+RULES = tuple(BUILTIN_RULES)
+
+
+@lru_cache
+def nested_trees(size: int, depth: int) -> list[tuple]:
+    """All ordered trees of exactly `size` drafted nodes, at most 4 children each."""
+    if size == 0:
+        return [()]
+    if depth == 0:
+        return []
+    return [
+        children
+        for count in range(1, min(4, size) + 1)
+        for sizes in itertools.product(range(size), repeat=count)
+        if sum(sizes) + count == size
+        for children in itertools.product(*(nested_trees(s, depth - 1) for s in sizes))
+    ]
+
+
+def breadth_first(children: tuple) -> TokenTree:
+    parents, level = [], [(0, children)]
+    while level:
+        following = []
+        for number, below in level:
+            for child in below:
+                parents.append(number)
+                following.append((len(parents), child))
+        level = following
+    return TokenTree(tuple(parents))
+
+
+def expected_accepted(tree: TokenTree, rates: dict) -> float:
+    """What `best_shape` maximises."""
+    reach = [1.0] * (tree.num_nodes + 1)
+    for node, parent in enumerate(tree.parents, start=1):
+        slot = node - int(tree.first_child[parent])
+        reach[node] = reach[parent] * rates[int(tree.num_children[parent])][slot]
+    return sum(reach[1:])
+
+
+def most_accepted(rates: dict, max_nodes: int, max_depth: int) -> float:
+    """The largest `expected_accepted`, by recursion over a node's descendants and slots."""
+
+    @lru_cache(None)
+    def node(descendants: int, depth: int) -> float:
+        if descendants == 0 or depth == 0:
+            return 0.0
+        counts = [k for k in rates if k <= descendants]
+        return max(slots(k, 0, descendants, depth) for k in counts)
+
+    @lru_cache(None)
+    def slots(k: int, slot: int, left: int, depth: int) -> float:
+        if slot == k:
+            return 0.0
+        return max(
+            rates[k][slot] * (1 + node(size - 1, depth - 1))
+            + slots(k, slot + 1, left - size, depth)
+            for size in range(1, left - (k - slot - 1) + 1)
+        )
+
+    return node(max_nodes, max_depth)
+
+
+rate = st.floats(0.01, 0.5)
+tables = st.fixed_dictionaries({k: st.lists(rate, min_size=k, max_size=k) for k in (1, 2, 3, 4)})
+
+
+@settings(max_examples=25, deadline=None)
+@given(tables, st.integers(1, 6), st.integers(1, 4))
+def test_no_tree_is_better(rates, max_nodes, max_depth):
+    found = best_shape(rates, max_nodes, max_depth)
+    assert found.tree.num_nodes <= max_nodes
+    assert found.tree.depth <= max_depth
+    assert found.accepted == pytest.approx(expected_accepted(found.tree, rates))
+    best = max(
+        expected_accepted(breadth_first(nested), rates)
+        for size in range(1, max_nodes + 1)
+        for nested in nested_trees(size, max_depth)
+    )
+    assert found.accepted == pytest.approx(best)
+
+
+def test_slots_take_subtrees_by_their_rates():
+    """The last slot is the best one here, so the larger subtree hangs from it."""
+    tree = best_shape({1: [0.5], 2: [0.2, 0.7]}, max_nodes=4, max_depth=4).tree
+    assert tree.num_children[1] == 0
+    assert tree.num_children[2] == 2
+
+
+def test_no_larger_than_it_needs_to_be():
+    assert best_shape({1: [0.5]}, max_nodes=20, max_depth=4).tree == TokenTree.chain(4)
+    assert best_shape({1: [0.5], 2: [0.5, 0.0]}, 20, 4).tree == TokenTree.chain(4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (({1: [0.5]}, 64, 3), r"max_nodes must be in 1\.\.63"),
+        (({1: [0.5]}, 5, 0), r"max_depth must be in 1\.\.63"),
+        (({}, 5, 3), "rates must hold"),
+        (({2: [0.5]}, 5, 3), "rates must hold"),
+        (({1: [1.5]}, 5, 3), "rates must hold"),
+        (({1: [0.0]}, 5, 3), "rates are all 0"),
+    ],
+)
+def test_bad_shapes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        best_shape(*arguments)
+
+
+def file_rates(rule: str) -> dict[int, list[float]]:
+    """A rule's rates as the file has them, averaged over temperatures."""
+    tables = json.loads(Path(best_tree.__file__).with_name("rates.json").read_text())["rates"][rule]
+    by_count = ({int(k): slots for k, slots in table.items()} for table in tables.values())
+    pooled: dict[int, list[list[float]]] = {}
+    for table in by_count:
+        for k, slots in table.items():
+            pooled.setdefault(k, []).append(slots)
+    return {
+        k: [sum(rates) / len(rates) for rates in zip(*tables, strict=True)]
+        for k, tables in pooled.items()
+    }
+
+
+# docs/library.md says that `traversal` takes `ordered`'s rates
+TRAVERSAL_TREES = {
+    ("auto", 15): (0, 0, 1, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 10),
+    ("auto:7", 7): (0, 0, 1, 2, 3, 5, 6),
+    ("auto:31", 31): (
+        *(0, 0, 0, 0, 1, 1, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10),
+        *(11, 11, 12, 13, 14, 15, 16, 17, 18, 18, 19, 20, 21, 23),
+    ),
+}
+
+
+@pytest.mark.parametrize(("spec", "nodes"), TRAVERSAL_TREES)
+def test_traversal_takes_the_trees_of_ordered(spec, nodes):
+    tree = TokenTree(TRAVERSAL_TREES[spec, nodes])
+    assert parse_tree(spec, "traversal") == parse_tree(spec, "ordered") == tree
+    most = most_accepted(file_rates("ordered"), nodes, 5)
+    assert expected_accepted(tree, file_rates("ordered")) == pytest.approx(most, abs=1e-9)
+    # its own rates would give another
+    own = most_accepted(file_rates("traversal"), nodes, 5)
+    assert expected_accepted(tree, file_rates("traversal")) < own - 1e-3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_auto_for_every_rule(rule):
+    rates = shipped_rates(rule)
+    assert list(rates) == ([1] if rule == "chain" else [1, 2, 3, 4])
+    for spec, nodes, depth in (("auto", 15, 5), ("auto:31", 31, 5), ("auto:7:3", 7, 3)):
+        tree = parse_tree(spec, rule)
+        assert tree.depth <= depth
+        assert tree.num_nodes == (depth if rule == "chain" else nodes)
+        by_file = file_rates("ordered" if rule == "traversal" else rule)
+        most = most_accepted(by_file, nodes, depth)
+        assert expected_accepted(tree, by_file) == pytest.approx(most, abs=1e-9)
+        # as `vllm-spechub shape` prints it
+        assert parse_tree(list(tree.parents), rule) == tree
+
+
+def test_auto_of_a_few_nodes():
+    assert parse_tree("auto:1", "ordered") == TokenTree.chain(1)
+    assert parse_tree(" auto:3 ", "rrs").num_nodes == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "rule", "message"),
+    [
+        ("auto:64", "ordered", r"NODES and DEPTH must be in 1\.\.63"),
+        ("auto:0", "ordered", r"NODES and DEPTH must be in 1\.\.63"),
+        ("auto:15:0", "ordered", r"NODES and DEPTH must be in 1\.\.63"),
+        (
+            "auto:15:5:2",
+            "ordered",
+            r"binary:DEPTH.*auto\[:NODES\[:DEPTH\]\], or a list",
+        ),
+        ("automatic", "ordered", "is none of"),
+        ("auto", "mine", "no acceptance rates for verification 'mine', only for .*rrsw"),
+        ([0, 2], "ordered", r"parents\[1\] = 2"),
+    ],
+)
+def test_bad_specs(spec, rule, message):
+    with pytest.raises(ValueError, match=message):
+        parse_tree(spec, rule)

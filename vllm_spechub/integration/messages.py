@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What travels with vLLM's own messages between the scheduler, the grammar and the workers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_spechub.trees.tree import TokenTree
+
+
+class ScheduledDrafts(dict[str, list[int]]):
+    """The drafts of one step, which vLLM calls `scheduled_spec_decode_tokens`, and their trees.
+
+    The scheduler makes one for every step. It reaches whatever is handed vLLM's dictionary, except
+    the workers: they keep their own books and receive a plain dictionary.
+
+    Args:
+        drafts: the drafted tokens of each request that has a tree in this step.
+        trees: the schedule's trees.
+        tree_index: for every scheduled request, the place in `trees` of the tree that it drafted
+            last; None if it drafted none.
+    """
+
+    def __init__(
+        self,
+        drafts: Mapping[str, list[int]],
+        trees: tuple[TokenTree, ...],
+        tree_index: dict[str, int | None],
+    ) -> None:
+        super().__init__(drafts)
+        self._trees = trees
+        self.tree_index = tree_index
+
+    @classmethod
+    def of(cls, drafts: dict[str, list[int]]) -> "ScheduledDrafts":
+        """A step's drafts with their trees.
+
+        Raises:
+            TypeError: there are drafts, and no scheduler of ours scheduled them.
+        """
+        if isinstance(drafts, cls):
+            return drafts
+        if drafts:
+            raise TypeError("scheduled_spec_decode_tokens: drafts without their trees")
+        return cls({}, (), {})
+
+    def drafted_index(self, request_id: str) -> int:
+        """The place in the schedule of the tree that a request's drafts belong to."""
+        index = self.tree_index[request_id]
+        if index is None:
+            raise ValueError(f"request {request_id} has drafts, but drafted no tree")
+        return index
+
+    def trees(self) -> dict[str, TokenTree]:
+        """The tree of each request that has drafts."""
+        return {request_id: self._trees[self.drafted_index(request_id)] for request_id in self}
+
+    def __reduce__(self):
+        return dict, (dict(self),)
+
+
+@dataclass
+class TreeRunnerOutput(ModelRunnerOutput):
+    """A worker's output of a step that verified trees."""
+
+    # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end
+    accepted_paths: np.ndarray = field(kw_only=True)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA: Triton's kernels."""
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_spechub.engine.platform import CacheKernels, Platform
+from vllm_spechub.rules.base import TreeKernels
+
+
+def _cache_kernels() -> CacheKernels:
+    from vllm_spechub.attention.triton_backend import cache_views
+    from vllm_spechub.triton_kernels.compaction import KVCompactor
+
+    return CacheKernels(cache_views, KVCompactor)
+
+
+def _tree_kernels() -> TreeKernels:
+    from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
+
+    return PORTABLE_KERNELS
+
+
+CUDA = Platform(
+    worker="vllm_spechub.integration.worker.SpecHubWorker",
+    vllm_worker="vllm.v1.worker.gpu_worker.Worker",
+    attention_backend="vllm_spechub.attention.triton_backend.TritonTreeBackend",
+    backend_entry=AttentionBackendEnum.CUSTOM,
+    names_backend=True,
+    cache_kernels=_cache_kernels,
+    tree_kernels=_tree_kernels,
+)

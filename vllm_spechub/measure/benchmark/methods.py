@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoding methods that are compared: names and speculative configurations."""
+
+from dataclasses import dataclass
+from typing import Any
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A decoding method: its name, and the `speculative_config` of its engine.
+
+    `speculative` is None for plain decoding.
+    """
+
+    name: str
+    speculative: dict[str, Any] | None
+
+
+def chain_config(draft: str, length: int) -> dict[str, Any]:
+    """vLLM's own draft-model chain, which is lossless only with the draft's probabilities."""
+    return {
+        "method": "draft_model",
+        "model": draft,
+        "num_speculative_tokens": length,
+        "draft_sample_method": "probabilistic",
+    }
+
+
+def plain() -> Method:
+    """vLLM without speculation."""
+    return Method(PLAIN, None)
+
+
+def chain(draft: str, length: int) -> Method:
+    """vLLM's chain of `length` drafted tokens."""
+    return Method(f"chain {length}", chain_config(draft, length))
+
+
+def spechub(name: str, draft: str, **options: Any) -> Method:
+    """SpecHub with further options of its `speculative_config`."""
+    return Method(name, {"method": "spechub", "model": draft} | options)
+
+
+def is_chain(name: str) -> bool:
+    """Whether the method of this name is one of vLLM's chains."""
+    return name.startswith("chain ")

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks before a long run, so that nothing that was measured is lost to a missing file or package.
+
+Every check raises a ValueError of one line that names the option.
+"""
+
+import inspect
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib import import_module
+from os import W_OK, access
+from pathlib import Path
+from typing import Any
+
+
+def check_modules(*names: str) -> None:
+    """Import what is needed later, for example to draw a plot at the end.
+
+    Raises:
+        ValueError: a module cannot be imported.
+    """
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ValueError(
+                f"{name.partition('.')[0]} cannot be imported ({error}): "
+                "pip install 'vllm-spechub[cli]'"
+            ) from error
+
+
+def check_models(models: Mapping[str, str]) -> None:
+    """Read the configuration of each model, given by the name of its option.
+
+    Raises:
+        ValueError: neither a folder with a model nor a Hugging Face name.
+    """
+    from transformers import AutoConfig
+
+    for option, model in models.items():
+        if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
+            raise ValueError(f"{option} {model!r} has no model: there is no such folder")
+        try:
+            AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{option} {model!r} has no model: {reason}") from error
+
+
+def check_output_folder(option: str, folder: Path) -> None:
+    """Make the folder unless it exists, and try to write into it.
+
+    Raises:
+        ValueError: the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option} {folder} cannot be written: {error.strerror}") from error
+
+
+def check_output_file(option: str, file: Path) -> None:
+    """Check that a file can be written; its folder must exist.
+
+    Raises:
+        ValueError: the folder is missing, or the file cannot be written.
+    """
+    if not file.parent.is_dir():
+        raise ValueError(f"{option} {file} cannot be written: there is no folder {file.parent}")
+    if file.is_dir() or (file.exists() and not access(file, W_OK)):
+        raise ValueError(f"{option} {file} cannot be written: it is a folder or read-only")
+    check_output_folder(option, file.parent)
+
+
+def parse_engine_options(option: str, text: str) -> dict[str, Any]:
+    """Further arguments of `vllm.LLM`, given as a JSON object.
+
+    Raises:
+        ValueError: the text is not a JSON object, or vLLM does not know an argument.
+    """
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{option} must be a JSON object, got {text!r}: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{option} must be a JSON object, got {text!r}")
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {*inspect.signature(LLM).parameters, *(field.name for field in fields(EngineArgs))}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f"{option} has {', '.join(map(repr, unknown))}, which vLLM does not know")
+    return options

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ModelProposer`: a proposer with a network, and KV cache layers, of its own.
+
+Nodes live in consecutive slots after the root in breadth-first order and see their ancestors only.
+The next step writes the accepted tokens again, in their final slots, so the draft's KV cache needs
+no compaction.
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+from vllm_spechub.attention.visibility import TreeAttnMetadata, TreeVisibility
+from vllm_spechub.proposers.base import Carried, DraftStep, TreeProposer
+from vllm_spechub.proposers.cuda_graphs import DraftGraphs, DraftPass
+from vllm_spechub.rules.base import VerificationRule
+from vllm_spechub.rules.draft_state import DraftLevel, DraftState
+
+
+class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
+    """Runs forward passes over trees: slots, attention, CUDA graphs.
+
+    A subclass says how the network is loaded (`load_draft_model`) and called (`run_model`).
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, rule: VerificationRule
+    ) -> None:
+        # vLLM's speculator, the next class in line; what both set, ours sets last
+        super(TreeProposer, self).__init__(vllm_config, device)
+        # which may be padded to another size than the target's
+        self.draft_vocab_size = self.vocab_size
+        TreeProposer.__init__(self, vllm_config, device, rule)
+        self.graphs: DraftGraphs | None = None
+        # [num_kv_cache_groups, most rows of a pass] int64, made by `set_attn`
+        self.slots: torch.Tensor
+
+    def logits_dtype(self) -> torch.dtype:
+        """As the network gives them: what is verified must be what was drawn."""
+        dtype, _ = self.draft_logits_spec(self.vllm_config)
+        return dtype
+
+    @abstractmethod
+    def run_model(
+        self,
+        # [num_tokens] int32
+        tokens: torch.Tensor,
+        # [num_tokens] int64, RoPE positions
+        positions: torch.Tensor,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Run the network once. Returns hidden states, [num_tokens, hidden_size]."""
+
+    def rows_per_request(self) -> set[int]:
+        """The numbers of rows that every request may have in a pass, if none reads a prompt."""
+        states = self.draft_logits.states
+        return {len(level.nodes_np) for state in states for level in state.levels[1:]}
+
+    def set_attn(
+        self,
+        model_state: ModelState,
+        kv_cache_config: KVCacheConfig,
+        block_tables: BlockTables,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().set_attn(model_state, kv_cache_config, block_tables, *args, **kwargs)
+        widest = max(self.rows_per_request(), default=1)
+        self.slots = torch.empty(
+            block_tables.num_kv_cache_groups,
+            max(self.max_num_tokens + self.max_num_reqs, self.max_num_reqs * widest),
+            dtype=torch.int64,
+            device=self.device,
+        )
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        self.graphs = None
+        if cudagraph_mode.decode_mode() == CUDAGraphMode.FULL:
+            self.graphs = DraftGraphs(self, self.rows_per_request())
+
+    def capture(self) -> None:
+        if self.graphs is not None:
+            self.graphs.capture()
+
+    def run_level(
+        self, step: DraftStep, depth: int, level: DraftLevel, state: DraftState
+    ) -> torch.Tensor:
+        """Feed the nodes of one depth below the root.
+
+        Returns:
+            Hidden states [num_reqs * num_expanded, hidden_size].
+        """
+        num_reqs, num_expanded = step.num_reqs, len(level.nodes_np)
+        rows = level.rows(num_reqs)
+        root = step.root_positions[rows.req]
+        tree = TreeVisibility(
+            visible_until=root.to(torch.int32),
+            tree_mask=rows.ancestor_masks,
+            num_tree_tokens=np.full(num_reqs, num_expanded),
+        )
+        return self.run_pass(
+            step,
+            self.node_tokens(step, depth, level, state).to(torch.int32),
+            root + depth,
+            root + rows.nodes,
+            level.starts[: num_reqs + 1],
+            level.starts_np[: num_reqs + 1],
+            step.root_positions + int(level.nodes_np[-1]) + 1,
+            None,
+            tree,
+        )
+
+    def run_pass(
+        self,
+        step: DraftStep,
+        # [num_tokens] int32
+        tokens: torch.Tensor,
+        # [num_tokens] int64, RoPE positions
+        positions: torch.Tensor,
+        # [num_tokens] int64, sequence positions of the KV slots
+        slots: torch.Tensor,
+        # [num_reqs + 1] int32
+        starts: torch.Tensor,
+        # [num_reqs + 1] int32
+        starts_np: np.ndarray,
+        # [num_reqs]
+        seq_lens: torch.Tensor,
+        # [num_tokens] bool, rows that must write nothing
+        unused: torch.Tensor | None,
+        # None for ordinary causal tokens
+        tree: TreeVisibility | None,
+    ) -> torch.Tensor:
+        """Run one forward pass, eagerly or by replaying a graph. Nothing is written, and no
+        position is read, beyond the engine's maximal length.
+
+        Returns:
+            Hidden states [num_tokens, hidden_size], until the next pass.
+        """
+        batch, last = step.batch, self.max_model_len - 1
+        # The bound covers this step's tokens; a new tree adds its root and its nodes.
+        nodes = self.schedule.trees[0].num_nodes
+        bound = batch.seq_lens_cpu_upper_bound[: step.num_reqs] + nodes + 1
+        outside = unused
+        if int(bound.max()) > last:
+            # no slots there, and the last one is another token's
+            outside = slots > last if unused is None else unused | (slots > last)
+            positions, slots = positions.clamp(max=last), slots.clamp(max=last)
+            seq_lens, bound = seq_lens.clamp(max=last + 1), bound.clamp(max=last + 1)
+        if self.draft_vocab_size < self.vocab_size:
+            tokens = tokens.clamp(max=self.draft_vocab_size - 1)  # it has no row for padding
+        if step.skip_attn:
+            return self.run_model(tokens, positions, None, None)
+        mappings = self.block_tables.compute_slot_mappings(
+            batch.idx_mapping, starts, slots, len(tokens), out=self.slots
+        )
+        if step.dummy_run:
+            mappings.fill_(PAD_SLOT_ID)
+        elif outside is not None:
+            mappings.masked_fill_(outside, PAD_SLOT_ID)
+        draft_pass = DraftPass(
+            tokens, positions, mappings, starts, starts_np, seq_lens.to(torch.int32), bound, tree
+        )
+        graphs = self.graphs
+        graph = graphs.fitting(draft_pass) if graphs and not step.dummy_run else None
+        if graphs is None or graph is None:
+            return self.run_model(tokens, positions, *self.attention(draft_pass))
+        return graphs.replay(graph, draft_pass)
+
+    def attention(
+        self, draft_pass: DraftPass, for_capture: bool = False
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """A pass's attention metadata and KV slots, by layer."""
+        num_reqs, tree = len(draft_pass.seq_lens), draft_pass.tree
+        metadata = build_attn_metadata(
+            attn_groups=self.attn_groups,
+            num_reqs=num_reqs,
+            num_tokens=len(draft_pass.tokens),
+            query_start_loc_gpu=draft_pass.starts,
+            query_start_loc_cpu=torch.from_numpy(draft_pass.starts_np),
+            max_query_len=int(np.diff(draft_pass.starts_np).max()),
+            seq_lens=draft_pass.seq_lens,
+            max_seq_len=self.max_model_len,
+            block_tables=[table[:num_reqs] for table in self.block_tables.input_block_tables],
+            slot_mappings=draft_pass.slot_mappings,
+            kv_cache_config=self.kv_cache_config,
+            seq_lens_cpu_upper_bound=draft_pass.seq_lens_bound,
+            positions=draft_pass.positions,
+            is_prefilling=self.draft_is_prefilling[:num_reqs],
+            model_specific_attn_metadata=None if tree is None else TreeAttnMetadata(tree),
+            for_cudagraph_capture=for_capture,
+        )
+        slot_mappings = build_slot_mappings_by_layer(draft_pass.slot_mappings, self.kv_cache_config)
+        return metadata, slot_mappings
