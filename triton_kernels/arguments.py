@@ -85,6 +85,8 @@ class TargetRows(NamedTuple):
     num_nodes: torch.Tensor
     # [num_rows] integer: the token of each row's node; the roots' are not read
     node_tokens: torch.Tensor
+    # [num_rows] int64: the token that plain decoding draws from each row, for rules that read it
+    drawn: torch.Tensor | None = None
 
 
 class VerifiedPaths(NamedTuple):

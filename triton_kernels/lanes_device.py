@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of logits by lanes, for Triton kernels: token i is in lane i % LANES, at place i // LANES.
 
-One pass over a row leaves a peak and a sum of exponentials in every lane. That is enough to find the best token, to
-draw one as `rng.draw` does, and to take some tokens out: only their lanes are read again, a few tokens each.
+One pass over a row leaves a peak and a sum of exponentials in every lane. That is enough to find
+the best token, to draw one as `rng.draw` does, and to take some tokens out: only their lanes are
+read again, a few tokens each.
 """
 
 import triton

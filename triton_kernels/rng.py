@@ -83,7 +83,7 @@ def row_key(
         seed: int64, the request's seed; all 64 bits count.
         position: int64, the sequence position of the tree's root; the low 32 bits count.
         node: integer, breadth-first node id.
-        purpose: CHILD, LABEL, ACCEPT or RESIDUAL.
+        purpose: CHILD, ACCEPT or RESIDUAL.
 
     Returns:
         int32, broadcast over the arguments: the key's 32 bits.

@@ -17,8 +17,8 @@ from .constants import MAX_CHILDREN
 class Hubs(Enum):
     """Which of a node's k children are its most probable tokens, taken without drawing.
 
-    The values are: children that are never hubs; how many of the others are whatever the draft; and how many are
-    where the draft is confident, giving each more than `constants.CONFIDENT`.
+    The values are: children that are never hubs; how many of the others are whatever the draft; and
+    how many are where the draft is confident, giving each more than `constants.CONFIDENT`.
     """
 
     NONE = (0, 0, 0)
@@ -159,8 +159,8 @@ BUILTIN_RULES: Mapping[str, Rule] = MappingProxyType(
             ),
             Rule(
                 "match",
-                "The most probable tokens as drafts; the token that plain decoding draws decides at "
-                "every node, so that a seed gives the text that it gives without speculation.",
+                "The most probable tokens as drafts; the token that plain decoding draws decides "
+                "at every node, so that a seed gives the text that it gives without speculation.",
                 "the target's own draw, as greedy speculative decoding has it",
                 Hubs.ALL,
                 Samples.NONE,
@@ -172,6 +172,8 @@ BUILTIN_RULES: Mapping[str, Rule] = MappingProxyType(
 
 DEFAULT_RULE = "traversal"
 """The rule that emits most tokens per step, measured in docs/verification.md."""
+
+
 def rates_of(name: str) -> str:
     """The rule whose acceptance rates choose trees for a rule; other packages' rules use theirs."""
     return BUILTIN_RULES[name].rates_of if name in BUILTIN_RULES else name

@@ -63,12 +63,14 @@ class Registry:
 RULES = Registry(
     "verification rule",
     {
+        "traversal": "vllm_spechub.rules.kernel_rule:KernelRule",
+        "mixed": "vllm_spechub.rules.kernel_rule:KernelRule",
         "ordered": "vllm_spechub.rules.kernel_rule:KernelRule",
         "unordered": "vllm_spechub.rules.kernel_rule:KernelRule",
-        "traversal": "vllm_spechub.rules.kernel_rule:KernelRule",
         "rrs": "vllm_spechub.rules.kernel_rule:KernelRule",
         "rrsw": "vllm_spechub.rules.kernel_rule:KernelRule",
         "chain": "vllm_spechub.rules.kernel_rule:KernelRule",
+        "match": "vllm_spechub.rules.match_rule:MatchRule",
     },
     "vllm_spechub.rules",
 )

@@ -62,7 +62,7 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
             draft.drafts,
             requests.drafting,
             draft.tables,
-            max_depth=tree.depth,
+            level_sizes=tree.level_sizes,
             rule=rule,
             **options,
         )

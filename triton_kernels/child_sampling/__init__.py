@@ -24,19 +24,17 @@ def sample_children(
 ) -> Children:
     """Draft `k = num_children[row]` tokens for each row.
 
-    SpecHub rules: the hubs are the k - 1 most probable tokens of `q = softmax(logits /
-    temperature)` (ties: lowest id first) and the sampled child is drawn from `w`, which is
-    `q ** sharpening` without the hubs, renormalised. Where nothing remains off the hubs, and at
-    temperature 0, it is the best-ranked other token. Slots, `unordered`: the hubs by rank, then the
-    sampled child. `ordered` and `traversal`: slot 0 holds the sampled child with probability
-    `1 - q(hubs)` or else hub h with probability `q(h)`, so that without sharpening its token is
-    distributed as q; the other hubs follow by rank, then the sampled child unless it comes first.
+    With `q = softmax(logits / temperature)`, the hubs are the most probable tokens, as many as the
+    rule has it: none, those with q > `constants.CONFIDENT` (1 to k - 1), k - 1 or k. The other
+    children are samples, drawn from `q ** sharpening` off the hubs: independently, or each off the
+    samples before it. Where nothing is left to draw from, the next token in rank is taken, and is
+    no sample, as it was chosen without chance. At temperature 0, and where a row masks every token,
+    all children are hubs. NaN masks a token. Of equal logits the first lane's ranks first (`rng`).
 
-    `rrs`: every slot is an independent draw from q. `rrsw`: each is drawn from q without the tokens
-    of the slots before it; what q does not support follows by lowest id. At temperature 0 both
-    draft the k most probable tokens. `chain`: one draw from q.
-
-    A row that masks every token is drafted as at temperature 0.
+    Slots: rules that rank subtrees put the child first whose expected acceptance is the largest,
+    computed from q alone: q(h) for hub h, and for the samples z (1 - 0.45 z), 0.11 z, 0.05 z, 0.03
+    z, where z is the draft's mass off the hubs; samples win ties. Other rules have the hubs by
+    rank, then the samples as they were drawn.
 
     Args:
         logits: any float dtype; -inf for masked tokens; last dimension contiguous.
@@ -45,7 +43,7 @@ def sample_children(
         requests: whose rows these are.
         rule: a built-in rule's name; verification must use the same.
         max_children: the largest of `num_children`, at most MAX_CHILDREN.
-        sharpening: the exponent of w, above 0; verification must use the same.
+        sharpening: the exponent of q off the hubs, above 0; verification must use the same.
 
     Raises:
         ValueError: a shape, `max_children`, `rule` or `sharpening` does not fit.

@@ -9,7 +9,6 @@ from .. import constants, rng
 from ..arguments import Children, Requests
 from ..lanes_device import (
     LOWEST,
-    at,
     draw_lane,
     draw_place,
     first_best,
@@ -158,7 +157,15 @@ def _sample_children_kernel(
                 )
                 if SHARPENED:
                     _, draw_sums = without(
-                        row_ptr, old_peaks, draw_sums, token, taken, draw_scale, vocab_size, PLACES, LANES
+                        row_ptr,
+                        old_peaks,
+                        draw_sums,
+                        token,
+                        taken,
+                        draw_scale,
+                        vocab_size,
+                        PLACES,
+                        LANES,
                     )
                 else:
                     draw_sums = sums

@@ -84,7 +84,8 @@ def _weights(
     # [num_rows]
     scale: torch.Tensor,
 ) -> torch.Tensor:
-    """Unnormalised probabilities relative to a logit, 0 for masked tokens. [num_rows, vocab_size]"""
+    """Unnormalised probabilities relative to a logit, 0 for masked tokens. [num_rows,
+    vocab_size]"""
     weights = torch.exp((logits - peak.unsqueeze(1)) * scale.unsqueeze(1))
     return weights.masked_fill_(logits <= LOWEST, 0.0)
 

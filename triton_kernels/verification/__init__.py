@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verify a drafted tree: whatever the draft, the emitted tokens follow the target exactly."""
 
+from collections.abc import Sequence
+
 from ..arguments import Drafts, Requests, TargetRows, TreeTables, VerifiedPaths
 from ..rules import builtin_rule
 
@@ -11,27 +13,26 @@ def verify_tree(
     requests: Requests,
     tree: TreeTables,
     *,
-    max_depth: int,
+    level_sizes: Sequence[int],
     rule: str,
     sharpening: float = 1.0,
 ) -> VerifiedPaths:
     """Accept a path of each request's tree, then emit a last token.
 
-    At temperature 0 the walk follows the target's argmax (ties: lowest id). Otherwise a
-    leaf-to-root rule visits the tree depth first, each node after its children with the
-    probabilities that `node_rules.traversal_outcome` gives, and accepts the path to the first node
-    whose draw succeeds. A root-to-leaf rule walks from the root while children are accepted: each
-    node makes one draw among its children and rejection, by `node_rules.node_outcome`. The last
-    token comes from the residual of the node where this ends, at a leaf from the target. A node
-    whose children are not all among the request's first `num_nodes` drafted nodes counts as a
-    leaf.
+    `node` has the mathematics of one node. A root-to-leaf rule walks from the root: it accepts a
+    child with the chance that `node.node_outcome` gives, samples before hubs, and stops at the
+    first node that accepts none. A leaf-to-root rule visits the tree depth first, each node after
+    its children, and accepts the path to the first node whose coin falls below its chance. The
+    last token comes from the residual of the node where this ends, at a leaf from the target. At
+    temperature 0 the target is a point mass on its argmax (ties: lowest id). A node whose children
+    are not all among the request's first `num_nodes` drafted nodes counts as a leaf.
 
     Args:
         target: what is verified, and against which distributions.
         drafts: how the trees were drafted.
         requests: of each tree; as at drafting.
         tree: the shape of all of them.
-        max_depth: depth of the tree's deepest leaf.
+        level_sizes: nodes of every depth, the root's one first.
         rule: the built-in rule that children were drafted for.
         sharpening: the exponent that sampled children were drafted with.
 
@@ -49,8 +50,8 @@ def verify_tree(
         raise ValueError(
             f"drafts.logits has {drafts.logits.shape[2]} tokens, target.logits has {vocab_size}"
         )
-    if drafts.sample_slots.shape != drafts.logits.shape[:2]:
-        raise ValueError("sample_slots must be [max_num_reqs, num_internal], as drafts.logits is")
+    if drafts.sampled.shape != drafts.logits.shape[:2]:
+        raise ValueError("drafts.sampled must be [max_num_reqs, num_internal], as drafts.logits is")
     num_reqs, max_num_reqs = target.row_start.shape, target.temperature.shape
     expected = {
         "node_tokens": (target.node_tokens, (num_rows,)),
@@ -61,7 +62,7 @@ def verify_tree(
         "seeds": (requests.seeds, max_num_reqs),
         "num_children": (tree.num_children, tree.first_child.shape),
         "internal_index": (tree.internal_index, tree.first_child.shape),
-        "subtree_sizes": (tree.subtree_sizes, tree.first_child.shape),
+        "parents": (tree.parents, tree.first_child.shape),
     }
     for name, (value, shape) in expected.items():
         if value.shape != shape:
@@ -73,5 +74,5 @@ def verify_tree(
     else:
         from . import reference as implementation
     return implementation.verify_tree(
-        target, drafts, requests, tree, max_depth=max_depth, rule=rule, sharpening=sharpening
+        target, drafts, requests, tree, level_sizes=level_sizes, rule=rule, sharpening=sharpening
     )

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tree verification in Triton: the chances of all nodes, level by level, then one walk for each request.
+"""Tree verification in Triton: the chances of all nodes, level by level, then one walk for each
+request.
 
-`_visit_kernel` is `node.node_outcome` for one node of one request: a pass over its two rows for their sums, and one for
-every sample. What a node is visited with is its parent's doing, so from leaf to root a level waits for the one above;
-from root to leaf all nodes run at once. `_walk_kernel` tosses the coins, and draws the last token.
+`_visit_kernel` is `node.node_outcome` for one node of one request: a pass over its two rows for
+their sums, and one for every sample. What a node is visited with is its parent's doing, so from
+leaf to root a level waits for the one above; from root to leaf all nodes run at once.
+`_walk_kernel` tosses the coins, and draws the last token.
 """
 
 from collections.abc import Sequence
@@ -33,7 +35,8 @@ from ..rules import BUILTIN_RULES
 
 NUM_WARPS = 16
 STATISTICS = 4
-"""What is kept of a node's rows: the target's peak and inverse sum, the draft's peak, and its weight."""
+"""What is kept of a node's rows: the target's peak and inverse sum, the draft's peak, and its
+weight."""
 
 _STATISTICS = tl.constexpr(STATISTICS)
 _NO_TURN = tl.constexpr(2 * 4)
@@ -56,7 +59,8 @@ def _log_add(first, second):
 
 @triton.jit
 def _residual(target, draft, p, q):
-    """(a p - w q)+ of some tokens, from their logits; p and q say peak, factor and scale of each."""
+    """(a p - w q)+ of some tokens, from their logits; p and q say peak, factor and scale of
+    each."""
     owed = p[1] * tl.exp((target - p[0]) * p[2])
     spent = q[1] * tl.exp((draft - q[0]) * q[2])
     return tl.maximum(owed - tl.where(q[1] > 0.0, spent, 0.0), 0.0)
@@ -199,9 +203,7 @@ def _visit_kernel(
     acceptance = tl.full([], 1.0, tl.float32)
     if LEAF_TO_ROOT:
         acceptance = tl.load(visit_ptr + node)
-    first, count = _children(
-        node, tl.load(num_nodes_ptr + out), first_child_ptr, num_children_ptr
-    )
+    first, count = _children(node, tl.load(num_nodes_ptr + out), first_child_ptr, num_children_ptr)
     tl.store(leave_ptr + node, acceptance)
     if (count > 0) & (acceptance > 0.0):
         req = tl.load(req_idx_ptr + out).to(tl.int64)
@@ -265,8 +267,9 @@ def _visit_children(
     PLACES: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """`node.node_outcome`: what every child is visited with, [MAX_CHILDREN], what the node is accepted with once
-    they have failed, and the statistics from which its residual is made again."""
+    """`node.node_outcome`: what every child is visited with, [MAX_CHILDREN], what the node is
+    accepted with once they have failed, and the statistics from which its residual is made
+    again."""
     slots = tl.arange(0, MAX_CHILDREN)
     present = children >= 0
     hub = present & (sampled == 0)
@@ -299,7 +302,9 @@ def _visit_children(
     total = undrawn
     for backwards in tl.static_range(MAX_CHILDREN):
         slot = MAX_CHILDREN - 1 - backwards
-        adds = (at(sampled.to(tl.int32), slots, slot) > 0) & (at(again.to(tl.int32), slots, slot) == 0)
+        adds = (at(sampled.to(tl.int32), slots, slot) > 0) & (
+            at(again.to(tl.int32), slots, slot) == 0
+        )
         total = tl.where(adds, _log_add(total, at(logit, slots, slot)), total)
         log_sums = tl.where(slots == slot, total, log_sums)
     if REPLACES:
@@ -322,13 +327,19 @@ def _visit_children(
             if is_sample:
                 z, own_sum = at(logit, slots, slot), at(log_sums, slots, slot)
                 share = at(owed, slots, slot) - kappa * tl.exp(z - log_sum)
-                share = tl.where(at(again.to(tl.int32), slots, slot) > 0, 0.0, tl.maximum(share, 0.0))
+                share = tl.where(
+                    at(again.to(tl.int32), slots, slot) > 0, 0.0, tl.maximum(share, 0.0)
+                )
                 visit = tl.where(slots == slot, _ratio(share, left * tl.exp(z - own_sum)), visit)
                 kappa = left + kappa * tl.exp(own_sum - log_sum)
                 log_sum = own_sum
-                weight = tl.where(undrawn > LOWEST, kappa * tl.exp(draft_peak * scale - log_sum), 0.0)
+                weight = tl.where(
+                    undrawn > LOWEST, kappa * tl.exp(draft_peak * scale - log_sum), 0.0
+                )
             q = (draft_peak, weight, scale)
-            lanes = _residual_lanes(target_ptr, draft_ptr, children, p, q, vocab_size, PLACES, LANES)
+            lanes = _residual_lanes(
+                target_ptr, draft_ptr, children, p, q, vocab_size, PLACES, LANES
+            )
             # samples that have not been visited
             later = sampled & (slots > slot) & (again == 0)
             waiting = tl.maximum(owed - kappa * tl.exp(logit - log_sum), 0.0)
@@ -357,8 +368,8 @@ def _gather(
 
 @triton.jit
 def _next_slot(slot, bits, count):
-    """The child that is visited after another: samples by slot, then hubs by slot. -1 before the first and
-    after the last."""
+    """The child that is visited after another: samples by slot, then hubs by slot. -1 before the
+    first and after the last."""
     slots = tl.arange(0, MAX_CHILDREN)
     turns = tl.where((bits >> slots) & 1 == 1, slots, slots + MAX_CHILDREN)
     turn = tl.where(slot < 0, -1, at(turns, slots, slot))
@@ -528,9 +539,9 @@ def _walk_kernel(
         token = _best_token(target_ptr, vocab_size, LANES)
     else:
         slots = tl.arange(0, MAX_CHILDREN)
-        children = tl.load(
-            node_tokens_ptr + row + first + slots, mask=slots < count, other=-1
-        ).to(tl.int32)
+        children = tl.load(node_tokens_ptr + row + first + slots, mask=slots < count, other=-1).to(
+            tl.int32
+        )
         internal = tl.load(internal_index_ptr + node).to(tl.int64)
         draft_temperature = tl.load(draft_temperature_ptr + req)
         acceptance = tl.load(visit_ptr + node) if LEAF_TO_ROOT else 1.0

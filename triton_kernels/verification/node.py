@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """One node of a tree, in plain PyTorch: the loop that all verification rules share.
 
-A node's children stand in slots. A *sample* was drawn from a distribution that is known given the samples before
-it; a *hub* was chosen without chance, so that its distribution is a point mass. Verification visits the samples in
-slot order, then the hubs in slot order. With T_j what is still to be emitted and l_j the distribution of slot j, it
-accepts the child x with `min(1, T_j(x) / l_j(x))` and hands `(T_j - l_j)+`, renormalised, on to the next child.
+A node's children stand in slots. A *sample* was drawn from a distribution that is known given the
+samples before it; a *hub* was chosen without chance, so that its distribution is a point mass.
+Verification visits the samples in slot order, then the hubs in slot order. With T_j what is still
+to be emitted and l_j the distribution of slot j, it accepts the child x with `min(1, T_j(x) /
+l_j(x))` and hands `(T_j - l_j)+`, renormalised, on to the next child.
 
-No T_j is stored. Let a be the node's path acceptance (the probability with which the node itself has to be accepted),
-p the target, q the draft, and l_j = q off the hubs and off the samples before j, renormalised, which is
-`exp(z - LSE_j)` for draft logits z. Unrolled, two scalars describe T_j:
+No T_j is stored. Let a be the node's path acceptance (the probability with which the node itself
+has to be accepted), p the target, q the draft, and l_j = q off the hubs and off the samples before
+j, renormalised, which is `exp(z - LSE_j)` for draft logits z. Unrolled, two scalars describe T_j:
 
     T_j(t) = (a p(t) - kappa_j l_j(t))+ / F_j   off the hubs, 0 for samples that failed
     T_j(h) = a p(h) / F_j                       on hubs that were not visited, 0 on the others
     kappa_j = F_{j-1} + kappa_{j-1} exp(LSE_j - LSE_{j-1})
     F_j = (1 - a) + a p(hubs not visited) + R_j,   R_j = sum over t of (a p(t) - kappa_j l_j(t))+
 
-The exponent is never positive and F_j adds terms that are not negative, so nothing overflows or cancels, however
-confident the draft is.
+The exponent is never positive and F_j adds terms that are not negative, so nothing overflows or
+cancels, however confident the draft is.
 
-With the path acceptance carried down, from leaf to root, this is traversal verification (Weng et al., 2025,
-arXiv 2505.12398), for one child block verification (Sun et al., 2024, arXiv 2403.10444). With a = 1 at every node, from
-root to leaf, it is recursive rejection for independent samples (SpecInfer, arXiv 2305.09781) and for samples without
-replacement (Sequoia, arXiv 2402.12374), SpecHub (arXiv 2411.05289) for hubs and one sample, and for one sample
-standard rejection (arXiv 2211.17192).
+With the path acceptance carried down, from leaf to root, this is traversal verification (Weng et
+al., 2025, arXiv 2505.12398), for one child block verification (Sun et al., 2024, arXiv 2403.10444).
+With a = 1 at every node, from root to leaf, it is recursive rejection for independent samples
+(SpecInfer, arXiv 2305.09781) and for samples without replacement (Sequoia, arXiv 2402.12374),
+SpecHub (arXiv 2411.05289) for hubs and one sample, and for one sample standard rejection (arXiv
+2211.17192).
 """
 
 from typing import NamedTuple
@@ -33,7 +35,8 @@ import torch
 class NodeOutcome(NamedTuple):
     """What verification does at nodes, as probabilities given the draft: nothing here draws."""
 
-    # [num_rows, max_children]: what a child is accepted with when it is visited, 0 where there is none
+    # [num_rows, max_children]: what a child is accepted with when it is visited, 0 where there is
+    # none
     visit: torch.Tensor
     # [num_rows]: what the node itself is accepted with once its children have failed
     leave: torch.Tensor
@@ -59,7 +62,8 @@ def node_outcome(
 
     Args:
         target_probs: float32 or float64, p.
-        draft_logits: of the same dtype, z: samples are drawn from its softmax off the hubs; -inf for tokens that
+        draft_logits: of the same dtype, z: samples are drawn from its softmax off the hubs; -inf
+        for tokens that
             cannot be drawn.
         children: int64 tokens in slot order, -1 past a node's last child.
         sampled: bool, which children are samples; the others are hubs.
@@ -107,17 +111,21 @@ def node_outcome(
     # Summed from the end: nothing cancels.
     unvisited = owed_hubs.flip(1).cumsum(dim=1).flip(1) + (lacking + mass).unsqueeze(1)
     visit = torch.where(hub, _ratio(owed_hubs, unvisited), visit)
-    # Nothing left is reached by rounding only, and then with a = 1: the node is accepted, and emits from the target.
+    # Nothing left is reached by rounding only, and then with a = 1: the node is accepted, and emits
+    # from the target.
     stuck = mass <= 0
-    leave = torch.where(stuck, (acceptance >= 1).to(mass.dtype), mass / (lacking + mass).masked_fill(stuck, 1.0))
+    leave = torch.where(
+        stuck, (acceptance >= 1).to(mass.dtype), mass / (lacking + mass).masked_fill(stuck, 1.0)
+    )
     return NodeOutcome(visit, leave, torch.where(stuck.unsqueeze(1), target_probs, residual))
 
 
 def _log_sums(drafted, token, child_draft, sampled, replaced) -> torch.Tensor:
-    """Log-sum-exp of every slot's distribution, [num_rows, max_children]; finite also where nothing can be drawn.
+    """Log-sum-exp of every slot's distribution, [num_rows, max_children]; finite also where nothing
+    can be drawn.
 
-    Without replacement the samples are added back to what is drawn by none, the last first: a confident draft,
-    whose mass besides its first sample rounds to nothing, loses no precision.
+    Without replacement the samples are added back to what is drawn by none, the last first: a
+    confident draft, whose mass besides its first sample rounds to nothing, loses no precision.
     """
     undrawn = drafted if replaced else _set(drafted, token, sampled, -torch.inf)
     total = torch.logsumexp(undrawn, dim=1)
@@ -140,4 +148,8 @@ def _set(values, token, where, value: float) -> torch.Tensor:
 def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     """min(1, numerator / denominator), and 0 for 0 / 0: what has no mass is not accepted."""
     enough = numerator >= denominator
-    return torch.where(enough, (numerator > 0).to(numerator.dtype), numerator / denominator.masked_fill(enough, 1.0))
+    return torch.where(
+        enough,
+        (numerator > 0).to(numerator.dtype),
+        numerator / denominator.masked_fill(enough, 1.0),
+    )

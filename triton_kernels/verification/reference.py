@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tree verification in plain PyTorch: what the kernels must reproduce.
 
-What a node is visited with depends on the tokens above it, not on what failed before it. So the chances of all
-nodes are computed level by level, `node.node_outcome` at a time. Then coins are tossed in the order of visits.
+What a node is visited with depends on the tokens above it, not on what failed before it. So the
+chances of all nodes are computed level by level, `node.node_outcome` at a time. Then coins are
+tossed in the order of visits.
 """
 
 from collections.abc import Sequence
@@ -114,7 +115,9 @@ def verify_tree(
         if trees.rule.is_leaf_to_root:
             acceptance = chances.visit[inner, at]
         weights[inner] = trees.outcome(inner, at, acceptance).residual
-    key = rng.row_key(requests.seeds[requests.req_idx], requests.root_positions, last_node, rng.RESIDUAL)
+    key = rng.row_key(
+        requests.seeds[requests.req_idx], requests.root_positions, last_node, rng.RESIDUAL
+    )
     return _paths(trees, last_node, rng.draw(weights, key), len(level_sizes) - 1)
 
 
@@ -145,7 +148,8 @@ def reach(
             failed = (1.0 - chances.visit[:, siblings] * before).prod(dim=1)
             reached[:, node] = reached[:, parents[node]] * failed * chances.visit[:, node]
         return reached
-    # A node is accepted if all that had their turn before it failed, and the path may end there or below.
+    # A node is accepted if all that had their turn before it failed, and the path may end there or
+    # below.
     order = _finish(parents, turn).argsort(dim=1)
     leave = chances.leave.gather(1, order)
     failed = (1.0 - leave).cumprod(dim=1).roll(1, dims=1)
@@ -181,7 +185,8 @@ def _chances(trees: _Trees) -> _Chances:
 
 
 def _turns(trees: _Trees) -> torch.Tensor:
-    """Of every node among its siblings: samples by slot, then hubs by slot. [num_reqs, num_tree_nodes]"""
+    """Of every node among its siblings: samples by slot, then hubs by slot. [num_reqs,
+    num_tree_nodes]"""
     tree, req = trees.tables, trees.requests.req_idx.unsqueeze(1)
     parents = tree.parents.long()
     slots = torch.arange(len(parents), device=parents.device) - tree.first_child[parents]
@@ -194,7 +199,8 @@ def _finish(
     # [num_reqs, num_tree_nodes]
     turn: torch.Tensor,
 ) -> torch.Tensor:
-    """When each node's turn comes, depth first, each after its children. [num_reqs, num_tree_nodes]"""
+    """When each node's turn comes, depth first, each after its children. [num_reqs,
+    num_tree_nodes]"""
     sizes = [1] * len(parents)
     for node in range(len(parents) - 1, 0, -1):
         sizes[parents[node]] += sizes[node]

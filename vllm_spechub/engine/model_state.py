@@ -118,5 +118,6 @@ class TreeModelState(DefaultModelState):
             history,
             self.request_trees,
             self.compactor,
+            self.layout,
         )
         return sampler, rejection_sampler

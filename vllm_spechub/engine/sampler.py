@@ -23,6 +23,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
 )
 
 from vllm_spechub.engine.compaction import PathCompactor
+from vllm_spechub.engine.layout import TreeLayout
 from vllm_spechub.engine.processors import HistoryProcessors, UnrolledRows, unroll
 from vllm_spechub.engine.request_trees import RequestTrees
 from vllm_spechub.engine.truncation import truncates
@@ -56,12 +57,14 @@ class TreeRejectionSampler(RejectionSampler):
         history: HistoryProcessors,
         request_trees: RequestTrees,
         compactor: PathCompactor,
+        layout: TreeLayout,
     ) -> None:
         super().__init__(sampler, config, device)
         self.rule = rule
         self.history = history
         self.request_trees = request_trees
         self.compactor = compactor
+        self.layout = layout
         self.reports_processed = sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
 
     def __call__(
@@ -89,7 +92,15 @@ class TreeRejectionSampler(RejectionSampler):
         processed, target_temperature = self.process(logits, batch)
         temperature = sampler.sampling_states.temperature.gpu
         node_tokens = batch.input_ids[batch.logits_indices]
-        target = TargetRows(processed, target_temperature, row_start, num_nodes, node_tokens)
+        drawn = None
+        if self.rule.reads_draws:
+            drawn = self._draw(
+                processed,
+                batch.expanded_idx_mapping,
+                target_temperature,
+                self.layout.positions[batch.logits_indices],
+            )
+        target = TargetRows(processed, target_temperature, row_start, num_nodes, node_tokens, drawn)
         requests = Requests(
             batch.idx_mapping, root_positions, temperature, sampler.sampling_states.seeds.gpu
         )
@@ -249,12 +260,31 @@ class TreeRejectionSampler(RejectionSampler):
         if not no_tree.any():
             return
         without = async_tensor_h2d(no_tree.nonzero()[0], device=tokens.device)
-        tokens[without, 0] = gumbel_sample(
+        tokens[without, 0] = self._draw(
             processed[batch.cu_num_logits[without]],
             batch.idx_mapping[without],
             target_temperature,
-            self.sampler.sampling_states.seeds.gpu,
             root_positions[without],
+        )
+
+    def _draw(
+        self,
+        # [num_rows, vocab_size]
+        processed: torch.Tensor,
+        # [num_rows] int32, each row's request state
+        idx_mapping: torch.Tensor,
+        # [max_num_reqs] float32
+        temperature: torch.Tensor,
+        # [num_rows] int64, where each row's token stands in its sequence
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """What plain decoding draws from each row, with its noise. [num_rows] int64"""
+        return gumbel_sample(
+            processed,
+            idx_mapping,
+            temperature,
+            self.sampler.sampling_states.seeds.gpu,
+            positions,
             apply_temperature=True,
             is_drafting=False,
             use_fp64=self.sampler.use_fp64_gumbel,

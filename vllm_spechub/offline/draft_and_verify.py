@@ -37,8 +37,8 @@ class DraftTree:
     # [batch_size, num_internal, vocab_size] float32: what each node's children were drafted from,
     # as logarithms, for the nodes that have children, in the tree's order
     logits: torch.Tensor
-    # [batch_size, num_internal] int32: the slot of each node's sampled child
-    sample_slots: torch.Tensor
+    # [batch_size, num_internal] int32: of each node, bit s for a child in slot s that was drawn
+    sampled: torch.Tensor
 
     @property
     def batch_size(self) -> int:
@@ -182,7 +182,7 @@ def verify_tree(
     )
     seeds = _seeds(draft.batch_size, generator).to(device)
     requests = Requests(everyone, torch.zeros_like(everyone), ones, seeds)
-    state = DraftState(tree, draft.tokens, Drafts(draft.logits, draft.sample_slots))
+    state = DraftState(tree, draft.tokens, Drafts(draft.logits, draft.sampled))
     paths = verification.verify(target, requests, state)
     return paths.tokens, paths.num_emitted.long()
 

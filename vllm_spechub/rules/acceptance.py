@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_spechub.triton_kernels.constants import CONFIDENT, FIRST_SAMPLE_LOSS, SAMPLE_SHARES
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE, Rule, builtin_rule
 
 MAX_STATES = 1 << 22
-"""Most (rejected tokens, next token) pairs that sampling without replacement is summed over."""
+"""Most sequences of rejected samples that sampling without replacement is summed over."""
 
 
 def check_probs(
@@ -39,8 +40,8 @@ class Acceptance(NamedTuple):
 
     # [...]: probability that some child is accepted
     node: torch.Tensor
-    # [..., k]: probability that the child of each slot is accepted; None without a closed form
-    slots: torch.Tensor | None
+    # [..., k]: probability that the child of each slot is accepted
+    slots: torch.Tensor
 
 
 def acceptance(
@@ -55,32 +56,35 @@ def acceptance(
 ) -> Acceptance:
     """The probability that a node accepts one of its k children, and which.
 
-    With H the k - 1 most probable tokens of q, Z = q off H and w the distribution of the sampled
-    child, proportional to `q ** sharpening` off H:
+    With H the node's hubs and w the draft off them, to the power of `sharpening` and renormalised,
+    a hub h is accepted with p(h), and the samples with:
 
-    - "ordered", "unordered" and "traversal": `p(H) + sum off H of min(p, w)`. They differ in the
-      slots. Traversal's slots hold for children that are leaves; those with subtrees are accepted
-      more often, by an amount that depends on what was drafted below them.
-    - "chain" (k = 1): `sum of min(p, q)`.
-    - "rrs" (k draws from q): the residual after each rejection is one and the same whatever was
-      drawn, so every slot is a sum over the vocabulary.
-    - "rrsw" (k draws without replacement): the residual after each rejection is `(p - t q)+`, up
-      to its mass, with a t that depends on what was drawn; slots are sums over all sequences of
-      rejected tokens. They grow as `vocab_size ** (k - 1)`.
+    - one sample: `sum off H of min(p, w)`;
+    - independent samples (no hubs): the residual after each rejection is one and the same whatever
+      was drawn, so
+      every slot is a sum over the vocabulary;
+    - samples without replacement: the residual after each rejection is `(p - t w)+` off H and off
+      what was drawn,
+      with a t that depends on what was drawn. What samples accept is a sum over all sequences of
+      rejected ones, which grow as `vocab_size ** (samples - 1)`.
+
+    From leaf to root this holds for children that are leaves. Those with subtrees are accepted more
+    often, by an amount that depends on what was drafted below them.
 
     Args:
         p: the target's distribution, any float dtype.
         q: the draft's, of the same shape.
         k: children, 1 to 4 and at most vocab_size.
         rule: a built-in rule's name.
-        sharpening: exponent of the sampled child's distribution; 1 leaves it alone.
+        sharpening: exponent of the samples' distribution; 1 leaves it alone.
 
     Returns:
         `node` and `slots`, float64, in the order of the rule's slots.
 
     Raises:
         ValueError: names the argument: shapes that differ, rows that are no distributions, an
-            unknown rule, a k that the rule does not take, or "rrsw" beyond `MAX_STATES`.
+        unknown rule, a k that
+            the rule does not take, or more than `MAX_STATES` sequences.
 
     Examples::
 
@@ -99,172 +103,149 @@ def acceptance(
     lead = p.shape[:-1]
     # [num_rows, vocab_size]
     p, q = (value.double().reshape(-1, value.shape[-1]) for value in (p, q))
-    if row.replaces:
-        slots = _with_replacement(p, q, k)
-    elif row.is_recursive:
-        slots = torch.stack([_without_replacement(*pair, k) for pair in zip(p, q, strict=True)])
-    else:
-        slots = _spechub(p, q, k, row, sharpening)
+    slots = torch.stack([_slots(*pair, k, row, sharpening) for pair in zip(p, q, strict=True)])
     return Acceptance(slots.sum(dim=1).reshape(lead), slots.reshape(*lead, k))
 
 
-class SampledDistribution(NamedTuple):
-    """SpecHub's draft at a node, before a sample is drawn."""
+class NodeDraft(NamedTuple):
+    """How a node's children are drafted, before any of them is."""
 
-    # [num_rows, k - 1]
-    hubs: torch.Tensor
-    # [num_rows, vocab_size]: distribution of the sampled child, 0 at the hubs
+    # tokens, by rank; those that follow the samples where the draft has too few tokens to draw are
+    # among them
+    hubs: list[int]
+    num_samples: int
+    # [vocab_size]: distribution of the first sample, 0 at the hubs
     w: torch.Tensor
-    # [num_rows, 1]: the draft's mass off the hubs
-    off_hub_mass: torch.Tensor
+    # [k]: the children in slot order, given by their place among the samples and then the hubs
+    order: list[int]
 
 
-def sampled_distribution(
-    # [num_rows, vocab_size]
+def node_draft(
+    # [vocab_size]
     q: torch.Tensor,
     k: int,
+    rule: Rule,
     sharpening: float,
-) -> SampledDistribution:
-    """The hubs (ties: lowest id first) and `w`, a point mass on the next rank where Z is 0."""
-    ranked = q.argsort(dim=1, descending=True, stable=True)
-    hubs = ranked[:, : k - 1]
-    off_hub = q.scatter(1, hubs, 0.0)
-    mass = off_hub.sum(dim=1, keepdim=True)
+) -> NodeDraft:
+    """From the draft's distribution, float64. Of tokens that are as probable the lowest id ranks
+    first."""
+    never, always, confident = rule.hubs.value
+    ranked = q.argsort(descending=True, stable=True).tolist()
+    num_hubs = min(k - never, always)
+    while num_hubs < min(k - never, confident) and q[ranked[num_hubs]] > CONFIDENT:
+        num_hubs += 1
+    hubs = ranked[:num_hubs]
+    off_hubs = q.clone()
+    off_hubs[hubs] = 0.0
+    z = float(off_hubs.sum())
+    possible = int((off_hubs > 0).sum())
+    num_samples = k - num_hubs if rule.replaces and possible else min(k - num_hubs, possible)
+    hubs += ranked[num_hubs + num_samples : k]
     # Divided by its peak first: a small mass must not underflow when raised to a power.
-    peak = off_hub.amax(dim=1, keepdim=True)
-    w = (off_hub / peak.masked_fill(peak == 0, 1.0)).pow(sharpening).masked_fill(off_hub == 0, 0.0)
-    w = w.scatter_add(1, ranked[:, k - 1 : k], (peak == 0).to(w.dtype))
-    return SampledDistribution(hubs, w / w.sum(dim=1, keepdim=True), mass)
+    w = (
+        (off_hubs / off_hubs.max().clamp(min=1e-300))
+        .pow(sharpening)
+        .masked_fill(off_hubs == 0, 0.0)
+    )
+    expected = [share * z for share in SAMPLE_SHARES[:num_samples]]
+    if expected:
+        expected[0] *= 1.0 - FIRST_SAMPLE_LOSS * z
+    expected += q[hubs].tolist()
+    order = list(range(k))
+    if rule.ranks_subtrees:
+        order.sort(key=lambda child: -expected[child])
+    elif num_samples:  # hubs first, but for those that stand in for samples
+        order = [*range(num_samples, num_samples + num_hubs), *range(num_samples)]
+        order += range(num_samples + num_hubs, k)
+    return NodeDraft(hubs, num_samples, w / w.sum().clamp(min=1e-300), order)
 
 
-def _spechub(
-    # [num_rows, vocab_size]
+def _slots(
+    # [vocab_size]
     p: torch.Tensor,
-    # [num_rows, vocab_size]
+    # [vocab_size]
     q: torch.Tensor,
     k: int,
     rule: Rule,
     sharpening: float,
 ) -> torch.Tensor:
-    drafted = sampled_distribution(q, k, sharpening)
-    hub_target = p.gather(1, drafted.hubs)
-    off_hub = p.scatter(1, drafted.hubs, 0.0)
-    if not rule.ordered_slots or k == 1:
-        sample = torch.minimum(off_hub, drafted.w).sum(dim=1, keepdim=True)
-        return torch.cat([hub_target, sample], dim=1)
-    hub_draft = q.gather(1, drafted.hubs)
-    hub_mass = hub_draft.sum(dim=1, keepdim=True)
-    if rule.is_leaf_to_root:
-        # As unordered, but main, which is independent of what is accepted, comes first.
-        sample = torch.minimum(off_hub, drafted.w).sum(dim=1)
-        slots = p.new_zeros(p.shape[0], k)
-        slots[:, 0] = drafted.off_hub_mass[:, 0] * sample + (hub_draft * hub_target).sum(dim=1)
-        slots[:, -1] += hub_mass[:, 0] * sample
-        _add_hubs_behind(slots, hub_target, drafted.off_hub_mass[:, 0], hub_draft)
-        return slots
-    # `main` is distributed as q on the hubs and as Z w off them.
-    main = drafted.off_hub_mass * drafted.w
-    excess = (off_hub - main).clamp(min=0)
-    unclaimed = (hub_mass * drafted.w - excess).clamp(min=0).sum(dim=1, keepdim=True)
-    share = unclaimed * hub_draft / hub_mass
-    gain = (hub_target - share).clamp(min=0)
-    # What fails with the sampled child as main, and with each hub.
-    sample_lost = (main - off_hub).clamp(min=0).sum(dim=1, keepdim=True)
-    hub_lost = (share - hub_target).clamp(min=0)
-    pool = sample_lost + hub_lost.sum(dim=1, keepdim=True)
-    gain_share = gain / pool.masked_fill(pool == 0, 1.0)
-    slots = p.new_zeros(p.shape[0], k)
-    slots[:, 0] = torch.minimum(off_hub, main).sum(dim=1)
-    slots[:, 0] += torch.minimum(hub_target, share).sum(dim=1)
-    slots[:, -1] += torch.minimum(excess, hub_mass * drafted.w).sum(dim=1)
-    _add_hubs_behind(slots, gain_share, sample_lost[:, 0], hub_lost)
-    return slots
+    """What the child of every slot is accepted with. [k] float64"""
+    drafted = node_draft(q, k, rule, sharpening)
+    hub_target = p[drafted.hubs]
+    target = p.clone()
+    target[drafted.hubs] = 0.0
+    if drafted.num_samples == 1:
+        samples = torch.minimum(target, drafted.w).sum().reshape(1)
+    elif rule.replaces:
+        samples = _independent(target, drafted.w, drafted.num_samples)
+    else:
+        hub_mass = float(hub_target.sum())
+        samples = _without_replacement(target, drafted.w, hub_mass, drafted.num_samples)
+    return torch.cat([samples, hub_target])[drafted.order]
 
 
-def _add_hubs_behind(
-    # [num_rows, k], added to
-    slots: torch.Tensor,
-    # [num_rows, k - 1]: each hub's chance where it is not the main child
-    chance: torch.Tensor,
-    # [num_rows]: how often the sampled child is the main child
-    sample_main: torch.Tensor,
-    # [num_rows, k - 1]: how often each hub is
-    hub_main: torch.Tensor,
-) -> None:
-    """Hubs behind the main child keep their rank, one slot later if they stand before it."""
-    for rank in range(chance.shape[1]):
-        later = sample_main + hub_main[:, rank + 1 :].sum(dim=1)
-        slots[:, rank + 1] += chance[:, rank] * later
-        slots[:, rank] += chance[:, rank] * hub_main[:, :rank].sum(dim=1)
-
-
-def _with_replacement(
-    # [num_rows, vocab_size]
+def _independent(
+    # [vocab_size]
     p: torch.Tensor,
-    # [num_rows, vocab_size]
+    # [vocab_size]
     q: torch.Tensor,
-    k: int,
+    count: int,
 ) -> torch.Tensor:
-    slots = []
-    reached = torch.ones_like(p[:, :1])
-    for _ in range(k):
+    """What each of several independent draws is accepted with, by recursive rejection. [count]"""
+    slots, reached = [], p.new_ones(())
+    for _ in range(count):
         left = (p - q).clamp(min=0)
-        rejected = left.sum(dim=1, keepdim=True)
+        rejected = left.sum()
         slots.append(reached * (1 - rejected))
         reached = reached * rejected
-        p = left / rejected.masked_fill(rejected == 0, 1.0)
-    return torch.cat(slots, dim=1)
+        p = left / rejected if rejected > 0 else left
+    return torch.stack(slots) if slots else p[:0]
 
 
 def _without_replacement(
-    # [vocab_size]
+    # [vocab_size], off the hubs
     p: torch.Tensor,
-    # [vocab_size]
-    q: torch.Tensor,
-    k: int,
+    # [vocab_size], 0 at the hubs
+    w: torch.Tensor,
+    hub_mass: float,
+    count: int,
 ) -> torch.Tensor:
+    """What each draw without replacement is accepted with. [count]"""
     vocab_size = len(p)
-    if vocab_size ** (k - 1) > MAX_STATES:
+    if count == 0:
+        return p[:0]
+    if vocab_size ** (count - 1) > MAX_STATES:
         raise ValueError(
-            f"k: rule 'rrsw' sums over {vocab_size}^{k - 1} sequences of rejected tokens, at most "
-            f"{MAX_STATES} allowed; give a smaller k or fewer tokens"
+            f"k: draws without replacement are summed over {vocab_size}^{count - 1} sequences of "
+            f"rejected tokens, at most {MAX_STATES} allowed; give a smaller k or fewer tokens"
         )
-    rank = q.argsort(descending=True, stable=True)
-    # One state per sequence of rejected tokens: its probability, the t of its residual
-    # (p - t q)+ and that residual's mass, and which tokens are taken.
-    reached, t, mass = p.new_ones(1), p.new_zeros(1), p.new_ones(1)
+    # One state per sequence of rejected tokens: its probability, the t of its residual (p - t w)+,
+    # what is left to emit (hubs included), and which tokens are taken.
+    reached, t, left = p.new_ones(1), p.new_zeros(1), p.new_ones(1)
     taken = torch.zeros(1, vocab_size, dtype=torch.bool, device=p.device)
-    # The residual's mass at any t, from prefix sums over tokens by falling p / q.
-    by_ratio = (p / q).nan_to_num(nan=0.0).argsort(descending=True)
-    ratios = (p / q).nan_to_num(nan=0.0)[by_ratio]
+    # The residual's mass at any t, from prefix sums over tokens by falling p / w.
+    by_ratio = (p / w).nan_to_num(nan=0.0).argsort(descending=True)
+    ratios = (p / w).nan_to_num(nan=0.0)[by_ratio]
     p_above = torch.cat([p.new_zeros(1), p[by_ratio].cumsum(0)])
-    q_above = torch.cat([q.new_zeros(1), q[by_ratio].cumsum(0)])
+    w_above = torch.cat([w.new_zeros(1), w[by_ratio].cumsum(0)])
 
     def residual_mass(t: torch.Tensor) -> torch.Tensor:
-        count = torch.searchsorted(-ratios, -t, right=False)
-        return (p_above[count] - t * q_above[count]).clamp(min=0)
+        number = torch.searchsorted(-ratios, -t, right=False)
+        return (p_above[number] - t * w_above[number]).clamp(min=0)
 
-    slots = p.new_zeros(k)
-    for slot in range(k):
-        free = (~taken).double() @ q
-        spent = free <= 0
-        next_t = t + mass / free.masked_fill(spent, 1.0)
-        next_mass = residual_mass(next_t)
-        # Where nothing is left to draw, the draft takes the best-ranked free token.
-        best = rank[(~taken[:, rank]).double().argmax(dim=1)]
-        at_best = (p[best] - t * q[best]).clamp(min=0)
-        next_mass = torch.where(spent, mass - at_best, next_mass)
-        next_t = torch.where(spent, t, next_t)
-        slots[slot] = (reached * (1 - next_mass / mass)).sum()
-        if slot == k - 1:
+    slots = p.new_zeros(count)
+    for slot in range(count):
+        free = (~taken).double() @ w
+        next_t = t + left / free
+        next_left = hub_mass + residual_mass(next_t)
+        slots[slot] = (reached * (1 - next_left / left)).sum()
+        if slot == count - 1:
             break
         # [num_states, vocab_size]: which token is drawn and rejected
-        residual = (p - t.unsqueeze(1) * q).clamp(min=0) / mass.unsqueeze(1)
-        draft = (q / free.masked_fill(spent, 1.0).unsqueeze(1)).masked_fill(taken, 0.0)
-        point = torch.zeros_like(draft).scatter_(1, best.unsqueeze(1), 1.0)
-        draft = torch.where(spent.unsqueeze(1), point, draft)
-        rejected = reached.unsqueeze(1) * (draft - residual).clamp(min=0)
-        state, token = ((rejected > 0) & (next_mass > 0).unsqueeze(1)).nonzero(as_tuple=True)
-        reached, t, mass = rejected[state, token], next_t[state], next_mass[state]
+        residual = (p - t.unsqueeze(1) * w).clamp(min=0) / left.unsqueeze(1)
+        draft = (w / free.unsqueeze(1)).masked_fill(taken, 0.0)
+        rejected = reached.unsqueeze(1) * (draft - residual.masked_fill(taken, 0.0)).clamp(min=0)
+        state, token = ((rejected > 0) & (next_left > 0).unsqueeze(1)).nonzero(as_tuple=True)
+        reached, t, left = rejected[state, token], next_t[state], next_left[state]
         taken = taken[state].scatter(1, token.unsqueeze(1), True)
     return slots

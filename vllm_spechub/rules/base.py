@@ -65,6 +65,8 @@ class VerificationRule(ABC):
     """Most children of a node."""
     sharpens: ClassVar[bool] = False
     """Whether `sharpening` may be other than 1."""
+    reads_draws: ClassVar[bool] = False
+    """Whether `verify` reads `target.drawn`, the target's own draws with the engine's noise."""
 
     def __init__(self, name: str, kernels: TreeKernels, sharpening: float = 1.0) -> None:
         """The drafting side and the verifying side each build one."""

@@ -85,11 +85,9 @@ class DraftBuffers:
         self.logits = torch.zeros(
             max_num_reqs, num_internal, vocab_size, dtype=dtype, device=device
         )
-        # [max_num_reqs, num_internal], the slot that holds the sampled child
-        self.sample_slots = torch.zeros(
-            max_num_reqs, num_internal, dtype=torch.int32, device=device
-        )
-        drafts = Drafts(self.logits, self.sample_slots)
+        # [max_num_reqs, num_internal], bit s for a child in slot s that was drawn
+        self.sampled = torch.zeros(max_num_reqs, num_internal, dtype=torch.int32, device=device)
+        drafts = Drafts(self.logits, self.sampled)
         self.states = [DraftState(tree, self.tokens, drafts) for tree in trees]
 
 
@@ -119,7 +117,7 @@ class DraftState:
             table(tree.first_child),
             table(tree.num_children),
             table(tree.internal_index),
-            table(tree.subtree_sizes),
+            table(np.array([0, *tree.parents], dtype=np.int32)),
         )
         self.levels = [self._level(nodes, table) for nodes in tree.internal_levels()]
 
@@ -164,8 +162,8 @@ class DraftState:
         num_reqs, num_expanded = len(idx_mapping), len(level.nodes_np)
         logits = logits.to(self.drafts.logits.dtype).view(num_reqs, num_expanded, -1)
         self.drafts.logits[idx_mapping, level.internal] = logits
-        sample_slots = children.sample_slots.view(num_reqs, num_expanded)
-        self.drafts.sample_slots[idx_mapping, level.internal] = sample_slots
+        sampled = children.sampled.view(num_reqs, num_expanded)
+        self.drafts.sampled[idx_mapping, level.internal] = sampled
         tokens = children.tokens.view(num_reqs, -1)
         if level.select is not None:
             tokens = tokens[:, level.select]

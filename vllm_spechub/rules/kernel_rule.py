@@ -58,7 +58,7 @@ class KernelRule(VerificationRule):
             state.drafts,
             requests,
             state.tables,
-            max_depth=state.tree.depth,
+            level_sizes=state.tree.level_sizes,
             rule=self.name,
             sharpening=self.sharpening,
         )

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vllm_spechub.rules.acceptance import check_probs, sampled_distribution
+from vllm_spechub.rules.acceptance import check_probs, node_draft
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES, builtin_rule
 
 MAX_VOCAB_SIZE = 12
@@ -39,29 +39,20 @@ def draft_sets(
         The probability of every set that can be drafted. Independent draws may coincide, so
         sets of "rrs" have 1 to k tokens; those of the other rules have k.
     """
+    drafted = node_draft(torch.as_tensor(q).double(), k, BUILTIN_RULES[rule], sharpening)
+    w, replaces = drafted.w.tolist(), BUILTIN_RULES[rule].replaces
+    possible = [token for token, prob in enumerate(w) if prob > 0]
+    sequences = itertools.product(possible, repeat=drafted.num_samples)
     probs: dict[frozenset[int], float] = defaultdict(float)
-    tokens = range(len(q))
-    row = BUILTIN_RULES[rule]
-    if row.replaces:
-        for draw in itertools.product(tokens, repeat=k):
-            probs[frozenset(draw)] += float(np.prod([q[i] for i in draw]))
-    elif row.is_recursive:
-        ranked = sorted(tokens, key=lambda i: (-q[i], i))
-        for draw in itertools.permutations(tokens, k):
-            prob = 1.0
-            for position, i in enumerate(draw):
-                rest = [j for j in ranked if j not in draw[:position]]
-                free = sum(q[j] for j in rest)
-                prob *= q[i] / free if free > 0 else float(i == rest[0])
-            probs[frozenset(draw)] += prob
-    else:
-        sampled = sampled_distribution(
-            torch.tensor(np.asarray(q)).double().unsqueeze(0), k, sharpening
-        )
-        hubs = sampled.hubs[0].tolist()
-        for x in tokens:
-            probs[frozenset([*hubs, x])] += sampled.w[0, x].item()
-    return {tokens: prob for tokens, prob in probs.items() if prob > 0}
+    for draw in sequences:
+        if not replaces and len(set(draw)) < len(draw):
+            continue
+        prob, free = 1.0, 1.0
+        for token in draw:
+            prob *= w[token] / free
+            free -= 0.0 if replaces else w[token]
+        probs[frozenset([*drafted.hubs, *draw])] += prob
+    return probs
 
 
 def otm(

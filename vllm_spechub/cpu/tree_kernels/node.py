@@ -62,7 +62,8 @@ def next_slot(
     bits,
     num_children,
 ):
-    """The child that is visited after another: samples by slot, then hubs by slot; -1 after the last."""
+    """The child that is visited after another: samples by slot, then hubs by slot; -1 after the
+    last."""
     hubs = slot >= 0 and not is_sampled(bits, slot)
     if not hubs:
         for following in range(slot + 1, num_children):
@@ -132,8 +133,9 @@ def visit_children(
     scratch,
     scratch_bits,
 ):
-    """`node_outcome`: what each child is visited with. Returns what the node is accepted with once they have
-    failed, and the weight w for which the residual is `acceptance * target - w * draft`, where positive."""
+    """`node_outcome`: what each child is visited with. Returns what the node is accepted with once
+    they have failed, and the weight w for which the residual is `acceptance * target - w * draft`,
+    where positive."""
     size, count = target.shape[0], children.shape[0]
     owed, logit = np.empty(MAX_CHILDREN, f32), np.empty(MAX_CHILDREN, f32)
     sums = np.empty(MAX_CHILDREN, f32)

@@ -48,7 +48,8 @@ SAMPLE_SHARES = np.array(constants.SAMPLE_SHARES, f32)
 
 
 class Scratch(NamedTuple):
-    """Rows to work in. [size] each; `noise_bits` and `spare_bits` are their rows' memory as int32."""
+    """Rows to work in. [size] each; `noise_bits` and `spare_bits` are their rows' memory as
+    int32."""
 
     noise: np.ndarray
     noise_bits: np.ndarray
@@ -78,7 +79,8 @@ def _scratch(size):
 
 @jit
 def _exponentials(key, start, count, work):
-    """The first `count` elements of `work.noise`: `rng.exponential` of the hashes from `start` on."""
+    """The first `count` elements of `work.noise`: `rng.exponential` of the hashes from `start`
+    on."""
     exponential_row(
         key,
         start,
@@ -272,7 +274,8 @@ class _Request(NamedTuple):
 class _Rows(NamedTuple):
     """What is remembered of the nodes of a tree, and of the rows of the last one that was read."""
 
-    # [num_tree_nodes]: what a node is visited with; what it is accepted with once its children failed
+    # [num_tree_nodes]: what a node is visited with; what it is accepted with once its children
+    # failed
     visit: np.ndarray
     leave: np.ndarray
     # [vocab_size]: the node's target, and what its residual loses a multiple of
@@ -283,7 +286,8 @@ class _Rows(NamedTuple):
 
 @jit
 def _children(node, request, tree):
-    """First, number and samples' bits of a node's children. A node that lost one to truncation has none."""
+    """First, number and samples' bits of a node's children. A node that lost one to truncation has
+    none."""
     first, count = np.int64(tree.first_child[node]), np.int64(tree.num_children[node])
     if count == 0 or first + count - 1 > request.num_nodes:
         return first, np.int64(0), np.int64(0)
@@ -297,8 +301,8 @@ def _coin(node, request):
 
 @jit
 def _look(node, acceptance, request, tree, replaces, rows):
-    """Read a node's rows: what its children are visited with, and the node left with. Returns the multiple of
-    `rows.draft` that its residual loses, and the best token of a greedy request."""
+    """Read a node's rows: what its children are visited with, and the node left with. Returns the
+    multiple of `rows.draft` that its residual loses, and the best token of a greedy request."""
     first, count, bits = _children(node, request, tree)
     rows.leave[node] = acceptance
     if request.temperature == f32(0.0):
@@ -330,7 +334,8 @@ def _look(node, acceptance, request, tree, replaces, rows):
 
 @jit
 def _root_to_leaf(request, tree, replaces, rows):
-    """A child is decided when its turn comes. Returns the path's last node and what `_look` says of it."""
+    """A child is decided when its turn comes. Returns the path's last node and what `_look` says of
+    it."""
     node = np.int64(0)
     while True:
         weight, best = _look(node, f32(1.0), request, tree, replaces, rows)
@@ -424,7 +429,8 @@ def _verify_trees(
 
 @jit
 def _write_path(node, last_token, tokens, tree, emitted, path):
-    """The nodes down to the last one, their tokens, and the last token. Returns the node's depth."""
+    """The nodes down to the last one, their tokens, and the last token. Returns the node's
+    depth."""
     depth, above = 0, node
     while above > 0:
         above = np.int64(tree.parents[above])
@@ -458,7 +464,7 @@ def _traits(rule: Rule, sharpening: float) -> Traits:
 
 def _arrays(tensors: T) -> T:
     """The same fields as NumPy arrays."""
-    return tensors._make(field.numpy() for field in tensors)
+    return tensors._make(None if field is None else field.numpy() for field in tensors)
 
 
 def _requests(requests: Requests) -> Requests:

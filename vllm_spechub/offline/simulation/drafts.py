@@ -73,7 +73,7 @@ class Children:
     # [num_rows, num_children]
     tokens: torch.Tensor
     # [num_rows]
-    sample_slot: torch.Tensor
+    sampled: torch.Tensor
 
     def rows(
         self,
@@ -123,7 +123,7 @@ def draft_plans(
 
 
 def _join(parts: list[Children]) -> Children:
-    columns = zip(*((part.nodes, part.tokens, part.sample_slot) for part in parts), strict=True)
+    columns = zip(*((part.nodes, part.tokens, part.sampled) for part in parts), strict=True)
     return Children(*(torch.cat(column) for column in columns))
 
 
@@ -264,4 +264,4 @@ class _Forest:
         )
         rule = kind.variant.verification
         rule.sample_children(logits, replace(level, all_rows=noise), requests, state)
-        return Children(nodes, state.tokens, state.drafts.sample_slots[:, 0].long())
+        return Children(nodes, state.tokens, state.drafts.sampled[:, 0])

@@ -23,14 +23,14 @@ def reach(drafted: DraftedPlans, plan: Plan) -> torch.Tensor:
     tree, nodes = plan.tree, drafted.nodes[plan]
     num_roots, device = len(nodes), nodes.device
     tokens = torch.zeros(num_roots, tree.num_nodes, dtype=torch.int64, device=device)
-    sample_slots = torch.zeros(nodes.shape, dtype=torch.int32, device=device)
+    sampled = torch.zeros(nodes.shape, dtype=torch.int32, device=device)
     for index, node in enumerate(tree.internal_nodes.tolist()):
         count, first = int(tree.num_children[node]), int(tree.first_child[node])
         children = drafted.children[NodeKind(plan.variant, count)]
         rows = children.rows(nodes[:, index])
         tokens[:, first - 1 : first - 1 + count] = children.tokens[rows]
-        sample_slots[:, index] = children.sample_slot[rows].to(torch.int32)
-    state = DraftState(tree, tokens, Drafts(drafted.draft_logits[nodes], sample_slots))
+        sampled[:, index] = children.sampled[rows]
+    state = DraftState(tree, tokens, Drafts(drafted.draft_logits[nodes], sampled))
 
     num_rows = tree.num_nodes + 1
     # What the target says at leaves decides the bonus token only.
