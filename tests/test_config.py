@@ -157,7 +157,7 @@ def test_survives_pickling_into_a_fresh_process():
         ({"sharpening": float("nan")}, "speculative_config['sharpening'] is nan, allowed: a fini"),
         (
             {"sharpening": 2, "verification": "rrsw"},
-            "speculative_config: sharpening must be 1 with rule 'rrsw', allowed with: ordered",
+            "speculative_config: sharpening must be 1 with rule 'rrsw', allowed with: traversal",
         ),
         ({"verification": "chain"}, "speculative_config['tree'] is binary:3, but verification 'ch"),
         ({"proposer": "oracle"}, "speculative_config['proposer'] is 'oracle', allowed: draft_mo"),
@@ -374,7 +374,7 @@ def test_another_package_adds_rules_and_proposers(install):
     )
     spec = configured({"verification": "mine", "proposer": "mine"}).speculative_config
     assert (spec.verification, spec.proposer) == ("mine", "mine")
-    with pytest.raises(ValueError, match=r"is 'yours', allowed: ordered, .*, chain, mine$"):
+    with pytest.raises(ValueError, match=r"is 'yours', allowed: traversal, .*, match, mine$"):
         configured({"verification": "yours"})
 
 
