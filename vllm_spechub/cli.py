@@ -413,13 +413,12 @@ def _parse_tree_rules(texts: Sequence[str] | None) -> tuple[str, ...]:
     Without any, all of them but those that read the target's own draws: these are for the text that
     they give, and others emit more tokens where anything is sampled.
     """
-    names = [str(variant) for variant in _parse_rules(texts)]
     allowed = [name for name in RULES if name != "chain"]
-    for name in names if texts else ():
+    for name in texts or ():
         if name not in allowed:
             raise ValueError(f"--rule is {name!r}, allowed: {', '.join(allowed)}")
     if texts:
-        return tuple(names)
+        return tuple(dict.fromkeys(texts))
     return tuple(name for name in allowed if not RULES.load(name).reads_draws)
 
 
