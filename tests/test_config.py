@@ -145,10 +145,10 @@ def test_survives_pickling_into_a_fresh_process():
         ),
         (
             {"tree_by_batch_size": [[1, 2, "chain:3"], [3, None, [0, 0]]], "verification": "chain"},
-            "speculative_config['tree'] is binary:1, but verification 'chain'",
+            "speculative_config: tree is binary:1, but rule 'chain' takes one child per node",
         ),
         ({"tree": "auto:99"}, "speculative_config['tree']: 'auto:99': NODES and DEPTH must be in"),
-        ({"verification": "maybe"}, "speculative_config['verification'] is 'maybe', allowed: orde"),
+        ({"verification": "maybe"}, "speculative_config['verification'] is 'maybe', allowed: trav"),
         (
             {"sharpening": 0},
             "speculative_config['sharpening'] is 0, allowed: a finite number",
@@ -157,9 +157,9 @@ def test_survives_pickling_into_a_fresh_process():
         ({"sharpening": float("nan")}, "speculative_config['sharpening'] is nan, allowed: a fini"),
         (
             {"sharpening": 2, "verification": "rrsw"},
-            "speculative_config: sharpening must be 1 with rule 'rrsw', allowed with: ordered",
+            "speculative_config: sharpening must be 1 with rule 'rrsw', allowed with: traversal",
         ),
-        ({"verification": "chain"}, "speculative_config['tree'] is binary:3, but verification 'ch"),
+        ({"verification": "chain"}, "speculative_config: tree is binary:3, but rule 'chain' takes"),
         ({"proposer": "oracle"}, "speculative_config['proposer'] is 'oracle', allowed: draft_mo"),
         (
             {"use_heterogeneous_vocab": True},
@@ -374,7 +374,7 @@ def test_another_package_adds_rules_and_proposers(install):
     )
     spec = configured({"verification": "mine", "proposer": "mine"}).speculative_config
     assert (spec.verification, spec.proposer) == ("mine", "mine")
-    with pytest.raises(ValueError, match=r"is 'yours', allowed: ordered, .*, chain, mine$"):
+    with pytest.raises(ValueError, match=r"is 'yours', allowed: traversal, .*, match, mine$"):
         configured({"verification": "yours"})
 
 

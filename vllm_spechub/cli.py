@@ -310,7 +310,7 @@ def tune(
             "--rule",
             "-r",
             help="A rule to choose from; repeatable.",
-            show_default="all rules that draft trees",
+            show_default="all rules that draft trees, but match",
         ),
     ] = None,
     temperature: Temperature = 1.0,
@@ -408,13 +408,18 @@ def _parse_rules(texts: Sequence[str] | None) -> "list[Variant]":
 
 
 def _parse_tree_rules(texts: Sequence[str] | None) -> tuple[str, ...]:
-    """The names of rules that draft trees; without any, all of them."""
-    names = [str(variant) for variant in _parse_rules(texts)]
+    """The names of rules that draft trees.
+
+    Without any, all of them but those that read the target's own draws: these are for the text that
+    they give, and others emit more tokens where anything is sampled.
+    """
     allowed = [name for name in RULES if name != "chain"]
-    for name in names if texts else ():
+    for name in texts or ():
         if name not in allowed:
             raise ValueError(f"--rule is {name!r}, allowed: {', '.join(allowed)}")
-    return tuple(name for name in names if name in allowed)
+    if texts:
+        return tuple(dict.fromkeys(texts))
+    return tuple(name for name in allowed if not RULES.load(name).reads_draws)
 
 
 def _check_picture(out: Path) -> None:

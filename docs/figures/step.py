@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 PAIR = ROOT / "scripts" / "demo_pair"
 PROMPT = "class Reader:\n    def read(self, size):\n        return self."
 TREE = TokenTree((0, 0, 1, 1, 2, 2))
-SEED = 9  # accepts a path that is not in consecutive slots, so that compaction has work
+SEED = 23  # accepts a path that is not in consecutive slots, so that compaction has work
 CONTEXT = 2  # cached tokens before the root that are shown
 
 GREEN, LIGHT_GREEN = "#1a7f4b", "#d3efe0"

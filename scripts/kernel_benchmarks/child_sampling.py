@@ -18,7 +18,7 @@ from vllm_spechub.triton_kernels.child_sampling import reference
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
 SETTINGS = grid(
-    rule=(DEFAULT_RULE,),
+    rule=(DEFAULT_RULE, "mixed"),
     nodes=(7, 14, 30, 62),
     vocab=(32_000, 128_256, 151_936),
     dtype=("bf16", "fp32"),
@@ -26,14 +26,16 @@ SETTINGS = grid(
     batch=(1, 4, 16, 64, 256),
 )
 QUICK = grid(
-    rule=(DEFAULT_RULE,),
+    rule=(DEFAULT_RULE, "mixed"),
     nodes=(7, 14),
     vocab=(32_000,),
     dtype=("fp32",),
     temperature=(0.0, 1.0),
     batch=(1, 4),
 )
-PLOT = Plot("batch", "nodes", {"vocab": 128_256, "dtype": "bf16", "temperature": 1.0})
+PLOT = Plot(
+    "batch", "nodes", {"rule": DEFAULT_RULE, "vocab": 128_256, "dtype": "bf16", "temperature": 1.0}
+)
 
 
 def prepare(setting: dict[str, Any], device: torch.device) -> Case:
@@ -59,7 +61,8 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
             max_children=level.max_children,
         )
 
-    wrong = (sample().tokens != sample(reference.sample_children).tokens).any(dim=1)
+    found, expected = sample(), sample(reference.sample_children)
+    wrong = (found.tokens != expected.tokens).any(dim=1) | (found.sampled != expected.sampled)
     return Case(
         run=sample,
         num_bytes=logits.nbytes,

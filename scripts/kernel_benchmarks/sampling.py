@@ -87,6 +87,7 @@ class Requests:
             history=history,
             request_trees=RequestTrees(schedule, batch, device),
             compactor=None,
+            layout=None,
         )
         for req in range(batch):
             params = SamplingParams(temperature=temperature, top_p=top_p, seed=req)

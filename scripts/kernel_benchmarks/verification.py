@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verification: from the target's logits to accepted tokens, sampling parameters included.
 
-Bytes: each row that the walk depends on, once. Those are the target's rows of visited nodes, of
-leaves only the accepted one, and above temperature 0 the draft's rows of visited nodes that have
-children. What top-p reads and writes is not counted: it is work, not a floor.
+Bytes: each row that the result depends on, once. Those are the target's rows of nodes that have
+children and some chance to be accepted, above temperature 0 the draft's rows of the same nodes, and
+the target's row of the leaf where a path ends. What top-p reads and writes is not counted: it is
+work, not a floor.
 Error: the share of requests whose tokens or path differ from the reference's.
 vLLM: its own rejection sampler, `apply_sampling_params` and `rejection_sample` in chunks, for a
 chain of as many drafted tokens. It has no host version.
@@ -21,7 +22,7 @@ from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 from vllm_spechub.triton_kernels.verification import reference
 
 SETTINGS = grid(
-    rule=(DEFAULT_RULE,),
+    rule=(DEFAULT_RULE, "mixed"),
     nodes=(7, 14, 30, 62),
     vocab=(32_000, 128_256, 151_936),
     dtype=("bf16", "fp32"),
@@ -30,7 +31,7 @@ SETTINGS = grid(
     batch=(1, 4, 16, 64, 256),
 )
 QUICK = grid(
-    rule=(DEFAULT_RULE,),
+    rule=(DEFAULT_RULE, "mixed"),
     nodes=(7, 14),
     vocab=(32_000,),
     dtype=("fp32",),
@@ -38,7 +39,11 @@ QUICK = grid(
     top_p=(1.0, 0.9),
     batch=(1, 4),
 )
-PLOT = Plot("batch", "nodes", {"vocab": 128_256, "dtype": "bf16", "temperature": 1.0, "top_p": 1.0})
+PLOT = Plot(
+    "batch",
+    "nodes",
+    {"rule": DEFAULT_RULE, "vocab": 128_256, "dtype": "bf16", "temperature": 1.0, "top_p": 1.0},
+)
 
 
 def prepare(setting: dict[str, Any], device: torch.device) -> Case:
@@ -55,28 +60,23 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
     tokens = torch.cat([draft.tokens.new_zeros(batch.num_reqs, 1), draft.tokens], dim=1).flatten()
     num_nodes = torch.full_like(requests.row_start, tree.num_nodes)
 
-    def verify(verify_rows=platform().tree_kernels().verify_tree, **options):
+    def target() -> TargetRows:
         rows, temperature = requests.tree_sampler.process(logits, batch)
-        return verify_rows(
-            TargetRows(rows, temperature, requests.row_start, num_nodes, tokens),
-            draft.drafts,
-            requests.drafting,
-            draft.tables,
-            level_sizes=tree.level_sizes,
-            rule=rule,
-            **options,
-        )
+        return TargetRows(rows, temperature, requests.row_start, num_nodes, tokens)
 
-    shape = (batch.num_reqs, 1 + tree.num_nodes)
-    visited = torch.empty(shape, dtype=torch.bool, device=device)
-    expected = verify(reference.verify_tree, visited=visited)
-    found = verify()
+    drafted = draft.drafts, requests.drafting, draft.tables
+
+    def verify(verify_rows=platform().tree_kernels().verify_tree):
+        return verify_rows(target(), *drafted, level_sizes=tree.level_sizes, rule=rule)
+
+    expected, found = verify(reference.verify_tree), verify()
     wrong = torch.zeros(batch.num_reqs, dtype=torch.bool, device=device)
     for one, other in zip(found, expected, strict=True):
         wrong |= (one != other).view(batch.num_reqs, -1).any(dim=1)
-    num_rows = int(visited.sum())
-    if setting["temperature"]:
-        num_rows += int(visited[:, draft.tables.num_children > 0].sum())
+    inner = draft.tables.num_children > 0
+    num_inner = int((reference.reach(target(), *drafted, rule=rule)[:, inner] > 0).sum())
+    last = expected.path.max(dim=1).values.long()
+    num_rows = num_inner * (2 if setting["temperature"] else 1) + int((~inner[last]).sum())
     return Case(
         run=verify,
         num_bytes=num_rows * setting["vocab"] * dtype.itemsize,

@@ -11,6 +11,7 @@ from helpers.engines import engine, greedy_params, plain_greedy, token_ids
 from helpers.metrics import spec_metrics
 from helpers.oracle import tokens_of
 from helpers.pair import PROMPTS, TARGET
+from vllm_spechub.engine.sampler import TreeRejectionSampler
 
 WIDE = [0, 0, 0, 0, 1, 1, 2, 5]
 
@@ -46,9 +47,14 @@ UNEQUAL = [0, 0, 0, 1, 1, 2]
     [
         (UNEQUAL, "traversal", None),
         ("binary:2", "traversal", {"sharpening": 1.5}),
+        (WIDE, "mixed", None),
+        ("kary:3:2", "mixed", {"sharpening": 1.4}),
+        (UNEQUAL, "ordered", None),
+        (WIDE, "unordered", None),
         (UNEQUAL, "rrs", None),
         (UNEQUAL, "rrsw", None),
         ("chain:3", "chain", None),
+        (WIDE, "match", None),
     ],
 )
 def test_rules(tree, verification, spec):
@@ -83,7 +89,12 @@ TRUNCATED = [
 
 @pytest.mark.parametrize(
     ("verification", "chosen"),
-    [("ordered", [0, 1, 3, 5]), ("unordered", [1, 2, 4, 6])],
+    [
+        ("ordered", [0, 1, 3, 5]),
+        ("unordered", [1, 2, 4, 6]),
+        ("traversal", [0, 2, 4, 5]),
+        ("mixed", [1, 3, 5, 6]),
+    ],
 )
 def test_truncated_drafts_follow_the_target(verification, chosen):
     """In one batch; often the draft keeps fewer tokens than a node has children."""
@@ -100,6 +111,27 @@ def test_truncated_drafts_follow_the_target(verification, chosen):
     assert metrics["num_accepted_tokens"] > 0.8 * metrics["num_drafts"]
     for output, asked in zip(outputs, params, strict=True):
         assert_prefixes_follow(output, prompt, asked)
+
+
+@pytest.mark.parametrize("verification", ["mixed", "traversal"])
+def test_trees_cut_by_a_budget_follow_the_target(verification):
+    """Nodes of four children, of which often only some are verified."""
+    prompt = tokens_of(PROMPTS[4])
+    params = SamplingParams(n=1200, max_tokens=LENGTHS[-1], ignore_eos=True, temperature=0.8)
+    drafted: list[int] = []
+    original = TreeRejectionSampler.__call__
+
+    def spy(self, logits, batch, *args, **kwargs):
+        drafted.extend(batch.num_draft_tokens_per_req.tolist())
+        return original(self, logits, batch, *args, **kwargs)
+
+    options = {"max_num_seqs": 64, "max_num_batched_tokens": 120}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TreeRejectionSampler, "__call__", spy)
+        with engine(WIDE, verification=verification, **options) as llm:
+            output = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0]
+    assert sum(0 < count < 8 for count in drafted) > 50
+    assert_prefixes_follow(output, prompt, params)
 
 
 def test_truncation_costs_no_acceptance(monkeypatch):

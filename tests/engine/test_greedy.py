@@ -21,6 +21,9 @@ IRREGULAR = [0, 0, 0, 1, 1, 2, 4, 4, 4, 4, 6, 11]
         ("caterpillar:5:3", "ordered"),
         (IRREGULAR, "ordered"),
         (IRREGULAR, "unordered"),
+        (IRREGULAR, "traversal"),
+        (IRREGULAR, "mixed"),
+        ("kary:4:2", "match"),
         ("binary:5", "ordered"),
     ],
 )

@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RepetitionDetectionParams
 
-from helpers.engines import engine, logprob_rows, model_runner
+from helpers.engines import engine, logprob_rows, model_runner, plain_engine
 from helpers.oracle import (
     REASONING,
     Repel,
@@ -319,3 +319,14 @@ def test_only_requests_that_ask_for_it_are_processed(llm, monkeypatch):
     processed_rows, truncated_rows = rows_of(*ordinary, *both)
     assert processed_rows <= {15, 32, 47}
     assert truncated_rows == {1, 2, 4}
+
+
+def test_match_answers_as_plain_decoding():
+    """Sampled requests with a seed and custom processors, too: all cases in one batch."""
+    options = OPTIONS | {"logits_processors": [Repel]}
+    with plain_engine(**options) as llm:
+        expected = llm.generate(TEXTS, list(CASES.values()), use_tqdm=False)
+    with engine("binary:3", verification="match", **options) as llm:
+        found = llm.generate(TEXTS, list(CASES.values()), use_tqdm=False)
+    for name, ours, theirs in zip(CASES, answers(found), answers(expected), strict=True):
+        assert ours == theirs, name

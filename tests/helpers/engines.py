@@ -61,6 +61,24 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
             destroy_distributed_environment()
 
 
+@contextmanager
+def plain_engine(**options):
+    """An engine without speculation on the V2 model runner, where spechub's engines run.
+
+    Its noise for a seed and a position is the one that speculation with `match` must reproduce.
+    """
+    from vllm_spechub.cpu import vllm_kernels
+
+    vllm_kernels.register()
+    with pytest.MonkeyPatch.context() as patch:
+        # vLLM takes this runner on the CPU only with Triton, in whose place host kernels are.
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        patch.setattr("vllm.config.vllm.HAS_TRITON", True)
+        with engine(**options) as llm:
+            assert type(model_runner(llm)).__module__ == "vllm.v1.worker.cpu.model_runner"
+            yield llm
+
+
 started = WeakSet()
 """Engines that something still holds, running or not."""
 

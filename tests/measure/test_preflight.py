@@ -15,11 +15,12 @@ import typer
 from typer.testing import CliRunner
 
 from helpers.pair import DRAFT, PAIR, TARGET
-from vllm_spechub.cli import app
+from vllm_spechub.cli import _parse_tree_rules, app
 from vllm_spechub.measure.benchmark import interleaved
 from vllm_spechub.measure.benchmark.interleaved import Failure, Row
 from vllm_spechub.measure.tuning import rates
 from vllm_spechub.measure.tuning.request import TuningRequest
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 
 PROMPTS = str(PAIR / "prompts.jsonl")
 SIMULATE = ["simulate", TARGET, DRAFT, "--prompts", PROMPTS]
@@ -120,13 +121,21 @@ def test_prompts_and_engine_options_are_read(tmp_path, arguments):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("best", "--rule is 'best', allowed: ordered"),
-        ("chain", "--rule is 'chain', allowed: ordered"),
-        ("ordered@2", "--rule is 'ordered@2', allowed: ordered"),
+        ("best", "--rule is 'best', allowed: traversal"),
+        ("chain", "--rule is 'chain', allowed: traversal"),
+        ("ordered@2", "--rule is 'ordered@2', allowed: traversal"),
     ],
 )
 def test_rules_to_tune_draft_trees(rule, message):
     assert_refused([*TUNE, "--rule", rule], message)
+
+
+def test_match_is_tuned_only_if_it_is_named():
+    """It is for a seed's text, and cannot win by speed."""
+    assert _parse_tree_rules(None) == tuple(
+        name for name in BUILTIN_RULES if name not in ("chain", "match")
+    )
+    assert _parse_tree_rules(["match"]) == ("match",)
 
 
 def test_schedules_can_be_kept(monkeypatch, tmp_path):

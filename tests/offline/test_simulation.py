@@ -23,8 +23,9 @@ from vllm_spechub.trees.best_tree import parse_tree
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 
-RECURSIVE = tuple(name for name, rule in BUILTIN_RULES.items() if rule.is_recursive)
 RULES = tuple(BUILTIN_RULES)
+# of one sample at most: no verification accepts more of such drafts
+OPTIMAL = ("traversal", "ordered", "unordered", "chain", "match")
 
 VOCAB = 40
 TREE = TokenTree((0, 0, 0, 1, 1, 2, 4, 4, 6))
@@ -130,9 +131,9 @@ def test_expected_tokens_are_what_verification_emits(pair, roots, rule):
     nodes, tosses = drafts.nodes[plan], 3000
     for root in (0, 3):
         paths = path_tokens(drafts, plan, root)
-        slots = [
-            drafts.children[law].sample_slot[drafts.children[law].rows(number)]
-            for law, number in zip(
+        sampled = [
+            drafts.children[kind].sampled[drafts.children[kind].rows(number)]
+            for kind, number in zip(
                 (
                     NodeKind(variant, int(plan.tree.num_children[n]))
                     for n in plan.tree.internal_nodes
@@ -147,7 +148,7 @@ def test_expected_tokens_are_what_verification_emits(pair, roots, rule):
             variant.sharpening,
             torch.tensor([path[-1] for path in paths[1:]]).expand(tosses, -1),
             drafts.draft_logits[nodes[root]].expand(tosses, -1, -1),
-            torch.stack(slots).to(torch.int32).expand(tosses, -1),
+            torch.stack(sampled).expand(tosses, -1),
         )
         # leaves' rows do not bear on the length
         rows = torch.full((plan.tree.num_nodes + 1, VOCAB), 1 / VOCAB)
@@ -234,7 +235,7 @@ def test_simulate(folders, tmp_path):
         assert d.difference == pytest.approx(apart, abs=1e-4)
     for y in report.read_csv(Yardstick, tmp_path / report.YARDSTICK_CSV):
         assert 0 < y.acceptance <= y.optimum + 1e-6
-        assert (y.rule in RECURSIVE) or y.acceptance == pytest.approx(y.optimum, abs=1e-5)
+        assert y.rule not in OPTIMAL or y.acceptance == pytest.approx(y.optimum, abs=1e-5)
     for row in rows:
         assert TokenTree(row.tree).num_nodes == row.nodes <= 6
         assert row.kind == "complete" or row.depth <= int(row.kind[-1])
@@ -258,7 +259,7 @@ def test_shape_prints_a_tree(folders, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--rule best", "rule is 'best', allowed: ordered"),
+        ("--rule best", "rule is 'best', allowed: traversal"),
         ("--rule rrs@2", "sharpening must be 1 with rule 'rrs'"),
         ("--rule ordered@x", "could not convert"),
         ("--nodes 64", "--nodes"),
