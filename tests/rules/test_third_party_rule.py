@@ -13,6 +13,7 @@ from helpers.third_party import installed_rule
 from vllm_spechub import TokenTree, acceptance, draft_tree, otm, verify_tree
 from vllm_spechub.cli import app
 from vllm_spechub.measure.tuning import rates
+from vllm_spechub.measure.tuning.request import TuningRequest
 from vllm_spechub.offline.simulation.drafts import Plan, Variant, draft_plans
 from vllm_spechub.offline.simulation.reach import reach
 from vllm_spechub.offline.simulation.texts import ModelPair, sample_roots
@@ -120,9 +121,9 @@ def test_the_command_line_takes_it(rule, tmp_path):
 def test_tuning_measures_it(rule):
     prompts = PAIR / "prompts.jsonl"
     models = str(PAIR / "target"), str(PAIR / "draft")
-    study = rates.Study(*models, prompts, 1, (rule,), 1.0, 1, 8)
-    by_slot, simulated = rates._measure(study, lambda *_: None)
-    assert set(by_slot) == set(simulated) == {rule}
+    request = TuningRequest(*models, prompts, 1, (rule,), 1.0, (6,), (2,), (1,), 1, 8, 1, {})
+    by_slot, tokens_per_step = rates.measure(request, lambda *_: None)
+    assert set(by_slot) == set(tokens_per_step) == {rule}
     assert rates.rates_for_trees(by_slot, rule)[1][0] > 0
 
 
