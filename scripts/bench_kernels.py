@@ -136,7 +136,7 @@ def measure_all(
             try:
                 rows.append(measure(module, setting, device, bandwidth))
             except torch.OutOfMemoryError:
-                console.print(f"left out, out of memory: {setting}")
+                console.print(f"skipped, not enough memory: {setting}")
                 torch.cuda.empty_cache()
                 continue
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")

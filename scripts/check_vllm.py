@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Does everything of vLLM that the plugin relies on look the same in another vLLM?
+"""Compare everything of vLLM that the plugin relies on with another version of vLLM.
 
-Reads the sources in a wheel, in the folder that holds an installed `vllm`, or in the wheel of a
-version, which it downloads; installs and runs nothing of it.
+The script reads sources: those in a wheel, in a folder that holds an installed `vllm`, or in the
+wheel of a version, which it downloads. It neither installs nor runs them.
 """
 
 import csv
@@ -41,7 +41,7 @@ def changes(found: Facts) -> dict[str, dict[str, str]]:
 
 
 def write_rows(version: str, found: Facts) -> None:
-    """Put a version's result into docs/support.csv, in place of an older one."""
+    """Write a version's result into docs/support.csv, replacing an older one."""
     rows = []
     if CHECKS.exists():
         with CHECKS.open(newline="", encoding="utf-8") as file:
@@ -66,10 +66,10 @@ def write_rows(version: str, found: Facts) -> None:
 
 
 def report(source: str, found: Facts) -> None:
-    """Print how much differs by kind, then what."""
+    """Print the number of differences by kind, then each difference."""
     console = Console(soft_wrap=True)
-    table = Table(title=f"vLLM of {source}, read and not run", title_justify="left")
-    for column in ("what the plugin relies on", "read", "differ"):
+    table = Table(title=f"Sources of vLLM {source}, compared but not run", title_justify="left")
+    for column in ("what the plugin relies on", "compared", "different"):
         table.add_column(column, overflow="fold")
     differing = changes(found)
     for kind, description in KINDS.items():
@@ -82,11 +82,11 @@ def report(source: str, found: Facts) -> None:
 
 def main(
     source: str = typer.Argument(
-        SUPPORTED_VLLM, help="A wheel, a folder that holds `vllm`, or a version to download."
+        SUPPORTED_VLLM, help="A version to download, a wheel, or a folder that holds `vllm`."
     ),
-    record: bool = typer.Option(False, help="Write a version's result into docs/support.csv."),
+    record: bool = typer.Option(False, help="Write the result into docs/support.csv."),
     expect: bool = typer.Option(
-        False, help="First store how everything looks in this version as what is expected."
+        False, help="First store this version's signatures as the expected ones."
     ),
 ) -> None:
     if record and (Path(source).exists() or source == SUPPORTED_VLLM):

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON_BASE="${PYTHON_BASE:-$(command -v python3.11 || command -v python3)}"
 STAMP=".venv/.ready-$(cat pyproject.toml scripts/env.sh scripts/install_cpu.py | cksum | cut -d' ' -f1)"
 if [ ! -e "$STAMP" ]; then
-    echo "Preparing .venv (once; a few minutes, about 4 GB)"
+    echo "Preparing .venv (only once; a few minutes, about 4 GB)"
     "$PYTHON_BASE" -m venv .venv
     .venv/bin/python scripts/install_cpu.py
     touch "$STAMP"

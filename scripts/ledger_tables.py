@@ -21,7 +21,7 @@ def ledger(patches: tuple[Patch, ...]) -> str:
             f"- why: {patch.why}",
             f"- how: {patch.how}",
             f"- upstream: {patch.upstream}",
-            f"- can go when: {patch.until}",
+            f"- can be removed when: {patch.until}",
         ]
     return "\n".join([*lines, "", ""])
 

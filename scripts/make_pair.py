@@ -90,17 +90,17 @@ def config_of(shape: Shape, eps: float, tied: bool):
 def check_fit(target: Shape, draft: Shape) -> None:
     """Raises ValueError unless the draft's blocks fit into corners of the target's."""
     fits = {
-        "a hidden size": target.hidden > draft.hidden,
-        "layers": target.layers >= draft.layers,
-        "key-value heads": target.kv_heads >= draft.kv_heads,
-        "heads for each key-value head": target.group >= draft.group,
-        "a multiple of the head size": target.head_dim % draft.head_dim == 0,
-        "an MLP": target.mlp >= draft.mlp,
-        "the vocabulary": target.vocab == draft.vocab,
+        "a larger hidden size": target.hidden > draft.hidden,
+        "at least as many layers": target.layers >= draft.layers,
+        "at least as many key-value heads": target.kv_heads >= draft.kv_heads,
+        "at least as many heads per key-value head": target.group >= draft.group,
+        "a head size that is a multiple of the draft's": target.head_dim % draft.head_dim == 0,
+        "an MLP at least as large": target.mlp >= draft.mlp,
+        "the same vocabulary size": target.vocab == draft.vocab,
     }
     for what, holds in fits.items():
         if not holds:
-            raise ValueError(f"the target needs {what} that the draft's fits into")
+            raise ValueError(f"the draft does not fit into the target: the target needs {what}")
 
 
 class Maker:
@@ -419,7 +419,7 @@ def make_pair(
     """Make a pair from the names of its shapes, and show the progress."""
     for name in (target, draft):
         if name not in SHAPES:
-            raise ValueError(f"{name!r} is no shape, allowed: {', '.join(SHAPES)}")
+            raise ValueError(f"{name!r} is not a size, allowed: {', '.join(SHAPES)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = SHAPES[target], SHAPES[draft]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -435,7 +435,9 @@ def main(
     target: Annotated[
         str, typer.Option(help=f"The size of the target: {', '.join(SHAPES)}.")
     ] = "8b",
-    draft: Annotated[str, typer.Option(help="The size of the draft; one of the same.")] = "1b",
+    draft: Annotated[
+        str, typer.Option(help="The size of the draft, one of the same sizes.")
+    ] = "1b",
     overlap: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="The mean of sum(min(p, q)) at T = 1.")
     ] = 0.7,
@@ -443,7 +445,7 @@ def main(
         float,
         typer.Option(min=0.0, help="The entropy of the draft's next token at T = 1, in nats."),
     ] = 2.5,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same models.")] = 0,
 ) -> None:
     """Make a pair of Llama models with random weights and a chosen overlap."""
     try:

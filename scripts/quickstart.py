@@ -96,8 +96,8 @@ def measure_all(running: dict[str, EngineProcess], prompts: list[str], max_token
 
 
 def show(results: dict[tuple[str, float], Result], depth: int, on_cpu: bool) -> None:
-    """Print a table of all results, and what to make of them."""
-    table = Table(title="One run, the same prompts, warm", title_justify="left")
+    """Print a table of all results, and how to read them."""
+    table = Table(title="One run with the same prompts, after warming up", title_justify="left")
     for column in ("method", "T", "tokens/step", "accepted by depth", "ms/step", "tokens/s"):
         table.add_column(column, justify="left" if column == "method" else "right")
     table.add_column("same text as plain")
@@ -122,20 +122,20 @@ def show(results: dict[tuple[str, float], Result], depth: int, on_cpu: bool) -> 
     if on_cpu:
         console.print(
             "¹ vLLM 0.32's chain is broken on the CPU above temperature 0 (it divides by "
-            "uninitialised memory); its one faulty kernel is corrected for this comparison "
+            "uninitialised memory). For this comparison its one faulty kernel is corrected "
             "(vllm_spechub/measure/benchmark/fixed_chain.py)."
         )
     console.print(
-        "On models this small a draft pass costs nearly as much as a target pass, so plain vLLM "
-        "has the most tokens/s. Speculation pays off if reading a large target's weights dominates "
-        "the step time, as on a GPU. There, tokens/step shows the gain."
+        "With models this small, a draft pass costs nearly as much as a target pass, so plain vLLM "
+        "has the most tokens/s. Speculation pays off if reading the weights of a large target "
+        "dominates the step time, as on a GPU. There, tokens/step shows the gain."
     )
 
 
 def main(
     tree: str = typer.Option("binary:3", help="SpecHub's draft tree."),
     requests: int = typer.Option(6, min=1, help="Concurrent requests."),
-    max_tokens: int = typer.Option(96, min=1, help="Tokens to generate per request."),
+    max_tokens: int = typer.Option(96, min=1, help="Tokens to generate for each request."),
 ) -> None:
     start = time.monotonic()
     from vllm_spechub.trees.tree import TokenTree

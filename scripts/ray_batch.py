@@ -5,9 +5,9 @@
     python scripts/ray_batch.py prompts.jsonl answers --model TARGET --draft DRAFT --replicas 8 \\
         --id-column question_id --prompt-column turns
 
-The script reads JSONL or Parquet, and writes each row's id and answer into the folder. Ray keeps a
-checkpoint of the rows that are written: after a failure, the same command continues without losing
-or repeating a row. It does nothing if all rows are answered.
+The script reads a JSONL or Parquet file, and writes each row's id and answer into the folder. Ray
+keeps a checkpoint of the rows that are written: after a failure, the same command continues without
+losing or repeating a row. If all rows are answered, it does nothing.
 """
 
 import json
@@ -51,20 +51,25 @@ def read(source: Path, id_column: str, prompt_column: str):
 
 
 def main(
-    source: Annotated[Path, typer.Argument(help="JSONL or Parquet.", exists=True)],
+    source: Annotated[
+        Path, typer.Argument(help="The prompts: a JSONL or Parquet file.", exists=True)
+    ],
     out: Annotated[Path, typer.Argument(help="The folder for answers and the checkpoint.")],
-    model: Annotated[str, typer.Option(help="The target.")],
-    draft: Annotated[str, typer.Option(help="The draft.")],
-    tree: Annotated[str, typer.Option(help="As in --speculative-config.")] = "binary:3",
-    replicas: Annotated[int, typer.Option(min=1, help="Engines.")] = 2,
-    id_column: Annotated[
-        str, typer.Option(help="The column with a unique id for each row.")
-    ] = "id",
+    model: Annotated[str, typer.Option(help="The target model.")],
+    draft: Annotated[str, typer.Option(help="The draft model.")],
+    tree: Annotated[
+        str, typer.Option(help="The draft tree, as in --speculative-config.")
+    ] = "binary:3",
+    replicas: Annotated[int, typer.Option(min=1, help="The number of engines.")] = 2,
+    id_column: Annotated[str, typer.Option(help="The column with a unique id of each row.")] = "id",
     prompt_column: Annotated[
-        str, typer.Option(help="The column with a text, or with turns, of which the first is used.")
+        str,
+        typer.Option(
+            help="The column with a text, or with a list of turns, of which the first is used."
+        ),
     ] = "prompt",
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="The sampling temperature.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Rows that a replica processes at once.")
     ] = 64,
@@ -87,8 +92,8 @@ def main(
     if cpus < replicas + SPARE_CPUS:
         # Ray Data would wait for them without any message.
         raise typer.BadParameter(
-            f"--replicas {replicas} needs {replicas + SPARE_CPUS} CPUs of the cluster (reading, "
-            f"checkpoint and writing take {SPARE_CPUS}), it has {cpus}"
+            f"--replicas {replicas} needs {replicas + SPARE_CPUS} CPUs (reading, checkpoint and "
+            f"writing take {SPARE_CPUS}), but the cluster has {cpus}"
         )
     try:
         rows = read(source, id_column, prompt_column)

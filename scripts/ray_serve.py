@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Serve OpenAI's interface from many machines: Ray Serve runs one spechub engine per replica.
+"""Serve the OpenAI API from many machines: Ray Serve runs one spechub engine per replica.
 
     python scripts/ray_serve.py --model TARGET --draft DRAFT --replicas 4
 
-The script runs until it is interrupted. Send requests to http://HOST:PORT/v1, under
-the model's name.
+The script runs until it is interrupted. Send requests to http://HOST:PORT/v1, with the model's name
+from --name.
 """
 
 import json
@@ -29,13 +29,15 @@ def app(model: str, name: str, replicas: int, engine: dict[str, Any]):
 
 
 def main(
-    model: Annotated[str, typer.Option(help="The target.")],
-    draft: Annotated[str, typer.Option(help="The draft.")],
-    tree: Annotated[str, typer.Option(help="As in --speculative-config.")] = "binary:3",
-    replicas: Annotated[int, typer.Option(min=1, help="Engines.")] = 1,
+    model: Annotated[str, typer.Option(help="The target model.")],
+    draft: Annotated[str, typer.Option(help="The draft model.")],
+    tree: Annotated[
+        str, typer.Option(help="The draft tree, as in --speculative-config.")
+    ] = "binary:3",
+    replicas: Annotated[int, typer.Option(min=1, help="The number of engines.")] = 1,
     name: Annotated[str, typer.Option(help="The model's name in requests.")] = "spechub",
-    host: Annotated[str, typer.Option()] = "127.0.0.1",
-    port: Annotated[int, typer.Option()] = 8000,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
     engine: Annotated[
         dict, typer.Option(parser=json.loads, metavar="JSON", help="Further engine options.")
     ] = "{}",

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Send thousands of random requests to one engine whose cache is too small for them.
+"""Send thousands of random requests to one engine with a KV cache that is too small for them.
 
     python scripts/soak.py --requests 4000
 
 Requests of all kinds share the batch, some are aborted, and the KV cache has so few blocks that
 vLLM preempts constantly. At the end, no request may be lost or answered twice, every block must be
-free again, the process must not have grown, and greedy answers must equal those of a new engine
-without trees.
+free again, the process's memory must not have grown, and greedy answers must equal those of a new
+engine without trees.
 """
 
 import ctypes
@@ -214,9 +214,9 @@ def demo_prompts(rng: random.Random, count: int) -> list[str]:
 
 
 def main(
-    requests: Annotated[int, typer.Option(help="Number of requests to serve.")] = 4000,
+    requests: Annotated[int, typer.Option(help="The number of requests to serve.")] = 4000,
     tree: Annotated[str, typer.Option(help="The draft tree.")] = "binary:3",
-    seed: Annotated[int, typer.Option(help="Seed of the requests' parameters.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of the requests' parameters.")] = 0,
 ) -> None:
     """Soak one engine and compare it with a new one. Exits with status 1 if anything is wrong."""
     from vllm import LLM
@@ -260,7 +260,7 @@ def main(
     Console().print(table)
     faults = report.faults(reference)
     if last > first * 1.03:
-        faults.append(f"the process grew from {first:.0f} to {last:.0f} MiB")
+        faults.append(f"the process's memory grew from {first:.0f} to {last:.0f} MiB")
     for fault in faults:
         Console().print(fault, style="red")
     raise typer.Exit(1 if faults else 0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What works with trees, what is refused, and the test that shows it.
+"""What works with trees, what is refused, and the tests that show it.
 
-cog blocks in the README and in `docs/support.md` show these tables. Tests look up every named test,
-and want a row for every field of vLLM's `SamplingParams`.
+cog blocks in the README and in `docs/support.md` show these tables. A test checks that every named
+test exists, and that every field of vLLM's `SamplingParams` has a row.
 """
 
 import csv
@@ -24,9 +24,9 @@ class Row:
 
     Attributes:
         names: fields of `SamplingParams`, or names of features.
-        state: "works", "refused", or what else is true, in a few words.
-        how: what there is to know about it, or nothing.
-        tests: "file::test" of each proof, below `tests/`.
+        state: "works", "refused", or another state in a few words.
+        how: notes; may be empty.
+        tests: the tests that prove it, as "file::test" with the file relative to `tests/`.
     """
 
     names: tuple[str, ...]
@@ -48,7 +48,7 @@ SAMPLING_PARAMETERS = (
     Row(
         ("temperature", "top_k", "top_p", "min_p"),
         "works",
-        "on the draft too, so that truncation costs no acceptance",
+        "also applied to the draft, so truncation costs no acceptance",
         (
             "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
             "engine/test_distribution.py::test_truncation_costs_no_acceptance",
@@ -88,20 +88,20 @@ SAMPLING_PARAMETERS = (
             "min_tokens",
         ),
         "works",
-        "on each node's own history; at most as many bad words and stop tokens as vLLM's buffers "
-        "hold",
+        "each node sees its own history; bad words and stop tokens are limited by the size of "
+        "vLLM's buffers",
         (*MIXED, "engine/test_parameters.py::test_what_cannot_be_served_is_refused"),
     ),
     Row(
         ("logit_bias", "allowed_token_ids"),
         "works",
-        "at most 1024 tokens each, the size of vLLM's buffers; more are refused",
+        "at most 1024 tokens each, the size of vLLM's buffers; requests with more are refused",
         (*MIXED, "engine/test_parameters.py::test_what_cannot_be_served_is_refused"),
     ),
     Row(
         ("extra_args",),
         "works",
-        "custom logits processors of the V2 runner's interface see each node's own history",
+        "custom logits processors for the V2 runner see each node's own history",
         (
             "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
             "engine/test_parameters.py::test_what_was_emitted_could_be",
@@ -156,9 +156,9 @@ SAMPLING_PARAMETERS = (
     Row(
         ("structured_outputs",),
         "works",
-        "one mask per node; the draft model itself is not masked; with the backends xgrammar, "
-        "guidance and outlines (vLLM refuses lm-format-enforcer under any speculation); a "
-        "reasoning parser may switch the grammar on within a tree",
+        "every node has its own mask; the draft model is not masked; with the backends xgrammar, "
+        "guidance and outlines (vLLM refuses lm-format-enforcer with any speculation); a reasoning "
+        "parser may switch the grammar on within a tree",
         (
             "engine/test_grammar.py::test_every_node_is_masked_as_its_path",
             "engine/test_grammar.py::test_reasoning_that_ends_within_a_tree",
@@ -172,13 +172,13 @@ SAMPLING_PARAMETERS = (
     Row(
         ("trace_decode_token_ids",),
         "refused",
-        "by vLLM, under any speculation",
+        "vLLM refuses it with any speculation",
         ("engine/test_parameters.py::test_what_cannot_be_served_is_refused",),
     ),
     Row(
         ("watermarking", "routed_experts_prompt_start"),
         "without effect",
-        "as in vLLM without the engine options they belong to, which are refused at start-up",
+        "the engine options that they belong to are refused at start-up",
         ("test_config.py::test_unsupported_engines_are_refused",),
     ),
 )
@@ -212,10 +212,10 @@ FEATURES = (
         ),
     ),
     Row(
-        ("trees that follow the load",),
+        ("different trees for different loads",),
         "works",
-        "with `tree_by_batch_size`; refused with data parallelism, where vLLM does not vary the "
-        "number of drafted tokens",
+        "`tree_by_batch_size`; refused with data parallelism, where vLLM does not vary the number "
+        "of drafted tokens",
         (
             "engine/test_widths.py::test_tokens_while_the_width_changes",
             "integration/test_refusals.py::test_data_parallel_widths",
@@ -230,7 +230,7 @@ FEATURES = (
     Row(
         ("KV block sizes",),
         "works",
-        "every size that the platform's attention accepts",
+        "all sizes that the platform's attention accepts",
         ("engine/test_greedy.py::test_block_sizes",),
     ),
     Row(
@@ -248,20 +248,20 @@ FEATURES = (
     Row(
         ("sleep and wake",),
         "works",
-        "tested on the CPU, which has no sleep mode, by clearing what sleep mode would not keep",
+        "tested on the CPU, which has no sleep mode: the test clears what sleep mode would discard",
         ("engine/test_robustness.py::test_sleep_and_wake",),
     ),
     Row(
         ("tensor parallelism",),
         "works",
-        "all ranks draw the same tokens, and the same as a single rank",
+        "every rank draws the same tokens, and they equal those of a single rank",
         ("integration/test_parallel.py::test_tensor_parallelism",),
     ),
     Row(
-        ("tensor parallelism over Ray's workers",),
+        ("tensor parallelism with Ray workers",),
         "works",
-        "refuses to start if a node lacks this package or has another version; tested with workers "
-        "on the CPU, where vLLM by itself refuses Ray",
+        "the engine refuses to start if a node lacks this package or has another version of it; "
+        "tested with workers on the CPU, where plain vLLM refuses Ray",
         (
             "ray_cluster/test_workers.py::test_two_workers_answer_as_one",
             "ray_cluster/test_workers.py::test_a_node_without_this_version",
@@ -270,7 +270,7 @@ FEATURES = (
     Row(
         ("data parallelism",),
         "works",
-        "for dense models; refused for mixtures of experts",
+        "for dense models; refused for mixture-of-experts models",
         (
             "integration/test_parallel.py::test_data_parallelism",
             "integration/test_refusals.py::test_data_parallel_experts",
@@ -279,13 +279,14 @@ FEATURES = (
     Row(
         ("LoRA",),
         "works",
-        "on the target, its output matrix included; the draft has no adapter",
+        "on the target, including its output matrix; the draft runs without an adapter",
         ("engine/test_features.py::test_lora_adapters_on_the_target",),
     ),
     Row(
         ("fp8 KV cache",),
         "works",
-        "for target and draft or the draft alone; per-tensor scales, on the CPU with AVX-512",
+        "for target and draft, or for the draft alone; with per-tensor scales; on the CPU only "
+        "with AVX-512",
         (
             "engine/test_features.py::test_fp8_cache",
             "kernels/test_triton_backend.py::test_an_fp8_cache_is_read_with_the_layers_scales",
@@ -294,23 +295,27 @@ FEATURES = (
     Row(
         ("sliding windows", "several KV cache groups"),
         "works",
-        "in all or some layers of target and draft; within a tree, distances are counted in depths",
+        "in all or some layers of target and draft; within a tree, a window counts depths",
         (
             "engine/test_features.py::test_sliding_windows",
             "kernels/test_tree_attention.py::test_window_counts_depths",
         ),
     ),
     Row(
-        ("drafts of another family", "vocabulary sizes that differ by padding", "untied models"),
+        (
+            "drafts of another model family",
+            "vocabulary sizes that differ by padding",
+            "models with untied embeddings",
+        ),
         "works",
-        "with the target's tokenizer",
+        "if the draft has the target's tokenizer",
         (
             "engine/test_features.py::test_a_draft_of_another_family_and_padding",
             "engine/test_features.py::test_lora_adapters_on_the_target",
         ),
     ),
     Row(
-        ("drafts of another vocabulary", "`use_heterogeneous_vocab`"),
+        ("drafts with another vocabulary", "`use_heterogeneous_vocab`"),
         "refused",
         "",
         (
@@ -320,9 +325,9 @@ FEATURES = (
         ),
     ),
     Row(
-        ("a worker, a draft folder or numbers that fail", "oversized requests"),
+        ("a dying worker", "a draft folder that disappears", "NaN", "oversized requests"),
         "as in plain vLLM",
-        "a NaN ruins its own request alone",
+        "a NaN affects only its own request",
         (
             "integration/test_parallel.py::test_tensor_parallelism",
             "engine/test_robustness.py::test_a_draft_whose_folder_vanishes",
@@ -364,9 +369,9 @@ FEATURES = (
     Row(
         ("CUDA",),
         "not run yet",
-        "kernels are checked under Triton's interpreter and compiled for sm_80, sm_90 and sm_100; "
-        "the attention backend and the use of CUDA graphs are tested in an engine on the CPU, "
-        "where replaying a graph repeats the captured call",
+        "the kernels run in Triton's interpreter and compile for sm_80, sm_90 and sm_100; the "
+        "attention backend and the use of CUDA graphs are tested in an engine on the CPU, where "
+        "replaying a graph repeats the captured call",
         (
             "engine/test_cuda_path.py::test_graphs_replay_what_a_step_needs",
             "kernels/test_compile.py::test_child_sampling",
@@ -405,16 +410,16 @@ def versions() -> str:
     for version, (state, *run) in VERSIONS.items():
         checks = [check for check in _checks() if check["vllm"] == version]
         if version == SUPPORTED_VLLM:
-            read = f"{sum(map(len, stored().values()))} places, with which others are compared"
+            read = f"{sum(map(len, stored().values()))} places, the reference for other versions"
         else:
             differing = [
                 f"{check['differ']} of {check['read']} {check['kind']}"
                 for check in checks
                 if check["differ"] != "0"
             ]
-            read = f"on {checks[0]['date']}, differ: {', '.join(differing) or 'none'}"
+            read = f"on {checks[0]['date']}; different: {', '.join(differing) or 'none'}"
         rows.append([version, state, read, *run])
-    return table(["vLLM", "state", "read, not run", "run on the CPU", "run on CUDA"], rows)
+    return table(["vLLM", "state", "sources compared", "run on the CPU", "run on CUDA"], rows)
 
 
 def differences(version: str) -> str:

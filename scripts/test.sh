@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The whole test suite, lint first. Arguments go to pytest's last run, for example: -k greedy -x
+# Lint, then the whole test suite. Arguments go to the last run of pytest, for example: -k greedy -x
 . "$(dirname "$0")/env.sh"
 ruff check .
 ruff format --check .
@@ -8,9 +8,9 @@ lint-imports --no-cache
 pyright
 cog --check -I scripts README.md docs/*.md
 
-# Triton's interpreter, and vLLM with Triton, are a whole process's: each is a group of its own. Two
-# processes share a group, because nearly all of a test is one thread's work; the one that has run
-# out of tests takes some of the other's.
+# A process can either use Triton's interpreter, or see vLLM with Triton, or neither: each is a group of
+# its own. Two processes share a group, because nearly every test keeps only one thread busy. A process
+# that has run out of tests takes some from the other.
 failed=""
 group() { pytest -q -n 2 --dist worksteal "$@" || failed="$failed $1"; }
 group tests/kernels

@@ -3,11 +3,11 @@
 """Train the demo pair: a small Llama target and a smaller Llama draft that write Python.
 
 The corpus is the running interpreter's own standard library, so any machine has it. The target
-is trained on the text, the draft on the target's distribution over the same text (distillation),
-since speculation needs a draft that overlaps with the target. Both share one byte-level BPE
-tokenizer.
+is trained on the text. The draft is trained on the target's distribution over the same text
+(distillation), since speculation needs a draft that overlaps with the target. Both share one
+byte-level BPE tokenizer.
 
-Deterministic from ``--seed`` for one Python version, PyTorch version and thread count.
+The result is determined by ``--seed``, the versions of Python and PyTorch, and the thread count.
 """
 
 import hashlib
@@ -194,10 +194,10 @@ def save(model, tokenizer, folder: Path) -> None:
 
 def main(
     out: Path = typer.Option(Path(__file__).parent / "demo_pair", help="The folder to write."),
-    target_steps: int = typer.Option(2400, min=1),
-    draft_steps: int = typer.Option(2000, min=1),
-    vocab_size: int = typer.Option(2048, min=512),
-    seed: int = typer.Option(0),
+    target_steps: int = typer.Option(2400, min=1, help="Training steps of the target."),
+    draft_steps: int = typer.Option(2000, min=1, help="Training steps of the draft."),
+    vocab_size: int = typer.Option(2048, min=512, help="Tokens of the tokenizer."),
+    seed: int = typer.Option(0, help="The same seed gives the same models."),
 ) -> None:
     with one_line_errors(console):
         check_output_folder("--out", out)
@@ -228,7 +228,9 @@ def main(
         target = (
             target.bfloat16().float().eval()
         )  # what will be stored is what the draft learns from
-        progress.console.print(f"held out after the target: {evaluate(target, draft, held_out)}")
+        progress.console.print(
+            f"held-out texts, after training the target: {evaluate(target, draft, held_out)}"
+        )
         fit("draft", draft, target, train, draft_steps, 4e-3, generator, progress)
     draft = draft.bfloat16().float().eval()
     card = {

@@ -3,8 +3,8 @@
 
 The patch ledger names what is replaced. The rest follows from the code: names that are imported,
 methods that our subclasses override, attributes that they inherit, kernels that have a stand-in,
-and bodies of vLLM's that run between ours. What each looks like in the supported version is kept
-in `vllm_signatures.json`, with which `check_vllm.py` compares another version.
+and the bodies of vLLM's functions that our code calls back into. `vllm_signatures.json` stores what
+each looks like in the supported version; `check_vllm.py` compares another version with it.
 """
 
 import ast
@@ -30,15 +30,16 @@ ROOT = Path(__file__).parents[1]
 SIGNATURES = Path(__file__).with_name("vllm_signatures.json")
 
 KINDS = {
-    "names": "what our code imports or looks up by name",
-    "overridden": "what our subclasses override",
-    "inherited": "attributes that our subclasses use, and private ones of other objects",
-    "kernels": "kernels that have a stand-in, which takes their arguments by position",
-    "replaced": "what the plugin replaces",
-    "bodies": "bodies that run between ours: constructors of base classes, methods called through "
-    "`super()`, originals that a replacement calls",
+    "names": "names that our code imports or looks up",
+    "overridden": "methods and fields that our subclasses override",
+    "inherited": "attributes that our subclasses inherit and use, and private attributes of other "
+    "objects",
+    "kernels": "Triton kernels with a stand-in, which takes the same arguments by position",
+    "replaced": "functions and fields that the plugin replaces",
+    "bodies": "functions of vLLM that our code calls back into: constructors of base classes, "
+    "methods called through `super()`, originals that a replacement calls",
 }
-"""What is read of a vLLM, by kind."""
+"""The kinds of places that are compared."""
 
 PRIVATE = {
     "_actions": "",  # argparse's

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Lossless speculative decoding with trees: compare rules, choose trees, inspect steps.",
+    help="Lossless speculative decoding with draft trees: compare rules, choose trees, show steps.",
 )
 # Results go to standard output, everything else to standard error.
 output, notes = Console(), Console(stderr=True)
@@ -45,8 +45,8 @@ PLOT_MODULE = "matplotlib.pyplot"
 
 # Options that several commands share
 Target = Annotated[str, typer.Argument(help="The target model: a folder or a Hugging Face name.")]
-Draft = Annotated[str, typer.Argument(help="The draft model, with the same vocabulary.")]
-DraftOption = Annotated[str, typer.Option(help="The draft model, with the same vocabulary.")]
+Draft = Annotated[str, typer.Argument(help="The draft model, with the target's tokenizer.")]
+DraftOption = Annotated[str, typer.Option(help="The draft model, with the target's tokenizer.")]
 Prompts = Annotated[
     Path,
     typer.Option(
@@ -120,7 +120,7 @@ def simulate(
     small: Annotated[
         bool,
         typer.Option(
-            "--small", help="Also compare acceptance with the optimum, on small vocabularies."
+            "--small", help="Also compare acceptance with the optimum, on vocabularies of 8 tokens."
         ),
     ] = False,
     device: Device = None,
@@ -179,10 +179,14 @@ def shape(
     ] = DEFAULT_RULE,
     temperature: Temperatures = [1.0],
     nodes: Annotated[
-        int, typer.Option("--nodes", "-n", min=1, max=MAX_NODES, help="Drafted nodes.")
+        int,
+        typer.Option(
+            "--nodes", "-n", min=1, max=MAX_NODES, help="The largest number of drafted nodes."
+        ),
     ] = 15,
     depth: Annotated[
-        int, typer.Option("--depth", "-d", min=1, max=MAX_DEPTH, help="The largest depth.")
+        int,
+        typer.Option("--depth", "-d", min=1, max=MAX_DEPTH, help="The largest depth of the tree."),
     ] = 5,
     texts: Texts = 10,
     tokens: Tokens = 48,
@@ -190,7 +194,8 @@ def shape(
     rates_file: Annotated[
         Path | None,
         typer.Option(
-            "--rates", help="Also write the rates of all rules by temperature to this JSON file."
+            "--rates",
+            help="Also write the acceptance rates of all rules by temperature to this JSON file.",
         ),
     ] = None,
     device: Device = None,
@@ -269,8 +274,9 @@ def explain(
 ) -> None:
     """Show the tree of each step for one prompt.
 
-    The tree shows the tokens, their probabilities, which of them were accepted, and where the walk
-    ended. q is a token's probability under the draft given its parent, p under the target.
+    The command shows the drafted tokens, their probabilities, which of them were accepted, and
+    where verification ended. q is the probability that the draft gives a token after the path to
+    its parent, and p the target's.
     """
     with one_line_errors(notes):
         preflight.check_modules("transformers")
@@ -330,19 +336,23 @@ def tune(
     ] = [1, 2, 4, 8],
     batch: Annotated[
         list[int],
-        typer.Option("--batch", "-b", min=1, help="A number of requests to try; repeatable."),
+        typer.Option(
+            "--batch", "-b", min=1, help="A number of running requests to try; repeatable."
+        ),
     ] = [1, 2, 4, 8, 16, 32, 64],
     texts: Texts = 10,
     tokens: Annotated[int, typer.Option(min=4, help="Tokens per text and per request.")] = 64,
     repetitions: Annotated[int, typer.Option(min=1, help="Repetitions per measurement.")] = 3,
     resident: Annotated[
         int | None,
-        typer.Option(min=1, help="Engines at once.", show_default="all on the CPU, else 3"),
+        typer.Option(
+            min=1, help="Engines that run at once.", show_default="all on the CPU, else 3"
+        ),
     ] = None,
     engine: Annotated[str, typer.Option(help="The options of your engine, as JSON.")] = "{}",
     out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("spechub-tuned.json"),
 ) -> None:
-    """Find the best tree for each number of requests, on this machine and with your prompts.
+    """Find the best tree for each number of running requests, on this machine and your prompts.
 
     The command writes a JSON file for --speculative-config, a plot, a CSV file and a state file.
     You can interrupt it at any time: the same command continues where it stopped.

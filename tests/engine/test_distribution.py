@@ -136,7 +136,7 @@ def test_trees_cut_by_a_budget_follow_the_target(verification):
 
 def test_truncation_costs_no_acceptance(monkeypatch):
     """A draft that equals the target is accepted to full depth, truncated like the target only."""
-    from vllm_spechub.proposers import draft_model
+    from vllm_spechub.proposers import base
 
     params = [
         SamplingParams(temperature=1.0, seed=i, max_tokens=41, ignore_eos=True, **truncation)
@@ -145,8 +145,8 @@ def test_truncation_costs_no_acceptance(monkeypatch):
     depths = []  # mean accepted tokens per tree, of a tree of depth 3
     before = {}
     with engine("binary:3", draft=TARGET) as llm:
-        for truncate in (draft_model.truncate, lambda *args: None):
-            monkeypatch.setattr(draft_model, "truncate", truncate)
+        for truncate in (base.truncate, lambda *args: None):
+            monkeypatch.setattr(base, "truncate", truncate)
             llm.generate(PROMPTS, params, use_tqdm=False)
             after = spec_metrics(llm)
             accepted, drafts = (

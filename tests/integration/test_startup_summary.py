@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
+from vllm_spechub.config import SpecHubConfig
 from vllm_spechub.integration.memory import kv_cache_share, verification_bytes
 from vllm_spechub.integration.startup_summary import draw
 from vllm_spechub.trees.tree import TokenTree
@@ -37,7 +38,8 @@ def test_rows_to_verify():
     def size(budget):
         scheduler = SimpleNamespace(max_num_seqs=256, max_num_batched_tokens=budget)
         model = SimpleNamespace(dtype=torch.bfloat16, get_vocab_size=lambda: 128256)
-        spec = SimpleNamespace(num_speculative_tokens=14)
+        spec = object.__new__(SpecHubConfig)
+        spec.num_speculative_tokens = 14
         return verification_bytes(
             SimpleNamespace(scheduler_config=scheduler, model_config=model, speculative_config=spec)
         )

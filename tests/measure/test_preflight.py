@@ -121,7 +121,7 @@ def test_prompts_and_engine_options_are_read(tmp_path, arguments):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("best", "--rule is 'best', allowed: traversal"),
+        ("best", "rule is 'best', allowed: traversal"),
         ("chain", "--rule is 'chain', allowed: traversal"),
         ("ordered@2", "--rule is 'ordered@2', allowed: traversal"),
     ],

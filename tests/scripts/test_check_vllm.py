@@ -189,4 +189,4 @@ def test_the_command_on_the_installed_vllm(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         check_vllm.typer.run(check_vllm.main)
     assert not stopped.value.code
-    assert "read and not run" in capsys.readouterr().out
+    assert "compared but not run" in capsys.readouterr().out

@@ -19,10 +19,10 @@ from vllm_spechub.trees.schedule import TreeSchedule
 from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
 
 FALLBACKS = {
-    "grammar": "its drafts were not known when its grammar was asked",
-    "max_model_len": "it stood at the end of the context",
-    "budget": "no token budget or KV cache was left for drafts",
-    "load": "tree_by_batch_size asks for none in a batch as large as its last",
+    "grammar": "its drafts were not known when its grammar masks were made",
+    "max_model_len": "it had reached the end of its context",
+    "budget": "max_num_batched_tokens or the KV cache had no room for drafts",
+    "load": "tree_by_batch_size chose no tree in its last step",
 }
 """Why a decoding request had no tree in a step, as the label `reason` names it."""
 
@@ -121,7 +121,7 @@ class TreeMetrics:
         self.labelvalues = per_engine_labelvalues
         self.nodes = per_engine(counter("num_nodes", "Drafted nodes that the target verified."))
         self.accepted_by_slot = counter(
-            "num_accepted_tokens_per_slot", "Accepted nodes by their place among siblings.", "slot"
+            "num_accepted_tokens_per_slot", "Accepted nodes by position among siblings.", "slot"
         )
         histogram_cls: Any = prometheus_client.Histogram
         if counter_cls is not prometheus_client.Counter:
@@ -131,17 +131,18 @@ class TreeMetrics:
         self.emitted = per_engine(
             histogram_cls(
                 name="vllm:spechub_emitted_tokens",
-                documentation="Tokens that a verified tree emitted, the bonus token included.",
+                documentation="Tokens that a verified tree emitted, including the bonus token.",
                 buckets=list(range(1, schedule.depth + 2)),
                 labelnames=labelnames,
             )
         )
         self.steps = counter(
-            "steps", "Engine steps by the drafted nodes of their largest tree.", "width"
+            "steps", "Engine steps by the number of drafted nodes of their largest tree.", "width"
         )
         self.fallbacks = counter(
             "fallback_steps",
-            "Steps of decoding requests without a tree: " + "; ".join(FALLBACKS.values()) + ".",
+            "Steps in which a decoding request had no tree: "
+            + "; ".join(f"{reason}: {why}" for reason, why in FALLBACKS.items()),
             "reason",
         )
         self.max_children = schedule.max_children

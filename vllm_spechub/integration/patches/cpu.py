@@ -24,12 +24,13 @@ PATCHES = (
     Patch(
         symbol="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
         parameters=("cls", "vllm_config"),
-        why="It turns asynchronous scheduling off as not required on the CPU. Without it the "
-        "scheduler takes every drafted token from the worker and hands it back a step later.",
-        how="Calls the original, then restores for spechub configurations what vLLM or the user "
-        "had decided.",
+        why="On the CPU it switches asynchronous scheduling off as unnecessary. Synchronous "
+        "scheduling sends every drafted token from the worker to the scheduler, and back one step "
+        "later.",
+        how="Calls the original; for spechub configurations, then restores what vLLM or the user "
+        "had chosen.",
         upstream="none yet",
-        until="vLLM leaves the choice to its configuration",
+        until="vLLM keeps the configured choice",
         replace=_check_and_update_config,
     ),
 )

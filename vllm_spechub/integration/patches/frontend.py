@@ -158,8 +158,8 @@ PATCHES = (
     Patch(
         symbol="vllm.engine.arg_utils:EngineArgs.add_cli_args",
         parameters=("parser",),
-        why="`--speculative-config` takes JSON only, and `--spec-method` has fixed choices.",
-        how="Lets `--speculative-config` accept the word `spechub`, says so in its help, and adds "
+        why="`--speculative-config` accepts only JSON, and `--spec-method` has fixed choices.",
+        how="Lets `--speculative-config` accept the word `spechub` and says so in its help; adds "
         "`spechub` to the choices of `--spec-method`.",
         upstream="none yet",
         until="vLLM lets plugins register speculative methods",
@@ -168,8 +168,8 @@ PATCHES = (
     Patch(
         symbol="vllm.engine.arg_utils:EngineArgs.create_speculative_config",
         parameters=("self", "target_model_config", "target_parallel_config"),
-        why="`SpeculativeConfig` accepts vLLM's own methods and keys only.",
-        how="Builds a `SpecHubConfig` where the method is spechub; otherwise calls the original.",
+        why="`SpeculativeConfig` accepts only vLLM's own methods and keys.",
+        how="Builds a `SpecHubConfig` if the method is spechub; otherwise calls the original.",
         upstream="none yet",
         until="vLLM lets plugins register speculative methods",
         replace=_create_speculative_config,
@@ -177,8 +177,9 @@ PATCHES = (
     Patch(
         symbol="vllm.config:VllmConfig.use_v2_model_runner",
         parameters=("self",),
-        why="Without Triton, as on the CPU, vLLM chooses its old runner, which has no tree hooks.",
-        how="True for spechub configurations; otherwise the original.",
+        why="Without Triton, as on the CPU, vLLM chooses its V1 model runner, which lacks the "
+        "hooks that trees need.",
+        how="Returns true for spechub configurations; otherwise calls the original.",
         upstream="none yet",
         until="vLLM runs the V2 model runner on the CPU by default",
         replace=_use_v2_model_runner,
@@ -186,9 +187,10 @@ PATCHES = (
     Patch(
         symbol="vllm.config:VllmConfig._validate_v2_model_runner",
         parameters=("self",),
-        why="It refuses the V2 runner without Triton, and is the last check before weights load.",
-        how="For spechub configurations refuses what trees cannot do and names our worker, "
-        "scheduler and attention backend; otherwise the original.",
+        why="It refuses the V2 runner if Triton is missing. It is also the last check before "
+        "weights are loaded.",
+        how="For spechub configurations, refuses what trees do not support and sets our worker, "
+        "scheduler and attention backend; otherwise calls the original.",
         upstream="none yet",
         until="vLLM runs the V2 model runner on the CPU, and has a hook for plugins' checks",
         replace=_validate_v2_model_runner,
@@ -196,11 +198,11 @@ PATCHES = (
     Patch(
         symbol="vllm.sampling_params:SamplingParams._validate_spec_decode",
         parameters=("self", "speculative_config"),
-        why="It refuses min_p and logit_bias under any speculation.",
-        how="Lets them through for a spechub configuration, whose sampler applies both to every "
-        "node; otherwise the original.",
+        why="It refuses min_p and logit_bias with any speculation.",
+        how="Accepts them for spechub configurations, whose sampler applies both to every node; "
+        "otherwise calls the original.",
         upstream="none yet",
-        until="vLLM's V2 sampler is trusted with both under speculation",
+        until="vLLM accepts both with speculation on the V2 runner",
         replace=_validate_spec_decode,
     ),
     Patch(
@@ -221,11 +223,11 @@ PATCHES = (
             "session_id",
             "kv_hints",
         ),
-        why="Where a request's lists are longer than the V2 runner's buffers, its worker raises an "
-        "error that stops the engine.",
-        how="Calls the original, then rejects such a request to a spechub engine with an error.",
+        why="If a request's lists are longer than the V2 runner's buffers, the worker raises an "
+        "error that stops the whole engine.",
+        how="Calls the original; on a spechub engine, then rejects such a request with an error.",
         upstream="none yet",
-        until="vLLM checks these sizes when a request comes in",
+        until="vLLM checks these sizes when it receives a request",
         replace=_process_inputs,
     ),
 )

@@ -55,8 +55,10 @@ PATCHES = (
     Patch(
         symbol=f"{MANAGER}.validate_tokens",
         parameters=("self", "request", "spec_tokens"),
-        why="It cuts drafts at the first token that the grammar refuses, taking them for a chain.",
-        how="Under spechub leaves a tree whole: what the grammar refuses has no probability.",
+        why="It treats drafts as a chain and cuts them off at the first token that the grammar "
+        "refuses.",
+        how="For spechub configurations, keeps the whole tree: tokens that the grammar refuses get "
+        "probability 0.",
         upstream="none yet",
         until="vLLM verifies trees",
         replace=_validate_tokens,
@@ -69,8 +71,9 @@ PATCHES = (
             "structured_output_request_ids",
             "scheduled_spec_decode_tokens",
         ),
-        why="It fills a request's masks along one chain.",
-        how="Under spechub fills one mask per node, by a depth-first walk with rollback.",
+        why="It fills the masks of a request along one chain.",
+        how="For spechub configurations, fills one mask per node in a depth-first walk with "
+        "rollback.",
         upstream="none yet",
         until="vLLM verifies trees",
         replace=_grammar_bitmask,
@@ -78,11 +81,11 @@ PATCHES = (
     Patch(
         symbol=f"{MANAGER}.accept_tokens",
         parameters=("self", "request", "new_token_ids"),
-        why="It feeds a step's tokens in one call. Grammars and reasoning parsers that end within "
-        "them may then end up in another state than after one call each, as in plain decoding.",
-        how="Under spechub feeds them one by one.",
+        why="It passes all tokens of a step in one call. If a grammar or the reasoning ends within "
+        "these tokens, the state may differ from plain decoding, which passes one token per call.",
+        how="For spechub configurations, passes the tokens one by one.",
         upstream="none yet",
-        until="vLLM feeds them so",
+        until="vLLM passes tokens one by one",
         replace=_accept_tokens,
     ),
 )

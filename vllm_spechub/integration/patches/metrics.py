@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches that keep vLLM's speculative metrics truthful for trees and add those of trees.
+"""Patches that make vLLM's speculative metrics correct for trees, and add metrics of trees.
 
-vLLM counts a draft's tokens as a chain's positions. A tree's nodes are not positions: what could
-be accepted is its depth.
+vLLM counts one position per drafted token, as in a chain. Of a tree, at most as many tokens as it
+has levels can be accepted.
 """
 
 import functools
@@ -134,16 +134,16 @@ def _async_output_get(original):
     return get_output
 
 
-_DEPTHS = "vLLM's metrics take a draft's tokens for positions; a tree's positions are its depths."
+_DEPTHS = "vLLM's metrics have one position per drafted token; a tree has one per depth."
 
 PATCHES = (
     FieldType(
         symbol="vllm.v1.metrics.stats:SchedulerStats.spec_decoding_stats",
         parameters=(),
-        why="The engine's process sends its statistics to the frontend as this declared type.",
-        how="Declares it as `TreeDecodingStats`, which adds fields with defaults.",
+        why="The engine process sends its statistics to the frontend as the type declared here.",
+        how="Declares the type `TreeDecodingStats`, which adds fields with defaults.",
         upstream="none yet",
-        until="vLLM lets speculative methods bring statistics of their own",
+        until="vLLM lets speculative methods add statistics",
         replace=_tree_stats,
     ),
     Patch(
@@ -156,36 +156,37 @@ PATCHES = (
             "is_diffusion",
         ),
         why=_DEPTHS,
-        how="For spechub, one position per depth, and the metrics of trees beside.",
+        how="For spechub configurations, creates one position per depth, and adds metrics of "
+        "trees.",
         upstream="none yet",
-        until="vLLM lets speculative methods bring statistics of their own",
+        until="vLLM lets speculative methods add statistics",
         replace=_prom_init,
     ),
     Patch(
         symbol="vllm.v1.spec_decode.metrics:SpecDecodingProm.observe",
         parameters=("self", "spec_decoding_stats", "engine_idx"),
-        why="What trees add is not counted.",
-        how="For spechub, counts it too.",
+        why="It does not count the additional metrics of trees.",
+        how="Calls the original; for spechub configurations, then counts those metrics.",
         upstream="none yet",
-        until="vLLM lets speculative methods bring statistics of their own",
+        until="vLLM lets speculative methods add statistics",
         replace=_prom_observe,
     ),
     Patch(
         symbol="vllm.v1.spec_decode.metrics:SpecDecodingLogging.observe",
         parameters=("self", "spec_decoding_stats"),
-        why="What trees add is not logged.",
-        how="Keeps a tree's statistics for the next line.",
+        why="It does not keep the statistics that only trees have.",
+        how="Keeps them for the next log line, then calls the original.",
         upstream="none yet",
-        until="vLLM lets speculative methods bring statistics of their own",
+        until="vLLM lets speculative methods add statistics",
         replace=_log_observe,
     ),
     Patch(
         symbol="vllm.v1.spec_decode.metrics:SpecDecodingLogging.log",
         parameters=("self", "log_fn"),
-        why="What trees add is not logged.",
-        how="Logs a second line for trees.",
+        why="It does not log the statistics that only trees have.",
+        how="Calls the original, then logs a second line for trees.",
         upstream="none yet",
-        until="vLLM lets speculative methods bring statistics of their own",
+        until="vLLM lets speculative methods add statistics",
         replace=_log,
     ),
 )
@@ -204,8 +205,8 @@ WORKER_PATCHES = (
             "check_ep_fault",
             "pending_aux_output",
         ),
-        why="A worker returns accepted tokens, from which nobody can tell the accepted nodes.",
-        how="Copies a tree's accepted paths to the host along with the tokens.",
+        why="A worker returns accepted tokens, and these do not tell which nodes were accepted.",
+        how="Copies the accepted paths of trees to the host along with the tokens.",
         upstream="none yet",
         until="vLLM's sampler output takes extra tensors",
         replace=_async_output_init,
@@ -213,8 +214,8 @@ WORKER_PATCHES = (
     Patch(
         symbol="vllm.v1.worker.gpu.async_utils:AsyncOutput.get_output",
         parameters=("self",),
-        why="As above.",
-        how="Hands the paths on with the runner's output.",
+        why="A worker returns accepted tokens, and these do not tell which nodes were accepted.",
+        how="Adds the accepted paths to the runner's output.",
         upstream="none yet",
         until="vLLM's sampler output takes extra tensors",
         replace=_async_output_get,

@@ -50,8 +50,9 @@ PATCHES = (
     Patch(
         symbol="vllm.v1.worker.gpu.model_runner:init_speculator",
         parameters=("vllm_config", "device", "req_states"),
-        why="It builds vLLM's own speculators by method name.",
-        how="Builds the configured proposer for spechub; otherwise calls the original.",
+        why="It builds only vLLM's own speculators.",
+        how="Builds the configured proposer for spechub configurations; otherwise calls the "
+        "original.",
         upstream="none yet",
         until="vLLM lets plugins register speculators",
         replace=_init_speculator,
@@ -59,8 +60,9 @@ PATCHES = (
     Patch(
         symbol="vllm.v1.worker.gpu.model_runner:init_model_state",
         parameters=("vllm_config", "model", "encoder_cache", "device"),
-        why="Tree positions, masks, sampling and compaction hang on the model state.",
-        how="Builds `TreeModelState` for spechub; otherwise calls the original.",
+        why="The model state provides positions, masks, the sampler and compaction, which differ "
+        "for trees.",
+        how="Builds `TreeModelState` for spechub configurations; otherwise calls the original.",
         upstream="none yet",
         until="vLLM lets plugins choose the model state",
         replace=_init_model_state,

@@ -27,11 +27,12 @@ PATCHES = (
     Patch(
         symbol="vllm.triton_utils.dispatcher:_rebind_kernels",
         parameters=("overrides",),
-        why="It inspects every attribute of every module and stops at llvmlite's library object, "
-        "whose `__dict__` is no mapping. Our compiled kernels import Numba and so llvmlite.",
-        how="Hides llvmlite's modules, which hold no kernels, while the original runs.",
+        why="It inspects every attribute of every module, and fails at llvmlite's library object, "
+        "whose `__dict__` is not a mapping. Our compiled kernels import Numba, which imports "
+        "llvmlite.",
+        how="Hides llvmlite's modules, which contain no kernels, while the original runs.",
         upstream="none yet",
-        until="vLLM guards that look-up",
+        until="vLLM guards against such objects",
         replace=_rebind_kernels,
     ),
 )
