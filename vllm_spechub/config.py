@@ -195,7 +195,7 @@ def create_config(
         rule = RULES.load(spechub.verification)
         rule.check(spechub.verification, spechub.sharpening, spechub.schedule.trees)
     except ValueError as error:
-        raise ValueError(f"speculative_config: {error}") from None
+        raise ValueError(f"speculative_config['verification']: {error}") from None
     proposer.check_config(spechub)
     return spechub
 
