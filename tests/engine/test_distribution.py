@@ -115,9 +115,9 @@ def test_truncated_drafts_follow_the_target(verification, chosen):
 
 @pytest.mark.parametrize("verification", ["mixed", "traversal"])
 def test_trees_cut_by_a_budget_follow_the_target(verification):
-    """Nodes of four children, of which often only some are verified."""
-    prompt = tokens_of(PROMPTS[4])
-    params = SamplingParams(n=1200, max_tokens=LENGTHS[-1], ignore_eos=True, temperature=0.8)
+    """Many trees lose some of a node's children, and all that comes after."""
+    prompt = [5, 6, 7]  # short, so that more requests start than have room for their trees
+    params = SamplingParams(n=1000, max_tokens=LENGTHS[-1], ignore_eos=True, temperature=0.8)
     drafted: list[int] = []
     original = TreeRejectionSampler.__call__
 
@@ -125,12 +125,12 @@ def test_trees_cut_by_a_budget_follow_the_target(verification):
         drafted.extend(batch.num_draft_tokens_per_req.tolist())
         return original(self, logits, batch, *args, **kwargs)
 
-    options = {"max_num_seqs": 64, "max_num_batched_tokens": 120}
+    options = {"max_num_seqs": 24, "max_num_batched_tokens": 24}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TreeRejectionSampler, "__call__", spy)
         with engine(WIDE, verification=verification, **options) as llm:
             output = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0]
-    assert sum(0 < count < 8 for count in drafted) > 50
+    assert sum(0 < count < 8 for count in drafted) > 150
     assert_prefixes_follow(output, prompt, params)
 
 

@@ -250,7 +250,7 @@ def _paths(
     above = [last_node]
     for _ in range(max_depth):
         above.append(parents[above[-1]])
-    depth = sum((node > 0).long() for node in above)
+    depth = (torch.stack(above) > 0).sum(dim=0)
     path = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int32, device=device)
     tokens = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int64, device=device)
     everyone = torch.arange(num_reqs, device=device)
