@@ -61,6 +61,7 @@ class Compiler:
         capability: int,
         num_warps: int = 4,
         num_stages: int = 3,
+        maxnreg: int | None = None,
     ) -> Resources:
         """Compile `kernel`, a module-level `@triton.jit` function.
 
@@ -90,7 +91,7 @@ class Compiler:
             "signature": signature,
             "constexprs": constexprs,
             "capability": capability,
-            "options": {"num_warps": num_warps, "num_stages": num_stages},
+            "options": {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg},
         }
         self._worker.stdin.write(json.dumps(job) + "\n")
         self._worker.stdin.flush()

@@ -68,10 +68,11 @@ def signature_of(kernel, constexprs, dtype) -> dict[str, str]:
 def compile_lanes(compile_for, kernel, constexprs, capability, dtype, what):
     """Compiles a kernel that reads rows by lanes, and prints what an element costs."""
     constexprs = constexprs | LANES
-    module = sys.modules[kernel.fn.__module__]
-    num_warps = module.NUM_WARPS
     signature = signature_of(kernel, constexprs, dtype)
-    resources = compile_for(kernel, signature, constexprs, capability, num_warps)
+    module = sys.modules[kernel.fn.__module__]
+    options = {"maxnreg": getattr(module, "MAX_REGISTERS", None)}
+    num_warps = module.NUM_WARPS
+    resources = compile_for(kernel, signature, constexprs, capability, num_warps, **options)
     per_thread = rng.LANES // (32 * num_warps)
     loops = ", ".join(f"{size / per_thread:.1f}" for size in resources.loops)
     print(f"{what}, {dtype}, sm_{capability}: {resources}; instructions per element: {loops}")

@@ -34,8 +34,10 @@ from ..lanes_device import (
 from ..rng_device import ACCEPT, RESIDUAL, row_key, uniform
 from ..rules import BUILTIN_RULES
 
-# With 16 the compiler spills registers on sm_80; one multiprocessor holds as many warps either way.
-NUM_WARPS = 8
+NUM_WARPS = 16
+MAX_REGISTERS = 128
+"""All that a thread can have. Left to choose, the compiler takes 64 here and spills."""
+
 STATISTICS = 4
 """What is kept of a node's rows: the target's peak and inverse sum, the draft's peak, and its
 weight."""
@@ -633,6 +635,7 @@ def verify_tree(
         "LANES": rng.LANES,
         "PLACES": triton.next_power_of_2(triton.cdiv(vocab_size, rng.LANES)),
         "num_warps": NUM_WARPS,
+        "maxnreg": MAX_REGISTERS,
     }
     # The deepest nodes are leaves. From root to leaf no node waits for another.
     inner_levels = level_sizes[:-1] if traits.is_leaf_to_root else [sum(level_sizes[:-1])]
