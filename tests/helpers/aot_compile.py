@@ -38,11 +38,13 @@ def compiled_now() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas reports for one kernel: registers per thread, spilled bytes, shared bytes."""
+    """What ptxas reports for one kernel, and how many instructions the loops over a row
+    have, in their order."""
 
     registers: int
     spill_bytes: int
     shared_bytes: int
+    loops: tuple[int, ...]
 
 
 class Compiler:
@@ -59,6 +61,7 @@ class Compiler:
         capability: int,
         num_warps: int = 4,
         num_stages: int = 3,
+        maxnreg: int | None = None,
     ) -> Resources:
         """Compile `kernel`, a module-level `@triton.jit` function.
 
@@ -88,14 +91,14 @@ class Compiler:
             "signature": signature,
             "constexprs": constexprs,
             "capability": capability,
-            "options": {"num_warps": num_warps, "num_stages": num_stages},
+            "options": {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg},
         }
         self._worker.stdin.write(json.dumps(job) + "\n")
         self._worker.stdin.flush()
         answer = json.loads(self._worker.stdout.readline())
         if "error" in answer:
             raise RuntimeError(answer["error"])
-        return Resources(**answer)
+        return Resources(**answer | {"loops": tuple(answer["loops"])})
 
     def close(self) -> None:
         if self._worker is not None:
@@ -103,7 +106,23 @@ class Compiler:
             self._worker.wait()
 
 
-def _compile(job: dict[str, Any]) -> dict[str, int]:
+def _passes(disassembly: str) -> list[int]:
+    """How many instructions every loop has that reads memory and waits for no other thread."""
+    places, passes, seen = {}, [], []
+    for line in disassembly.splitlines():
+        if label := re.match(r"(\.L_x?_?\d+):", line.strip()):
+            places[label[1]] = len(seen)
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+            seen.append(line)
+            branch = re.search(r"\bBRA\b.*`\((\.L_x?_?\d+)\)", line)
+            if branch and branch[1] in places:
+                body = " ".join(seen[places[branch[1]] :])
+                if "LDG" in body and "BAR." not in body:
+                    passes.append(len(seen) - places[branch[1]])
+    return passes
+
+
+def _compile(job: dict[str, Any]) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
@@ -125,18 +144,21 @@ def _compile(job: dict[str, Any]) -> dict[str, int]:
     compiled = triton.compile(source, target=target, options=job["options"])
 
     ptx = compiled.asm["ptx"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        source_file, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source_file.write_text(ptx)
         architecture = re.search(r"\.target (\w+)", ptx).group(1)
         command = [get_ptxas(job["capability"]).path, "-v", f"--gpu-name={architecture}"]
         log = subprocess.run(
-            [*command, file.name, "-o", os.devnull], capture_output=True, text=True, check=True
+            [*command, source_file, "-o", binary], capture_output=True, text=True, check=True
         ).stderr
+        disassemble = [triton.knobs.nvidia.nvdisasm.path, "-c", binary]
+        listing = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
     return {
         "registers": int(re.search(r"Used (\d+) registers", log).group(1)),
         "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
         "shared_bytes": compiled.metadata.shared,
+        "loops": _passes(listing),
     }
 
 

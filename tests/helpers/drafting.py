@@ -27,17 +27,16 @@ class Tree:
                 self.first_child[node] = len(depth)
                 depth += [depth[node] + 1] * count
         assert len(depth) == len(self.counts)
-        self.max_depth = max(depth)
-        self.subtree_sizes = torch.ones_like(self.num_children)
-        for node, count in reversed([*enumerate(self.counts)]):
+        self.level_sizes = [depth.count(level) for level in range(max(depth) + 1)]
+        self.parents = torch.zeros_like(self.num_children)
+        for node, count in enumerate(self.counts):
             first = int(self.first_child[node])
-            self.subtree_sizes[node] += self.subtree_sizes[first : first + count].sum()
+            self.parents[first : first + count] = node
+        self.parents[0] = 0
 
     @property
     def tables(self) -> TreeTables:
-        return TreeTables(
-            self.first_child, self.num_children, self.internal_index, self.subtree_sizes
-        )
+        return TreeTables(self.first_child, self.num_children, self.internal_index, self.parents)
 
     @property
     def num_drafted(self) -> int:
@@ -59,7 +58,7 @@ class Draft:
     # [max_num_reqs, num_internal, vocab_size]
     logits: torch.Tensor
     # [max_num_reqs, num_internal]
-    sample_slots: torch.Tensor
+    sampled: torch.Tensor
 
 
 def draft_tree(
@@ -82,12 +81,12 @@ def draft_tree(
     """Draft a tree node by node, with the reference."""
     num_reqs = len(root_tokens)
     paths = {0: root_tokens.unsqueeze(1)}
-    logits, slots = [], []
+    logits, bits = [], []
     for node, count in enumerate(tree.counts):
         if not count:
             continue
         logits.append(logits_of(paths[node]))
-        children, slot = sample_children(
+        children, sampled = sample_children(
             logits[-1],
             torch.full((num_reqs,), node, dtype=torch.int32),
             torch.full((num_reqs,), count, dtype=torch.int32),
@@ -96,7 +95,7 @@ def draft_tree(
             max_children=count,
             sharpening=sharpening,
         )
-        slots.append(slot)
+        bits.append(sampled)
         for position in range(count):
             child = int(tree.first_child[node]) + position
             paths[child] = torch.cat([paths[node], children[:, position : position + 1]], dim=1)
@@ -104,10 +103,10 @@ def draft_tree(
     shape = (max_num_reqs, len(logits), logits[0].shape[1])
     stored = torch.full(shape, float("nan"), dtype=logits[0].dtype)
     stored[req_idx] = torch.stack(logits, dim=1)
-    sample_slots = torch.full(shape[:2], -1, dtype=torch.int32)
-    sample_slots[req_idx] = torch.stack(slots, dim=1)
+    sampled = torch.full(shape[:2], -1, dtype=torch.int32)
+    sampled[req_idx] = torch.stack(bits, dim=1)
     tokens = torch.stack([paths[node][:, -1] for node in range(len(tree.counts))], dim=1)
-    return Draft(tokens, stored, sample_slots)
+    return Draft(tokens, stored, sampled)
 
 
 def huge_rows(num_rows: int, stride: int, vocab_size: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import triton
 
 from vllm_spechub.triton_kernels import rng
 from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
@@ -30,120 +31,120 @@ def with_rest(cases: list, always: list) -> list:
     return [pytest.param(*case, marks=marks[case in always]) for case in cases]
 
 
-# for a vocabulary of 128,256
-LANES = {"BLOCK_SIZE": rng.LANES, "LANE_SIZE": 64}
+VOCAB_SIZE = 128_256
+LANES = {
+    "LANES": rng.LANES,
+    "PLACES": triton.next_power_of_2(triton.cdiv(VOCAB_SIZE, rng.LANES)),
+}
 TARGETS = [(80, "bf16"), (90, "bf16"), (90, "fp16"), (90, "fp32"), (100, "bf16")]
+HOPPER = TARGETS[1]
 
-CHILD_SAMPLING_ARGUMENTS = {
-    "tokens_ptr": "*i64",
-    "sample_slot_ptr": "*i32",
-    "logits_ptr": "*fp32",
-    "logits_stride": "i32:16",
-    "temperature_ptr": "*fp32",
-    "seeds_ptr": "*i64",
-    "req_idx_ptr": "*i32",
-    "root_positions_ptr": "*i64",
-    "node_ids_ptr": "*i32",
-    "num_children_ptr": "*i32",
-    "vocab_size": "i32:16",
-    "sharpening": "fp32",
-}
-VERIFICATION_ARGUMENTS = {
-    "tokens_ptr": "*i64",
-    "num_emitted_ptr": "*i32",
-    "path_ptr": "*i32",
-    "target_logits_ptr": "*fp32",
-    "target_logits_stride": "i32:16",
-    "row_start_ptr": "*i32",
-    "num_nodes_ptr": "*i32",
-    "node_tokens_ptr": "*i64",
-    "draft_logits_ptr": "*fp32",
-    "draft_logits_req_stride": "i32:16",
-    "draft_logits_node_stride": "i32:16",
-    "sample_slots_ptr": "*i32",
-    "sample_slots_stride": "i32",
-    "req_idx_ptr": "*i32",
-    "target_temperature_ptr": "*fp32",
-    "draft_temperature_ptr": "*fp32",
-    "seeds_ptr": "*i64",
-    "root_positions_ptr": "*i64",
-    "first_child_ptr": "*i32",
-    "num_children_ptr": "*i32",
-    "internal_index_ptr": "*i32",
-    "max_depth": "i32",
-    "vocab_size": "i32:16",
-    "sharpening": "fp32",
-}
-
-
-@pytest.mark.parametrize(
-    ("rule", "max_children", "capability", "dtype"),
-    with_rest(
-        [
-            ("unordered", 1, *TARGETS[1]),
-            ("ordered", 2, *TARGETS[1]),
-            ("ordered", 3, *TARGETS[1]),
-            *((rule, 4, *target) for rule in ("ordered", "rrs", "rrsw") for target in TARGETS),
-        ],
-        always=[("ordered", 4, 90, "bf16"), ("rrsw", 4, 90, "bf16")],
+TYPES = {
+    **dict.fromkeys(("tokens_ptr", "seeds_ptr", "root_positions_ptr", "node_tokens_ptr"), "*i64"),
+    **dict.fromkeys(
+        ("temperature_ptr", "target_temperature_ptr", "draft_temperature_ptr"), "*fp32"
     ),
-)
-def test_child_sampling(compile_for, capability, dtype, rule, max_children):
-    resources = compile_for(
-        child_sampling._sample_children_kernel,
-        CHILD_SAMPLING_ARGUMENTS | {"logits_ptr": f"*{dtype}"},
-        {
-            **child_sampling.constants(BUILTIN_RULES[rule]),
-            "MAX_CHILDREN": max_children,
-            "SHARPENED": False,
-            **LANES,
-        },
-        capability,
-        child_sampling.NUM_WARPS,
-    )
-    print(
-        f"sample_children, {rule}, {max_children} children, {dtype}, sm_{capability}: {resources}"
-    )
+    **dict.fromkeys(("visit_ptr", "leave_ptr", "statistics_ptr"), "*fp32"),
+    **dict.fromkeys(("vocab_size", "logits_stride", "target_logits_stride"), "i32:16"),
+    **dict.fromkeys(("draft_logits_req_stride", "draft_logits_node_stride"), "i32:16"),
+    "sharpening": "fp32",
+}
+"""What is neither a pointer to int32 nor an int32."""
+
+
+def signature_of(kernel, constexprs, dtype) -> dict[str, str]:
+    """Types as launched, for float16-like logits of `dtype`."""
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            continue
+        if name.endswith("logits_ptr"):
+            signature[name] = f"*{dtype}"
+        else:
+            signature[name] = TYPES.get(name, "*i32" if name.endswith("_ptr") else "i32")
+    return signature
+
+
+def compile_lanes(compile_for, kernel, constexprs, capability, dtype, what):
+    """Compiles a kernel that reads rows by lanes, and prints what an element costs."""
+    constexprs = constexprs | LANES
+    signature = signature_of(kernel, constexprs, dtype)
+    module = sys.modules[kernel.fn.__module__]
+    options = {"maxnreg": getattr(module, "MAX_REGISTERS", None)}
+    num_warps = module.NUM_WARPS
+    resources = compile_for(kernel, signature, constexprs, capability, num_warps, **options)
+    per_thread = rng.LANES // (32 * num_warps)
+    loops = ", ".join(f"{size / per_thread:.1f}" for size in resources.loops)
+    print(f"{what}, {dtype}, sm_{capability}: {resources}; instructions per element: {loops}")
     assert resources.spill_bytes == 0
 
 
+def sampling_constexprs(rule: str, max_children: int, sharpened: bool = False) -> dict[str, object]:
+    row = BUILTIN_RULES[rule]
+    never, always, confident = row.hubs.value
+    return {
+        "NEVER_HUBS": never,
+        "ALWAYS_HUBS": always,
+        "CONFIDENT_HUBS": confident,
+        "REPLACES": row.replaces,
+        "RANKED": row.ranks_subtrees,
+        "MAX_CHILDREN": max_children,
+        "SHARPENED": sharpened,
+    }
+
+
 @pytest.mark.parametrize(
-    ("rule", "sharpened", "capability", "dtype"),
+    ("rule", "max_children", "sharpened", "capability", "dtype"),
     with_rest(
         [
+            ("unordered", 1, False, *HOPPER),
+            ("traversal", 2, False, *HOPPER),
+            ("traversal", 4, True, *HOPPER),
+            ("mixed", 3, False, *HOPPER),
+            ("match", 4, False, *HOPPER),
             *(
-                (rule, False, *target)
-                for rule in ("ordered", "traversal", "rrs", "rrsw")
+                (rule, 4, False, *target)
+                for rule in ("traversal", "mixed", "rrs", "rrsw")
                 for target in TARGETS
             ),
-            ("unordered", False, *TARGETS[1]),
-            ("chain", False, *TARGETS[1]),
-            ("ordered", True, *TARGETS[1]),
-            ("traversal", True, *TARGETS[1]),
         ],
-        always=[
-            ("ordered", False, 90, "bf16"),
-            ("traversal", False, 80, "bf16"),
-            ("traversal", False, 90, "bf16"),
-            ("traversal", False, 100, "bf16"),
-        ],
+        always=[("traversal", 4, False, *HOPPER), ("mixed", 4, False, *HOPPER)],
     ),
 )
-def test_verification(compile_for, capability, dtype, rule, sharpened):
-    arguments = dict(VERIFICATION_ARGUMENTS)
-    arguments |= dict.fromkeys(("target_logits_ptr", "draft_logits_ptr"), f"*{dtype}")
-    constants = {"SHARPENED": sharpened, **LANES}
-    if rule == "traversal":
-        function = verification.traverse_kernel
-        arguments |= {"subtree_sizes_ptr": "*i64", "num_tree_nodes": "i32"}
-        constants["MAX_NODES"] = 64
-    else:
-        function = verification._verify_tree_kernel
-        constants |= verification.constants(BUILTIN_RULES[rule])
-    resources = compile_for(function, arguments, constants, capability, verification.NUM_WARPS)
-    sharpness = ", sharpened" if sharpened else ""
-    print(f"verify_tree, {rule}{sharpness}, {dtype}, sm_{capability}: {resources}")
-    assert resources.spill_bytes == 0
+def test_child_sampling(compile_for, rule, max_children, sharpened, capability, dtype):
+    constexprs = sampling_constexprs(rule, max_children, sharpened)
+    kernel = child_sampling._sample_children_kernel
+    what = f"sample_children, {rule}, {max_children} children{', sharpened' * sharpened}"
+    compile_lanes(compile_for, kernel, constexprs, capability, dtype, what)
+
+
+@pytest.mark.parametrize(
+    ("leaf_to_root", "replaces", "capability", "dtype"),
+    with_rest(
+        [
+            (*flags, *target)
+            for flags in ((True, False), (False, False), (False, True))
+            for target in TARGETS
+        ],
+        always=[(True, False, *TARGETS[0]), (True, False, *HOPPER), (True, False, *TARGETS[4])],
+    ),
+)
+def test_visit(compile_for, leaf_to_root, replaces, capability, dtype):
+    constexprs = {"LEAF_TO_ROOT": leaf_to_root, "REPLACES": replaces}
+    what = f"visit, {'leaf to root' if leaf_to_root else 'root to leaf'}{', replacing' * replaces}"
+    compile_lanes(compile_for, verification._visit_kernel, constexprs, capability, dtype, what)
+
+
+@pytest.mark.parametrize(
+    ("leaf_to_root", "capability", "dtype"),
+    with_rest(
+        [(flag, *target) for flag in (True, False) for target in TARGETS], always=[(True, *HOPPER)]
+    ),
+)
+def test_walk(compile_for, leaf_to_root, capability, dtype):
+    what = f"walk, {'leaf to root' if leaf_to_root else 'root to leaf'}"
+    constexprs = {"LEAF_TO_ROOT": leaf_to_root}
+    compile_lanes(compile_for, verification._walk_kernel, constexprs, capability, dtype, what)
 
 
 TRITON_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

@@ -12,7 +12,7 @@ from scipy import stats
 
 from vllm_spechub.triton_kernels import rng, rng_device
 
-PURPOSES = [rng.CHILD, rng.LABEL, rng.ACCEPT, rng.RESIDUAL]
+PURPOSES = [rng.CHILD, rng.ACCEPT, rng.RESIDUAL]
 EDGE_INTEGERS = [0, 1, -1, 2**31 - 1, 2**31, 2**32, -(2**63), 2**63 - 1, 0x123456789ABCDEF]
 
 
@@ -58,6 +58,18 @@ def exact_row_key(seed: int, position: int, node: int, purpose: int) -> int:
     for word in (seed & mask, (seed >> 32) & mask, position & mask, node * 4 + purpose):
         scrambled = rotate(word * 0xCC9E2D51 & mask, 15) * 0x1B873593 & mask
         state = (rotate(state ^ scrambled, 13) * 5 + 0xE6546B64) & mask
+    state = (state ^ (state >> 16)) * 0x85EBCA6B & mask
+    state = (state ^ (state >> 13)) * 0xC2B2AE35 & mask
+    return state ^ (state >> 16)
+
+
+def exact_element_hash(key: int, element: int) -> int:
+    """In Python's integers: what follows the last word of a key."""
+    mask = 0xFFFFFFFF
+    scrambled = element * 0xCC9E2D51 & mask
+    scrambled = ((scrambled << 15) | (scrambled >> 17)) * 0x1B873593 & mask
+    state = key ^ scrambled
+    state = (((state << 13) | (state >> 19)) & mask) * 5 + 0xE6546B64 & mask
     state = (state ^ (state >> 16)) * 0x85EBCA6B & mask
     state = (state ^ (state >> 13)) * 0xC2B2AE35 & mask
     return state ^ (state >> 16)
@@ -174,3 +186,52 @@ def test_draws_follow_their_weights(monkeypatch, lanes):
     expected = (weights.double() / weights.double().sum() * count)[support]
     assert stats.chisquare(observed[support], expected).pvalue > 1e-4
     assert (rng.draw(torch.zeros(5, 11), key[:5]) == 0).all()
+
+
+def test_elements_from_any_first_on():
+    """A row of hashes that begins later is the same row's rest: what kernels and draws rely on."""
+    key = rng.row_key(torch.tensor([7, -9]), torch.tensor([3, 4]), 2, rng.CHILD)
+    whole = rng.element_hash(key, 5000)
+    for first in (1, rng.LANES, 4095):
+        assert torch.equal(rng.element_hash(key, 50, first), whole[:, first : first + 50])
+    far = rng.element_hash(key, 10, 3 * rng.DRAW_STRIDE)
+    exact = [
+        [exact_element_hash(int(k), 3 * rng.DRAW_STRIDE + i) for i in range(10)]
+        for k in as_unsigned(key)
+    ]
+    assert as_unsigned(far).tolist() == exact
+
+
+@pytest.mark.parametrize("lanes", [4, rng.LANES])
+def test_numbered_draws_are_independent(monkeypatch, lanes):
+    """Draws under one key: each from the weights, jointly as independent; number 0 by default."""
+    monkeypatch.setattr(rng, "LANES", lanes)
+    weights, count = torch.tensor([3.0, 1.0, 0.0, 2.0, 1.0, 5.0]), 40_000
+    zero = torch.zeros(count, dtype=torch.int64)
+    key = rng.row_key(torch.arange(count), zero, 3, rng.CHILD)
+    drawn = [rng.draw(weights.expand(count, -1), key, number) for number in range(4)]
+    assert torch.equal(drawn[0], rng.draw(weights.expand(count, -1), key))
+    probs = (weights / weights.sum()).double().numpy()
+    support = np.flatnonzero(np.outer(probs, probs).flatten())
+    for first, second in ((0, 1), (0, 3), (1, 2)):
+        cells = np.bincount(drawn[first] * 6 + drawn[second], minlength=36)
+        assert cells.sum() == cells[support].sum()
+        expected = np.outer(probs, probs).flatten()[support] * count
+        assert stats.chisquare(cells[support], expected).pvalue > 1e-4
+
+
+def test_numbers_never_share_noise():
+    """The largest vocabulary's lanes and places of one draw end before the next one's begin."""
+    assert rng.LANES + (1 << 20) // rng.LANES < rng.DRAW_STRIDE
+
+
+@pytest.mark.parametrize("lanes", [1, 3, rng.LANES])
+def test_best_takes_the_first_lane_of_a_tie(monkeypatch, lanes):
+    monkeypatch.setattr(rng, "LANES", lanes)
+    rows = torch.randint(0, 4, (200, 11), generator=torch.Generator().manual_seed(1)).float()
+    rows[0] = -torch.inf
+    rows[1, 1:] = -torch.inf
+    width = min(lanes, 11)
+    for row, found in zip(rows.tolist(), rng.best(rows).tolist(), strict=True):
+        ties = [token for token in range(11) if row[token] == max(row)]
+        assert found == min(ties, key=lambda token: (token % width, token))

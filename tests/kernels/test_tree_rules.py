@@ -1,27 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole trees by exact enumeration: everything that is emitted has the target's distribution.
+"""Whole trees in exact arithmetic: what a step emits has the target's distribution, exactly.
 
-Every draft, every outcome and every emitted token of a small tree is followed with its probability.
-A walk that ends early is continued with the target, so that sequences of one length compare.
+Every draft, every outcome and every emitted token of a small tree is followed with its probability,
+a fraction. Every node on the way is compared with the code.
 """
 
-import itertools
-from dataclasses import dataclass, field
+from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 
-from helpers.enumeration import enumerate_drafts, laws_of, random_laws, special_laws
+from helpers.enumeration import (
+    DRAFTING,
+    FIXED_HUBS,
+    Case,
+    Child,
+    Context,
+    Grown,
+    Model,
+    Plan,
+    Walk,
+    best_of,
+    expected_length,
+    grow,
+    node_scores,
+    normalised,
+    sequences,
+    total_variation,
+    verify,
+    visiting_order,
+)
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
-from vllm_spechub.triton_kernels.verification.node_rules import node_outcome, traversal_outcome
+from vllm_spechub.triton_kernels.verification.node import node_outcome
 
-RULES = tuple(BUILTIN_RULES)
-SPECHUB = tuple(name for name, rule in BUILTIN_RULES.items() if rule.sharpens)
+F = Fraction
+ALL = DRAFTING | FIXED_HUBS
+SHARPENED = [name for name, drafting in ALL.items() if drafting.sharpens]
 
-TOLERANCE = 1e-12
-
-# A tree is the tuple of its root's subtrees by slot. A truncated one is just a smaller one.
 LEAF = ()
 TREES = {
     "equal": ((LEAF, LEAF), (LEAF, LEAF)),
@@ -31,203 +46,254 @@ TREES = {
     "three": ((LEAF,), LEAF, (LEAF, LEAF)),
     "root only": LEAF,
 }
-SEQUENCE_LENGTH = 4
-
-Law = dict[tuple[int, ...], float]
-
-
-def size(tree) -> int:
-    return 1 + sum(map(size, tree))
-
-
-@dataclass
-class Model:
-    """A target and a draft whose laws differ in every context, and some of them are special."""
-
-    vocab_size: int
-    seed: int
-    # how often a law is a special one: target, draft
-    special: tuple[float, float] = (0.15, 0.3)
-    # [vocab_size] by context
-    target: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
-    draft: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
-
-    def __post_init__(self):
-        generator = np.random.default_rng(self.seed)
-        special = special_laws(self.vocab_size)
-        for length in range(SEQUENCE_LENGTH):
-            for context in itertools.product(range(self.vocab_size), repeat=length):
-                p, q = random_laws(self.vocab_size, generator)
-                if generator.random() < self.special[0]:
-                    p = special[generator.integers(len(special))]
-                if generator.random() < self.special[1]:
-                    q = special[generator.integers(len(special))]
-                self.target[context], self.draft[context] = p, q
-
-    def sequences(self, emitted: Law) -> Law:
-        """Emitted sequences continued with the target to SEQUENCE_LENGTH tokens."""
-        result: Law = {}
-        for context, mass in emitted.items():
-            for rest in itertools.product(
-                range(self.vocab_size), repeat=SEQUENCE_LENGTH - len(context)
-            ):
-                prob, sequence = mass, context
-                for token in rest:
-                    prob *= self.target[sequence][token]
-                    sequence = (*sequence, token)
-                result[sequence] = result.get(sequence, 0.0) + prob
-        return result
+"""By slot. A truncated tree is just a smaller one."""
+FOUR = {"four": (LEAF, (LEAF,), LEAF, LEAF), "four below": ((LEAF, LEAF, LEAF, LEAF), LEAF)}
+CASES = [
+    (rule, name)
+    for rule in ALL
+    for name in TREES
+    if rule != "chain" or name in ("chain", "root only")
+]
 
 
-@dataclass
-class Walk:
-    """What one rule emits below any context of one tree."""
+def depth(tree) -> int:
+    return 1 + max(map(depth, tree)) if tree else 0
 
-    model: Model
-    rule: str
-    sharpening: float = 1.0
 
-    def drafts(self, context: tuple[int, ...], tree):
-        """(probability, children, sample slot, a function to an outcome) of every draft."""
-        q = self.model.draft[context]
-        drafts = enumerate_drafts(q, len(tree), self.rule, sharpening=self.sharpening)
-        law = laws_of(q, drafts, self.rule, sharpening=self.sharpening)
-        target = torch.from_numpy(self.model.target[context]).expand(len(drafts.prob), -1)
-        return drafts, law, target
+def assert_code_agrees(cases: list[Case]) -> None:
+    """`node.node_outcome`, in float64, against the vectors, wherever verification may come."""
 
-    def emit(self, context: tuple[int, ...], law, prob: float, result: Law) -> None:
-        if prob > 0:
-            for token in np.flatnonzero(law).tolist():
-                sequence = (*context, token)
-                result[sequence] = result.get(sequence, 0.0) + prob * law[token] / law.sum()
+    def doubles(values) -> torch.Tensor:
+        return torch.tensor([[*map(float, row)] for row in values], dtype=torch.float64)
 
-    def down(self, tree, context: tuple[int, ...] = (), prob: float = 1.0) -> Law:
-        """Top-down: one node after the other."""
-        result: Law = {}
-        if not tree:
-            self.emit(context, self.model.target[context], prob, result)
-            return result
-        drafts, law, target = self.drafts(context, tree)
-        outcome = node_outcome(target, law, drafts.children, drafts.sample_slot, rule=self.rule)
-        for row, draft_prob in enumerate((prob * drafts.prob).tolist()):
-            rejected = draft_prob * outcome.reject[row].item()
-            self.emit(context, outcome.residual[row].numpy(), rejected, result)
-            for slot, subtree in enumerate(tree):
-                accepted = draft_prob * outcome.accept[row, slot].item()
-                if accepted > 0:
-                    child = (*context, drafts.children[row, slot].item())
-                    for sequence, mass in self.down(subtree, child, accepted).items():
-                        result[sequence] = result.get(sequence, 0.0) + mass
-        return result
-
-    def up(self, tree, ordered=None, context=(), acceptance=1.0, prob=1.0) -> tuple[Law, float]:
-        """Leaf to root, one subtree visited with a path acceptance: what it emits, and the
-        probability that it fails. `ordered` as `verify_tree` has it, or forced."""
-        result: Law = {}
-        if not tree:
-            self.emit(context, self.model.target[context], prob * acceptance, result)
-            return result, prob * (1.0 - acceptance)
-        drafts, law, target = self.drafts(context, tree)
-        outcome = traversal_outcome(
-            target,
-            law,
-            drafts.children,
-            drafts.sample_slot,
-            torch.full_like(drafts.prob, acceptance),
-            ordered=len(set(map(size, tree))) > 1 if ordered is None else ordered,
+    for replaces in (False, True):
+        chosen = [case for case in cases if case.replaces == replaces]
+        if not chosen:
+            continue
+        width = max(len(case.children) for case in chosen)
+        children = torch.full((len(chosen), width), -1)
+        sampled = torch.zeros(len(chosen), width, dtype=torch.bool)
+        visit, seen = torch.zeros(len(chosen), width).double(), sampled.clone()
+        left = torch.zeros(len(chosen), dtype=torch.bool)
+        for row, case in enumerate(chosen):
+            reached = True
+            for slot in visiting_order(case.children):
+                children[row, slot], sampled[row, slot] = case.children[slot]
+                visit[row, slot] = float(case.outcome.visit[slot])
+                seen[row, slot] = reached
+                reached &= case.outcome.visit[slot] < 1
+            left[row] = reached
+        acceptance = doubles([[case.acceptance] for case in chosen]).squeeze(1)
+        found = node_outcome(
+            doubles(case.p for case in chosen),
+            doubles(case.weights for case in chosen).log(),
+            children,
+            sampled,
+            acceptance,
+            replaced=replaces,
         )
-        failed = 0.0
-        for row, reach in enumerate((prob * drafts.prob).tolist()):
-            sample = drafts.sample_slot[row].item()
-            for slot in sorted(range(len(tree)), key=lambda slot: (slot != sample, slot)):
-                visit = outcome.visit[row, slot].item()
-                assert 0.0 <= visit <= 1.0
-                if visit == 0.0:
-                    continue
-                child = (*context, drafts.children[row, slot].item())
-                emitted, left = self.up(tree[slot], ordered, child, visit, reach)
-                # a subtree is accepted with exactly the probability it is visited with
-                assert left == pytest.approx(reach * (1.0 - visit), abs=TOLERANCE)
-                reach = left
-                for sequence, mass in emitted.items():
-                    result[sequence] = result.get(sequence, 0.0) + mass
-            leave = outcome.leave[row].item()
-            self.emit(context, outcome.residual[row].numpy(), reach * leave, result)
-            failed += reach * (1.0 - leave)
-        return result, failed
+        torch.testing.assert_close(found.visit[seen], visit[seen], rtol=0, atol=1e-12)
+        owed = doubles(case.outcome.owed for case in chosen)[left]
+        leave, residual = owed.sum(dim=1), found.residual[left]
+        torch.testing.assert_close(found.leave[left], leave, rtol=0, atol=1e-12)
+        residual = residual * (leave / residual.sum(dim=1)).unsqueeze(1)
+        torch.testing.assert_close(residual, owed, rtol=0, atol=1e-12)
 
 
-def assert_lossless(model: Model, emitted: Law) -> None:
-    actual, expected = model.sequences(emitted), model.sequences({(): 1.0})
-    for sequence in actual.keys() | expected.keys():
-        assert actual.get(sequence, 0.0) == pytest.approx(
-            expected.get(sequence, 0.0), abs=TOLERANCE
-        )
+def test_rules_are_those_of_the_table():
+    """The model here has every rule, drafted and verified as its row says."""
+    assert set(DRAFTING) == set(BUILTIN_RULES)
+    for name, drafting in DRAFTING.items():
+        rule = BUILTIN_RULES[name]
+        assert drafting.replaces == rule.replaces
+        assert drafting.by_expectation == rule.ranks_subtrees
+        assert drafting.leaf_to_root == rule.is_leaf_to_root
+        assert drafting.sharpens == rule.sharpens
 
 
-def expected_length(emitted: Law) -> float:
-    return sum(len(sequence) * mass for sequence, mass in emitted.items())
+def check(rule: str, tree, model: Model, power: int = 1) -> None:
+    """Lossless in both directions, and the code has what the vectors have."""
+    lengths = []
+    for leaf_to_root in (False, True):
+        walk = Walk(model, ALL[rule].towards(leaf_to_root), power)
+        emitted = walk.step(tree)
+        assert sum(emitted.values()) == 1
+        assert total_variation(model, emitted, depth(tree) + 1) == 0
+        lengths.append(expected_length(emitted))
+        assert_code_agrees(walk.cases)
+    assert lengths[1] >= lengths[0]
 
 
-TOP_DOWN = [(rule, name) for rule in RULES[:-1] if rule != "traversal" for name in TREES]
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("rule", "name"), CASES)
+def test_lossless(rule, name, seed):
+    check(rule, TREES[name], Model(3, seed))
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("rule", "name"), [*TOP_DOWN, ("chain", "chain")])
-def test_top_down(rule, name, seed):
-    model = Model(3, seed)
-    assert_lossless(model, Walk(model, rule).down(TREES[name]))
+@pytest.mark.parametrize("name", FOUR)
+@pytest.mark.parametrize("rule", [rule for rule in ALL if rule != "chain"])
+def test_four_children(rule, name):
+    check(rule, FOUR[name], Model(4, 7))
 
 
-@pytest.mark.parametrize("rule", SPECHUB)
-@pytest.mark.parametrize("tree", [(LEAF, (LEAF,), LEAF, LEAF), ((LEAF, LEAF, LEAF, LEAF), LEAF)])
-def test_four_children(rule, tree):
-    for vocab_size in (4, 5):
-        model = Model(vocab_size, 7)
-        walk = Walk(model, rule)
-        assert_lossless(model, walk.up(tree)[0] if rule == "traversal" else walk.down(tree))
-
-
-@pytest.mark.parametrize("rule", ["rrs", "rrsw"])
-def test_four_drawn_children(rule):
-    model = Model(4, 7)
-    assert_lossless(model, Walk(model, rule).down((LEAF, (LEAF,), LEAF, LEAF)))
-
-
-@pytest.mark.parametrize("sharpening", [0.4, 2.5])
 @pytest.mark.parametrize("name", ["equal", "deep first slot", "three"])
-@pytest.mark.parametrize("rule", SPECHUB)
-def test_sharpened(rule, name, sharpening):
-    model = Model(3, 11)
-    walk, tree = Walk(model, rule, sharpening), TREES[name]
-    assert_lossless(model, walk.up(tree)[0] if rule == "traversal" else walk.down(tree))
+@pytest.mark.parametrize("rule", SHARPENED)
+def test_sharpened(rule, name):
+    for seed in (11, 12):
+        check(rule, TREES[name], Model(3, seed), power=2)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", TREES)
-def test_traversal(name, seed):
-    """Lossless either way a node may emit its masses, and never shorter than top-down."""
-    model, tree = Model(3, seed), TREES[name]
-    walk = Walk(model, "traversal")
-    lengths = {}
-    for ordered in (None, True, False):
-        emitted, failed = walk.up(tree, ordered)
-        assert failed == pytest.approx(0.0, abs=TOLERANCE)
-        assert_lossless(model, emitted)
-        lengths[ordered] = expected_length(emitted)
-    for ordered in (None, True):
-        top_down = expected_length(Walk(model, "ordered").down(tree))
-        assert lengths[ordered] >= top_down - TOLERANCE
+@pytest.mark.parametrize("rule", ["traversal", "mixed"])
+def test_leaf_to_root_is_longer(rule):
+    """Not only never shorter."""
+    for name in ("equal", "deep first slot"):
+        gain = F(0)
+        for seed in range(4):
+            model = Model(3, seed, special=0.0)
+            lengths = [
+                expected_length(Walk(model, ALL[rule].towards(up)).step(TREES[name]))
+                for up in (False, True)
+            ]
+            gain += lengths[1] - lengths[0]
+        assert gain / 4 > F(1, 1000)
 
 
-@pytest.mark.parametrize(("name", "longer"), [("equal", False), ("deep first slot", True)])
-def test_traversal_gains(name, longer):
-    """Traversal is longer than top-down, and `verify_tree`'s way of emitting the longer of both."""
-    tree, lengths, top_down = TREES[name], {True: 0.0, False: 0.0}, 0.0
-    for seed in range(6):
-        model = Model(5, seed, special=(0.0, 0.0))
-        top_down += expected_length(Walk(model, "ordered").down(tree))
-        for ordered in lengths:
-            lengths[ordered] += expected_length(Walk(model, "traversal").up(tree, ordered)[0])
-    assert lengths[longer] > lengths[not longer] + 0.01
-    assert lengths[longer] > top_down + 0.01
+def test_the_subtree_matters():
+    """Which child has the larger subtree changes the length, so slots are worth choosing."""
+    tree, lengths = (((LEAF, LEAF), LEAF), LEAF), {}
+    for rule in ("ordered", "unordered"):
+        walks = [Walk(Model(3, seed, special=0.0), ALL[rule]) for seed in range(6)]
+        lengths[rule] = sum(expected_length(walk.step(tree)) for walk in walks)
+    assert lengths["ordered"] != lengths["unordered"]
+
+
+# Trees whose shape varies with the draft: what may be looked at, and what may not.
+
+
+def expand_best(model: Model, width: int):
+    """The best nodes of a level get a sample and a hub each."""
+
+    def plan(tree: Grown, level: list[Context]) -> Plan:
+        return dict.fromkeys(best_of(tree.scores, level, width), (1, 1))
+
+    return plan
+
+
+def reranked(grown: list[tuple[Fraction, Grown]], keep: int) -> list[tuple[Fraction, Grown]]:
+    """The best nodes of every tree, chosen when all of it is drawn (EAGLE-2)."""
+    result = []
+    for prob, tree in grown:
+        kept = set(best_of(tree.scores, list(tree.scores), keep))
+        children = {
+            context: tuple(child for child in below if (*context, child.token) in kept)
+            for context, below in tree.children.items()
+            if context in kept or not context
+        }
+        result.append((prob, tree._replace(children=children)))
+    return result
+
+
+def level_widths(model: Model, width: int):
+    """The best slots of a level, decided before any of them is drawn, and all kept."""
+
+    def plan(tree: Grown, level: list[Context]) -> Plan:
+        slots = []
+        for place, context in enumerate(level):
+            above = tree.scores.get(context, F(1))
+            for kind, scores in enumerate(node_scores(model.draft(context), 1, 1)):
+                slots += [(-above * score, place, kind) for score in scores]
+        counts = {context: [0, 0] for context in level}
+        for _, place, kind in sorted(slots)[:width]:
+            counts[level[place]][kind] += 1
+        return {context: tuple(count) for context, count in counts.items() if any(count)}
+
+    return plan
+
+
+def targeted(context: Context) -> tuple[Fraction, ...]:
+    """A draft for which what is drawn below a hub decides whether the hub's sibling is kept."""
+    if context == ():
+        return normalised([8, 1, 1])
+    if context == (0,):
+        return normalised([34, 33, 33])
+    return normalised([90, 5, 5] if context == (0, 1) else [34, 33, 33])
+
+
+def variations(make, leaf_to_root: bool, given=targeted) -> list[Fraction]:
+    result = []
+    for seed in range(2):
+        model = Model(3, seed, special=0.0, given=given)
+        for size in (2, 3, 4):
+            result.append(total_variation(model, verify(model, make(model, size), leaf_to_root), 4))
+    return result
+
+
+def rerank(model: Model, keep: int, looks_at_tokens: bool = False):
+    return reranked(grow(model, 3, expand_best(model, 2), looks_at_tokens), keep)
+
+
+def test_rerank_by_draft_is_lossless_from_the_root_only():
+    assert max(variations(rerank, leaf_to_root=False)) == 0
+    assert max(variations(rerank, leaf_to_root=True)) > F(1, 1000)
+
+
+@pytest.mark.parametrize("leaf_to_root", [False, True])
+def test_nodes_must_not_be_chosen_by_their_tokens(leaf_to_root):
+    def make(model: Model, keep: int):
+        return rerank(model, keep, looks_at_tokens=True)
+
+    # random drafts show it from the root, too
+    assert max(variations(make, leaf_to_root, given=None)) > F(1, 1000)
+
+
+@pytest.mark.parametrize("leaf_to_root", [False, True])
+def test_level_widths_are_lossless(leaf_to_root):
+    for given in (targeted, None):
+        for seed in range(2):
+            model = Model(3, seed, special=0.0, given=given)
+            for width in (2, 3):
+                emitted = verify(model, grow(model, 3, level_widths(model, width)), leaf_to_root)
+                assert total_variation(model, emitted, 4) == 0
+
+
+def two_samples(model: Model, choose) -> list[tuple[Fraction, Grown]]:
+    """Two draws below the root, and two below the child that stands first. `choose` says in which
+    slots the first two stand, or whether."""
+    result = []
+    for prob, drawn in sequences(model.draft(()), 2):
+        children = choose(model.draft(()), tuple(Child(token, True) for token in drawn))
+        tree = {(): children}
+        if not children:
+            result.append((prob, Grown(tree, {}, {})))
+            continue
+        first = (children[0].token,)
+        for more, below in sequences(model.draft(first), 2):
+            tree = {(): children, first: tuple(Child(token, True) for token in below)}
+            result.append((prob * more, Grown(tree, dict.fromkeys(tree, frozenset()), {})))
+    return result
+
+
+TOKEN_CHOICES = {
+    "as drawn": (lambda q, children: children, True),
+    "subtree by token": (
+        lambda q, children: tuple(sorted(children, key=lambda child: (-q[child.token], child))),
+        False,
+    ),
+    "kept by token": (
+        lambda q, children: tuple(child for child in children if q[child.token] >= F(1, 3)),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("leaf_to_root", [False, True])
+@pytest.mark.parametrize("name", TOKEN_CHOICES)
+def test_slots_must_not_be_chosen_by_their_tokens(name, leaf_to_root):
+    choose, lossless = TOKEN_CHOICES[name]
+    found = []
+    for seed in range(4):
+        model = Model(3, seed, special=0.0)
+        emitted = verify(model, two_samples(model, choose), leaf_to_root)
+        assert sum(emitted.values()) == 1
+        found.append(total_variation(model, emitted, 3))
+    assert (max(found) == 0) if lossless else (max(found) > F(1, 1000))

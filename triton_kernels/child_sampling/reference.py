@@ -6,6 +6,7 @@ import torch
 from .. import rng
 from ..arguments import Children, Requests
 from ..constants import CONFIDENT, FIRST_SAMPLE_LOSS, LOWEST, SAMPLE_SHARES
+from ..logits import finite
 from ..rules import BUILTIN_RULES
 
 
@@ -26,8 +27,7 @@ def sample_children(
     traits = BUILTIN_RULES[rule]
     req = requests.req_idx.clamp(min=0).long()
     temperature = requests.temperature[req]
-    # Masked tokens rank above those that are taken out, which become -inf.
-    left = logits.to(torch.float32).nan_to_num(LOWEST, -LOWEST, LOWEST).clamp(min=LOWEST)
+    left = finite(logits)
     peak = left.amax(dim=1)
     # A row without any possible token is drafted as a greedy one.
     greedy = (temperature == 0) | (peak == LOWEST)

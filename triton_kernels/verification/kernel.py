@@ -17,6 +17,7 @@ import triton.language as tl
 from .. import rng
 from ..arguments import Drafts, Requests, TargetRows, TreeTables, VerifiedPaths
 from ..lanes_device import (
+    HIGHEST,
     LOWEST,
     MAX_CHILDREN,
     at,
@@ -34,6 +35,9 @@ from ..rng_device import ACCEPT, RESIDUAL, row_key, uniform
 from ..rules import BUILTIN_RULES
 
 NUM_WARPS = 16
+MAX_REGISTERS = 128
+"""All that a thread can have. Left to choose, the compiler takes 64 here and spills."""
+
 STATISTICS = 4
 """What is kept of a node's rows: the target's peak and inverse sum, the draft's peak, and its
 weight."""
@@ -276,11 +280,17 @@ def _visit_children(
     token = tl.where(present, children, 0)
     peaks, sums = lane_sums(target_ptr, target_scale, vocab_size, LANES)
     target_peak = tl.max(peaks, axis=0)
+    # A target that masks every token is token 0, which no pass over its row finds.
+    possible = target_peak > LOWEST
     inverse = 1.0 / total_weight(peaks, sums, target_peak, target_scale)
+    inverse = tl.where(possible, inverse, 0.0)
     # Children by slot: their share of the target, their draft logits, scaled
-    owed = acceptance * inverse * tl.exp((_gather(target_ptr, token) - target_peak) * target_scale)
-    owed = tl.where(present, owed, 0.0)
-    logit = _gather(draft_ptr, token) * scale
+    share = inverse * tl.exp((_gather(target_ptr, token) - target_peak) * target_scale)
+    share = tl.where(possible, share, (token == 0).to(tl.float32))
+    owed = tl.where(present, acceptance * share, 0.0)
+    logit = tl.minimum(_gather(draft_ptr, token) * scale, HIGHEST)
+    owed_first = tl.where(possible | (tl.min(tl.where(present, children, 1)) == 0), 0.0, acceptance)
+    first_logit = load_logits(draft_ptr, 0, vocab_size)
     # Of tokens that are held twice the first counts. [MAX_CHILDREN, MAX_CHILDREN]
     same = (children[:, None] == children[None, :]) & sampled[None, :]
     again = tl.max((same & (slots[None, :] < slots[:, None])).to(tl.int32), axis=1) > 0
@@ -294,7 +304,8 @@ def _visit_children(
                 draft_ptr, peaks, sums, child, children, scale, vocab_size, PLACES, LANES
             )
     draft_peak = tl.max(peaks, axis=0)
-    undrawn = draft_peak * scale + tl.log(total_weight(peaks, sums, draft_peak, scale))
+    top = tl.minimum(draft_peak * scale, HIGHEST)
+    undrawn = top + tl.log(total_weight(peaks, sums, draft_peak, scale))
     undrawn = tl.where(draft_peak > LOWEST, undrawn, LOWEST)
 
     # Log-sum-exp of every slot's distribution: what was drawn is added back, the last first.
@@ -326,16 +337,14 @@ def _visit_children(
         if is_sample | ((slot == 0) & (any_sample == 0)):
             if is_sample:
                 z, own_sum = at(logit, slots, slot), at(log_sums, slots, slot)
-                share = at(owed, slots, slot) - kappa * tl.exp(z - log_sum)
-                share = tl.where(
-                    at(again.to(tl.int32), slots, slot) > 0, 0.0, tl.maximum(share, 0.0)
+                chance = at(owed, slots, slot) - kappa * tl.exp(z - log_sum)
+                chance = tl.where(
+                    at(again.to(tl.int32), slots, slot) > 0, 0.0, tl.maximum(chance, 0.0)
                 )
-                visit = tl.where(slots == slot, _ratio(share, left * tl.exp(z - own_sum)), visit)
+                visit = tl.where(slots == slot, _ratio(chance, left * tl.exp(z - own_sum)), visit)
                 kappa = left + kappa * tl.exp(own_sum - log_sum)
                 log_sum = own_sum
-                weight = tl.where(
-                    undrawn > LOWEST, kappa * tl.exp(draft_peak * scale - log_sum), 0.0
-                )
+                weight = tl.where(undrawn > LOWEST, kappa * tl.exp(top - log_sum), 0.0)
             q = (draft_peak, weight, scale)
             lanes = _residual_lanes(
                 target_ptr, draft_ptr, children, p, q, vocab_size, PLACES, LANES
@@ -344,6 +353,7 @@ def _visit_children(
             later = sampled & (slots > slot) & (again == 0)
             waiting = tl.maximum(owed - kappa * tl.exp(logit - log_sum), 0.0)
             mass = tl.sum(lanes, axis=0) + tl.sum(tl.where(later, waiting, 0.0), axis=0)
+            mass += _residual(0.0, first_logit, (0.0, owed_first, 1.0), q)
             left = lacking + hub_mass + mass
     # Summed from the end: nothing cancels.
     owed_hubs = tl.where(hub, owed, 0.0)
@@ -419,11 +429,12 @@ def _draw_last(
     if tl.max(lanes, axis=0) <= 0.0:
         peaks, sums = lane_sums(target_ptr, target_scale, vocab_size, LANES)
         peak = tl.max(peaks, axis=0)
-        factor = tl.full([], 1.0, tl.float32)
+        # nothing to draw from gives token 0
+        factor = tl.where(peak > LOWEST, 1.0, 0.0)
         weight = tl.full([], 0.0, tl.float32)
         children = tl.full([MAX_CHILDREN], -1, tl.int32)
         draft_ptr = target_ptr
-        lanes = sums * tl.exp((peaks - peak) * target_scale)
+        lanes = factor * sums * tl.exp((peaks - peak) * target_scale)
     lane = draw_lane(lanes, key, 0, LANES)
     weights = _lane_residual(
         target_ptr,
@@ -624,6 +635,7 @@ def verify_tree(
         "LANES": rng.LANES,
         "PLACES": triton.next_power_of_2(triton.cdiv(vocab_size, rng.LANES)),
         "num_warps": NUM_WARPS,
+        "maxnreg": MAX_REGISTERS,
     }
     # The deepest nodes are leaves. From root to leaf no node waits for another.
     inner_levels = level_sizes[:-1] if traits.is_leaf_to_root else [sum(level_sizes[:-1])]

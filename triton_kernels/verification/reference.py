@@ -13,7 +13,8 @@ import torch
 
 from .. import rng
 from ..arguments import Drafts, Requests, TargetRows, TreeTables, VerifiedPaths
-from ..constants import MAX_CHILDREN
+from ..constants import LOWEST, MAX_CHILDREN
+from ..logits import finite
 from ..rules import BUILTIN_RULES, Rule
 from .node import NodeOutcome, node_outcome
 
@@ -42,13 +43,15 @@ class _Trees(NamedTuple):
         # [num_rows]
         nodes: torch.Tensor,
     ) -> torch.Tensor:
-        """[num_rows, vocab_size], a point mass for greedy requests."""
+        """[num_rows, vocab_size], a point mass for greedy requests, and on token 0 where every
+        token is masked."""
         temperature = self.target.temperature[self.requests.req_idx[rows]].unsqueeze(1)
-        greedy = temperature == 0
-        logits = self.target.logits[self.target.row_start[rows] + nodes].to(torch.float32)
-        probs = torch.softmax(logits * (1.0 / torch.where(greedy, 1.0, temperature)), dim=1)
-        best = logits.argmax(dim=1, keepdim=True)
-        return torch.where(greedy, torch.zeros_like(probs).scatter_(1, best, 1.0), probs)
+        logits = finite(self.target.logits[self.target.row_start[rows] + nodes])
+        peak, best = logits.max(dim=1, keepdim=True)
+        certain = (temperature == 0) | (peak == LOWEST)
+        scale = 1.0 / torch.where(temperature == 0, 1.0, temperature)
+        probs = torch.softmax((logits - peak) * scale, dim=1)
+        return torch.where(certain, torch.zeros_like(probs).scatter_(1, best, 1.0), probs)
 
     def has_children(
         self,
@@ -80,9 +83,11 @@ class _Trees(NamedTuple):
         req, inner = self.requests.req_idx[rows], self.tables.internal_index[nodes]
         temperature = self.requests.temperature[req]
         scale = self.sharpening / torch.where(temperature == 0, 1.0, temperature)
+        drafted = finite(self.drafts.logits[req, inner])
+        scaled = (drafted * scale.unsqueeze(1)).clamp(max=-LOWEST)
         return node_outcome(
             self.target_probs(rows, nodes),
-            self.drafts.logits[req, inner].to(torch.float32) * scale.unsqueeze(1),
+            scaled.masked_fill(drafted == LOWEST, -torch.inf),
             children,
             (self.drafts.sampled[req, inner].unsqueeze(1) >> slots) % 2 == 1,
             acceptance,

@@ -3,10 +3,16 @@
 
 import numpy as np
 
-from vllm_spechub.cpu.tree_kernels.vector_math import argmax, exp_row, exp_sum, f32, jit, jit_sums
+from vllm_spechub.cpu.tree_kernels.vector_math import (
+    LOWEST,
+    argmax,
+    exp_sum,
+    f32,
+    jit,
+    jit_sums,
+)
 from vllm_spechub.triton_kernels import constants
 
-LOWEST = f32(constants.LOWEST)
 MAX_CHILDREN = constants.MAX_CHILDREN
 
 
@@ -29,23 +35,19 @@ def _log_add(first, second):
 
 @jit_sums
 def softmax(
-    # [size] logits; their softmax on return
+    # [size] finite logits; their softmax on return
     row,
     scale,
     # [size] each
     scratch,
     scratch_bits,
 ):
-    """In place."""
-    for i in range(row.shape[0]):
-        row[i] *= scale
-    peak = max(row[argmax(row)], LOWEST)
-    for i in range(row.shape[0]):
-        row[i] -= peak
-    exp_row(row, scratch, scratch_bits)
-    total = f32(0.0)
-    for i in range(row.shape[0]):
-        total += row[i]
+    """In place; all on token 0 where every token is masked."""
+    peak = row[argmax(row)]
+    total = exp_sum(row, peak, scale, scratch, scratch_bits)
+    if peak == LOWEST:
+        row[1:] = f32(0.0)
+        total = f32(1.0)
     for i in range(row.shape[0]):
         row[i] /= total
 
@@ -119,7 +121,7 @@ def _log_sums(
 def visit_children(
     # [size] probabilities; on return 0 at the children
     target,
-    # [size] logits; on return what the residual loses is a multiple of, 0 at the children
+    # [size] finite logits; on return what the residual loses is a multiple of, 0 at the children
     draft,
     scale,
     # [num_children] tokens
@@ -142,7 +144,7 @@ def visit_children(
     hub_mass = f32(0.0)
     for slot in range(count):
         owed[slot] = acceptance * target[children[slot]]
-        logit[slot] = draft[children[slot]] * scale
+        logit[slot] = min(draft[children[slot]] * scale, -LOWEST)
         if not is_sampled(bits, slot):
             hub_mass += owed[slot]
     for slot in range(count):
@@ -155,7 +157,7 @@ def visit_children(
     else:
         peak = draft[best]
         mass = exp_sum(draft, peak, scale, scratch, scratch_bits)
-        peak *= scale
+        peak = min(peak * scale, -LOWEST)
         undrawn = peak + np.log(mass)
     _log_sums(children, bits, undrawn, logit, replaces, sums)
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from vllm_spechub.cpu.tree_kernels.node import (
-    LOWEST,
     MAX_CHILDREN,
     is_sampled,
     next_slot,
@@ -20,10 +19,12 @@ from vllm_spechub.cpu.tree_kernels.node import (
     visit_children,
 )
 from vllm_spechub.cpu.tree_kernels.vector_math import (
+    LOWEST,
     argmax,
     exp_row,
     exponential_row,
     f32,
+    finite_row,
     i32,
     jit,
     jit_sums,
@@ -237,9 +238,7 @@ def _sample_children(
         req = requests.req_idx[r]
         if req < 0:
             continue
-        for i in range(size):
-            # a comparison with NaN fails, which masks it
-            row[i] = min(logits[r, i], -LOWEST) if logits[r, i] > LOWEST else LOWEST
+        finite_row(logits[r], row)
         key = row_key(requests.seeds[req], requests.root_positions[r], node_ids[r], rng.CHILD)
         drawn.sampled[r] = _draft_node(
             row,
@@ -310,13 +309,13 @@ def _look(node, acceptance, request, tree, replaces, rows):
         for child in range(first, first + count):
             rows.visit[child] = f32(1.0) if request.tokens[child] == best else f32(0.0)
         return f32(0.0), best
-    rows.target[:] = request.rows[node]
+    finite_row(request.rows[node], rows.target)
     scale = f32(1.0) / request.temperature
     softmax(rows.target, scale, rows.work.spare, rows.work.spare_bits)
     rows.draft[:] = f32(0.0)
     if count == 0:
         return f32(0.0), np.int64(0)
-    rows.draft[:] = request.drafted[tree.internal_index[node]]
+    finite_row(request.drafted[tree.internal_index[node]], rows.draft)
     rows.leave[node], weight = visit_children(
         rows.target,
         rows.draft,

@@ -8,7 +8,7 @@ They work in place on a row and on the same memory as int32, and are accurate to
 import numba
 import numpy as np
 
-from vllm_spechub.triton_kernels import rng
+from vllm_spechub.triton_kernels import constants, rng
 
 f32, i32, u32 = np.float32, np.int32, np.uint32
 
@@ -17,6 +17,22 @@ _OPTIONS = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "
 jit = numba.njit(**_OPTIONS, fastmath={"contract"})
 # for loops that add up a row: only reordered sums become vector instructions
 jit_sums = numba.njit(**_OPTIONS, fastmath={"contract", "reassoc"})
+
+
+LOWEST = f32(constants.LOWEST)
+
+
+@jit
+def finite_row(
+    # [size] logits
+    source,
+    # [size], written
+    row,
+):
+    """`logits.finite`: NaN and -inf as LOWEST, +inf as -LOWEST."""
+    for i in range(row.shape[0]):
+        # a comparison with NaN fails
+        row[i] = min(source[i], -LOWEST) if source[i] > LOWEST else LOWEST
 
 
 @jit
@@ -168,10 +184,12 @@ def argmax(
     # [size] float32
     row,
 ):
-    """The lowest index of the largest value; 0 where nothing compares."""
-    top = row[0]
+    """The lowest index of the largest value; NaN and -inf are none, and without any it is 0."""
+    top = f32(-np.inf)
     for i in range(row.shape[0]):
-        top = top if top > row[i] else row[i]
+        top = row[i] if row[i] > top else top
+    if top == f32(-np.inf):
+        return 0
     for i in range(row.shape[0]):
         if row[i] == top:
             return i
