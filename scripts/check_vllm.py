@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Does everything of vLLM that the plugin relies on look the same in another vLLM?
+"""Compare what the plugin relies on in vLLM with another version of vLLM.
 
-Reads the sources in a wheel, in the folder that holds an installed `vllm`, or in the wheel of a
-version, which it downloads; installs and runs nothing of it.
+The script reads the sources in a wheel, in the folder that holds an installed `vllm`, or in the
+wheel of a version, which it downloads. It installs and runs nothing of it.
 """
 
 import csv
@@ -25,7 +25,7 @@ from vllm_spechub.integration.patch import SUPPORTED_VLLM
 
 
 def download(version: str, folder: str) -> Path:
-    """The version's wheel, for whatever platform pip finds one."""
+    """Download the version's wheel, for any platform that pip finds one for."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "none"]
     command += ["--dest", folder, f"vllm=={version}"]
     subprocess.run(command, check=True)
@@ -33,7 +33,7 @@ def download(version: str, folder: str) -> Path:
 
 
 def changes(found: Facts) -> dict[str, dict[str, str]]:
-    """What differs, by kind and symbol, without what does not."""
+    """The differences, by kind and symbol."""
     return {
         kind: {symbol: problem for symbol, problem in problems.items() if problem}
         for kind, problems in found.items()
@@ -41,7 +41,7 @@ def changes(found: Facts) -> dict[str, dict[str, str]]:
 
 
 def write_rows(version: str, found: Facts) -> None:
-    """Put a version's result into docs/support.csv, in place of an older one."""
+    """Write a version's result into docs/support.csv, in place of an older one."""
     rows = []
     if CHECKS.exists():
         with CHECKS.open(newline="", encoding="utf-8") as file:
@@ -89,6 +89,8 @@ def main(
         False, help="First store how everything looks in this version as what is expected."
     ),
 ) -> None:
+    """Compare what the plugin relies on in vLLM with another version, and exit with status 1 if
+    anything differs."""
     if record and (Path(source).exists() or source == SUPPORTED_VLLM):
         raise typer.BadParameter("--record needs a version other than the supported one")
     with tempfile.TemporaryDirectory() as folder:

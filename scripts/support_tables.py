@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What works with trees, what is refused, and the test that shows it.
+"""Tables of what works with trees and what is refused, with the tests that show it.
 
-cog blocks in the README and in `docs/support.md` show these tables. Tests look up every named test,
-and want a row for every field of vLLM's `SamplingParams`.
+cog blocks in the README and in `docs/support.md` show these tables. Tests check that every named
+test exists, and that every field of vLLM's `SamplingParams` has a row.
 """
 
 import csv
@@ -24,9 +24,9 @@ class Row:
 
     Attributes:
         names: fields of `SamplingParams`, or names of features.
-        state: "works", "refused", or what else is true, in a few words.
-        how: what there is to know about it, or nothing.
-        tests: "file::test" of each proof, below `tests/`.
+        state: "works", "refused", or another state in a few words.
+        how: notes, which may be empty.
+        tests: the tests that show it, as "file::test" below `tests/`.
     """
 
     names: tuple[str, ...]
@@ -371,28 +371,28 @@ VERSIONS = {
     "0.32.0": ("supported", "the whole test suite", "not run"),
     "0.33.0": ("refused at start-up", "not run", "not run"),
 }
-"""By vLLM version: its state, and what was run on the CPU and on CUDA."""
+"""By version of vLLM: its state, and what was run on the CPU and on CUDA."""
 
 TABLES = {"sampling parameters": SAMPLING_PARAMETERS, "features": FEATURES}
 
 
 def sampling_parameters() -> str:
-    """Every field of `SamplingParams`."""
+    """The table of all fields of `SamplingParams`."""
     return _rows(SAMPLING_PARAMETERS, "`{}`")
 
 
 def features() -> str:
-    """Features of engines and models."""
+    """The table of features of engines and models."""
     return _rows(FEATURES, "{}")
 
 
 def states() -> str:
-    """vLLM's versions and their state."""
+    """The table of vLLM's versions and their states."""
     return table(["vLLM", "state"], [[version, state] for version, (state, *_) in VERSIONS.items()])
 
 
 def versions() -> str:
-    """What was read and what was run of each version."""
+    """The table of what was read and what was run of each version."""
     rows = []
     for version, (state, *run) in VERSIONS.items():
         checks = [check for check in _checks() if check["vllm"] == version]
@@ -410,7 +410,7 @@ def versions() -> str:
 
 
 def differences(version: str) -> str:
-    """What differs in a version from the supported one: a line for each place."""
+    """The table of what differs in a version from the supported one, a line for each place."""
     lines = [
         [check["kind"], f"`{symbol}`", problem]
         for check in _checks()

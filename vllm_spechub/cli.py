@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-spechub`: choose a verification rule and a tree for a pair of models.
 
-Every command checks at the start what it needs until the end, and imports the rest of the package
-only when it runs, so that `--help` stays fast.
+Every command first checks everything that it will need. It imports most of the package only when it
+runs, so that `--help` stays fast.
 """
 
 import io
@@ -179,7 +179,10 @@ def shape(
     ] = DEFAULT_RULE,
     temperature: Temperatures = [1.0],
     nodes: Annotated[
-        int, typer.Option("--nodes", "-n", min=1, max=MAX_NODES, help="Drafted nodes.")
+        int,
+        typer.Option(
+            "--nodes", "-n", min=1, max=MAX_NODES, help="The largest number of drafted nodes."
+        ),
     ] = 15,
     depth: Annotated[
         int, typer.Option("--depth", "-d", min=1, max=MAX_DEPTH, help="The largest depth.")
@@ -269,8 +272,9 @@ def explain(
 ) -> None:
     """Show the tree of each step for one prompt.
 
-    The tree shows the tokens, their probabilities, which of them were accepted, and where the walk
-    ended. q is a token's probability under the draft given its parent, p under the target.
+    The tree shows the tokens, their probabilities, which of them were accepted, and where
+    verification stopped. q is a token's probability under the draft given its path, p under the
+    target.
     """
     with one_line_errors(notes):
         preflight.check_modules("transformers")
@@ -337,7 +341,11 @@ def tune(
     repetitions: Annotated[int, typer.Option(min=1, help="Repetitions per measurement.")] = 3,
     resident: Annotated[
         int | None,
-        typer.Option(min=1, help="Engines at once.", show_default="all on the CPU, else 3"),
+        typer.Option(
+            min=1,
+            help="The number of engines that run at the same time.",
+            show_default="all on the CPU, else 3",
+        ),
     ] = None,
     engine: Annotated[str, typer.Option(help="The options of your engine, as JSON.")] = "{}",
     out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("spechub-tuned.json"),
@@ -471,7 +479,7 @@ def _settings(
 
 
 def _rounded(rates: "Mapping[str, Mapping[Variant, Rates]]") -> dict[str, Any]:
-    """Rates by temperature and rule as a JSON file has them: by rule, temperature and children."""
+    """Convert rates by temperature and rule for a JSON file: by rule, temperature, children."""
     by_rule: dict[str, Any] = {}
     for temperature, by_variant in rates.items():
         for variant, by_slot in by_variant.items():

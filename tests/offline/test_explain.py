@@ -86,7 +86,7 @@ def test_every_form(form, tmp_path):
     ("option", "message"),
     [
         (["--out", "tree.gif"], "--out must end in .png or .html"),
-        (["--tree", "oak:3"], "'oak:3' is none of"),
+        (["--tree", "oak:3"], "'oak:3' is not a tree, allowed: "),
         (["--steps", "9999"], "the models read 1024"),
     ],
 )

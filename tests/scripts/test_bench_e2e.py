@@ -127,7 +127,7 @@ def test_a_made_pair_overlaps_as_asked(maker, tmp_path, overlap):
 def test_what_no_pair_can_have_is_refused(maker, tmp_path):
     with pytest.raises(ValueError, match="a hidden size"):
         maker.make_pair(tmp_path, "1b", "8b", 0.7, 2.5, 0)
-    with pytest.raises(ValueError, match="'7b' is no shape, allowed: 8b"):
+    with pytest.raises(ValueError, match="'7b' is not a size, allowed: 8b"):
         maker.make_pair(tmp_path, "7b", "1b", 0.7, 2.5, 0)
     with pytest.raises(ValueError, match="out of reach"):
         maker.make_pair(tmp_path, "8b-tiny", "1b-tiny", 0.01, 2.5, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of the CPU's configuration. Those of its worker belong to its platform."""
+"""Patches of the configuration on the CPU. Those of its worker are in `platforms.cpu`."""
 
 import functools
 
@@ -24,8 +24,8 @@ PATCHES = (
     Patch(
         symbol="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
         parameters=("cls", "vllm_config"),
-        why="It turns asynchronous scheduling off as not required on the CPU. Without it the "
-        "scheduler takes every drafted token from the worker and hands it back a step later.",
+        why="It turns asynchronous scheduling off, as not needed on the CPU. The scheduler then "
+        "takes every drafted token from the worker and hands it back a step later.",
         how="Calls the original, then restores for spechub configurations what vLLM or the user "
         "had decided.",
         upstream="none yet",

@@ -29,7 +29,7 @@ def _grammar_bitmask(original):
 
         arguments = (self, requests, structured_output_request_ids, scheduled_spec_decode_tokens)
         if is_spechub(self.vllm_config):
-            trees = ScheduledDrafts.of(scheduled_spec_decode_tokens).trees()
+            trees = ScheduledDrafts.checked(scheduled_spec_decode_tokens).trees()
             return grammar.grammar_bitmask(*arguments, trees)
         return original(*arguments)
 
@@ -56,7 +56,7 @@ PATCHES = (
         symbol=f"{MANAGER}.validate_tokens",
         parameters=("self", "request", "spec_tokens"),
         why="It cuts drafts at the first token that the grammar refuses, taking them for a chain.",
-        how="Under spechub leaves a tree whole: what the grammar refuses has no probability.",
+        how="With spechub, leaves a tree whole: what the grammar refuses has probability 0.",
         upstream="none yet",
         until="vLLM verifies trees",
         replace=_validate_tokens,
@@ -70,7 +70,7 @@ PATCHES = (
             "scheduled_spec_decode_tokens",
         ),
         why="It fills a request's masks along one chain.",
-        how="Under spechub fills one mask per node, by a depth-first walk with rollback.",
+        how="With spechub, fills one mask per node, by a depth-first walk with rollback.",
         upstream="none yet",
         until="vLLM verifies trees",
         replace=_grammar_bitmask,
@@ -78,11 +78,11 @@ PATCHES = (
     Patch(
         symbol=f"{MANAGER}.accept_tokens",
         parameters=("self", "request", "new_token_ids"),
-        why="It feeds a step's tokens in one call. Grammars and reasoning parsers that end within "
-        "them may then end up in another state than after one call each, as in plain decoding.",
-        how="Under spechub feeds them one by one.",
+        why="It feeds a step's tokens in one call. If a grammar or the reasoning ends within them, "
+        "the state may differ from the one after a call for each token, as in plain decoding.",
+        how="With spechub, feeds them one by one.",
         upstream="none yet",
-        until="vLLM feeds them so",
+        until="vLLM feeds them one by one",
         replace=_accept_tokens,
     ),
 )

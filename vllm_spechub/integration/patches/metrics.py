@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches that keep vLLM's speculative metrics truthful for trees and add those of trees.
+"""Patches that keep vLLM's speculative metrics correct for trees, and add metrics of trees.
 
-vLLM counts a draft's tokens as a chain's positions. A tree's nodes are not positions: what could
-be accepted is its depth.
+vLLM counts a draft's tokens as the positions of a chain. A tree's nodes are not positions: at most
+as many tokens can be accepted as the tree is deep.
 """
 
 import functools
@@ -15,7 +15,7 @@ from vllm_spechub.integration.patch import Patch, PatchMismatch
 
 @dataclass(frozen=True)
 class FieldType(Patch):
-    """Another type for a dataclass's field, which decides how a message is decoded."""
+    """A replaced type of a dataclass's field, which decides how a message is decoded."""
 
     def _field(self) -> tuple[Any, str]:
         owner, attribute = self._resolve()
@@ -35,7 +35,7 @@ class FieldType(Patch):
 
 
 def _tree_config(speculative_config):
-    """The configuration, if it is one of trees."""
+    """The configuration if it is spechub's, else None."""
     from vllm_spechub.config import SpecHubConfig
 
     return speculative_config if isinstance(speculative_config, SpecHubConfig) else None
@@ -80,7 +80,7 @@ def _log_observe(original):
     def observe(self, spec_decoding_stats):
         from vllm_spechub.integration.tree_metrics import TreeDecodingStats, TreeLogging
 
-        # a chain's statistics decode as a tree's that no tree has filled
+        # Statistics of a chain are decoded as statistics of trees, too, but have no slots.
         if isinstance(spec_decoding_stats, TreeDecodingStats) and (
             spec_decoding_stats.accepted_by_slot
         ):
@@ -112,7 +112,7 @@ def _async_output_init(original):
         from vllm_spechub.engine.sampler import TreeSamplerOutput
 
         if isinstance(sampler_output, TreeSamplerOutput):
-            # queued before the original's event, so its synchronisation covers this copy too
+            # Queued before the original records its event, which then covers this copy, too.
             sampler_output.start_copy_to_host()
         original(self, model_runner_output, sampler_output, *args, **kwargs)
 
@@ -134,7 +134,7 @@ def _async_output_get(original):
     return get_output
 
 
-_DEPTHS = "vLLM's metrics take a draft's tokens for positions; a tree's positions are its depths."
+_DEPTHS = "vLLM's metrics take a draft's tokens as positions; a tree's positions are its depths."
 
 PATCHES = (
     FieldType(
@@ -156,7 +156,7 @@ PATCHES = (
             "is_diffusion",
         ),
         why=_DEPTHS,
-        how="For spechub, one position per depth, and the metrics of trees beside.",
+        how="For spechub, counts one position per depth, and adds metrics of trees.",
         upstream="none yet",
         until="vLLM lets speculative methods bring statistics of their own",
         replace=_prom_init,
@@ -164,8 +164,8 @@ PATCHES = (
     Patch(
         symbol="vllm.v1.spec_decode.metrics:SpecDecodingProm.observe",
         parameters=("self", "spec_decoding_stats", "engine_idx"),
-        why="What trees add is not counted.",
-        how="For spechub, counts it too.",
+        why="It does not count the statistics that trees add.",
+        how="For spechub, counts them, too.",
         upstream="none yet",
         until="vLLM lets speculative methods bring statistics of their own",
         replace=_prom_observe,
@@ -173,8 +173,8 @@ PATCHES = (
     Patch(
         symbol="vllm.v1.spec_decode.metrics:SpecDecodingLogging.observe",
         parameters=("self", "spec_decoding_stats"),
-        why="What trees add is not logged.",
-        how="Keeps a tree's statistics for the next line.",
+        why="It does not keep the statistics that trees add.",
+        how="Keeps them for the next line.",
         upstream="none yet",
         until="vLLM lets speculative methods bring statistics of their own",
         replace=_log_observe,
@@ -182,14 +182,14 @@ PATCHES = (
     Patch(
         symbol="vllm.v1.spec_decode.metrics:SpecDecodingLogging.log",
         parameters=("self", "log_fn"),
-        why="What trees add is not logged.",
+        why="It does not log the statistics that trees add.",
         how="Logs a second line for trees.",
         upstream="none yet",
         until="vLLM lets speculative methods bring statistics of their own",
         replace=_log,
     ),
 )
-"""In every process: the frontend's."""
+"""Patches for every process; the frontend needs them."""
 
 WORKER_PATCHES = (
     Patch(
@@ -204,7 +204,7 @@ WORKER_PATCHES = (
             "check_ep_fault",
             "pending_aux_output",
         ),
-        why="A worker returns accepted tokens, from which nobody can tell the accepted nodes.",
+        why="A worker returns the accepted tokens, which do not tell the accepted nodes.",
         how="Copies a tree's accepted paths to the host along with the tokens.",
         upstream="none yet",
         until="vLLM's sampler output takes extra tensors",
@@ -213,11 +213,11 @@ WORKER_PATCHES = (
     Patch(
         symbol="vllm.v1.worker.gpu.async_utils:AsyncOutput.get_output",
         parameters=("self",),
-        why="As above.",
-        how="Hands the paths on with the runner's output.",
+        why="A worker returns the accepted tokens, which do not tell the accepted nodes.",
+        how="Adds the accepted paths to the runner's output.",
         upstream="none yet",
         until="vLLM's sampler output takes extra tensors",
         replace=_async_output_get,
     ),
 )
-"""In a worker that serves trees."""
+"""Patches for a worker that serves trees."""

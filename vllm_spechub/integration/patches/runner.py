@@ -59,7 +59,7 @@ PATCHES = (
     Patch(
         symbol="vllm.v1.worker.gpu.model_runner:init_model_state",
         parameters=("vllm_config", "model", "encoder_cache", "device"),
-        why="Tree positions, masks, sampling and compaction hang on the model state.",
+        why="Tree positions, masks, sampling and compaction need a model state of our own.",
         how="Builds `TreeModelState` for spechub; otherwise calls the original.",
         upstream="none yet",
         until="vLLM lets plugins choose the model state",
