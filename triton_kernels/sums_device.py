@@ -7,9 +7,10 @@ import triton.language as tl
 
 @triton.jit
 def join(value, peak, total, scale):
-    """A sum of exponentials, relative to its peak, with one value more.
+    """Add one value to a sum of exponentials that is kept relative to its peak.
 
-    One exponential, whichever is larger. The peak is the larger of the two from then on.
+    This takes one exponential, whichever of peak and value is larger. The caller then makes the
+    larger of the two the peak. Returns the sum relative to it.
     """
     rise = value - peak
     decay = tl.exp(-tl.abs(rise) * scale)

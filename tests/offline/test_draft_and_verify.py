@@ -27,7 +27,8 @@ CHAIN = TokenTree.chain(2)
 
 
 def markov(seed: int) -> torch.Tensor:
-    """A law of the next token after the last two, with some zeros. [VOCAB + 1, VOCAB + 1, VOCAB]"""
+    """Distributions of the next token after any two tokens, with some zeros. [VOCAB + 1, VOCAB + 1,
+    VOCAB]"""
     generator = torch.Generator().manual_seed(seed)
     table = torch.rand(VOCAB + 1, VOCAB + 1, VOCAB, generator=generator).pow(3)
     table[:, ::2, seed % VOCAB] = 0.0
@@ -56,7 +57,7 @@ def completed(tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def p_value(tokens: torch.Tensor, table: torch.Tensor) -> float:
-    """Chi-square of all emitted sequences of one width against the target's law of them."""
+    """Chi-square of all emitted sequences of one width against the target's distribution."""
     width = tokens.shape[1]
     sequences = torch.tensor(list(itertools.product(range(VOCAB), repeat=width)))
     expected = torch.ones(len(sequences), dtype=torch.float64)
@@ -99,7 +100,7 @@ def test_emitted_tokens_follow_the_target(rule, sharpening):
     assert (tokens.gather(1, num_tokens.unsqueeze(1) - 1) >= 0).all()
     assert num_tokens.unique().tolist() == [1, 2, 3]
     assert p_value(completed(tokens, target_table), target_table) > 1e-3
-    # The same test tells the draft's law from the target's.
+    # The same test tells the draft's distribution from the target's.
     assert p_value(completed(tokens, target_table), markov(3)) < 1e-6
 
 
@@ -215,7 +216,7 @@ ROWS = torch.full((2, 3, VOCAB), 1 / VOCAB)
 # One node ---------------------------------------------------------------------------------------
 
 
-def laws(size: int):
+def distributions(size: int):
     """Distributions with zeros, ties and near-certain tokens."""
     weight = st.sampled_from([0.0, 1e-6, 0.1, 0.1, 0.3, 1.0, 4.0, 1e4])
     weights = st.lists(weight, min_size=size, max_size=size).filter(lambda w: sum(w) > 0)
@@ -227,7 +228,7 @@ def laws(size: int):
 def test_acceptance_against_the_linear_program(data):
     size = data.draw(st.integers(2, 5))
     k = data.draw(st.integers(1, min(size, 4)))
-    p, q = data.draw(laws(size)), data.draw(laws(size))
+    p, q = data.draw(distributions(size)), data.draw(distributions(size))
     for rule in RULES:
         if rule == "chain" and k > 1:
             continue
@@ -258,11 +259,12 @@ def test_acceptance_by_slot_is_what_verification_does(rule, sharpening):
         )
         slots = draft.sample_slots[:, 0].long()
         ones = torch.ones(num_drafts)
-        law = draft_distribution(
+        drafted_from = draft_distribution(
             draft.logits[:, 0], ones, draft.tokens, slots, rule=rule, sharpening=sharpening
         )
-        found = node_outcome(p.expand(num_drafts, -1), law, draft.tokens, slots, rule=rule).accept
-        if rule == "traversal":  # which tosses for subtrees; the children differ from each other
+        target = p.expand(num_drafts, -1)
+        found = node_outcome(target, drafted_from, draft.tokens, slots, rule=rule).accept
+        if rule == "traversal":  # which decides for subtrees; the children differ from each other
             rows = p.expand(num_drafts, k + 1, -1)
             tokens, num_tokens = verify_tree(draft, rows, generator=generator)
             found = (draft.tokens == tokens[:, :1]) & (num_tokens == 2).unsqueeze(1)
@@ -277,14 +279,14 @@ def recursive_slots(p: np.ndarray, q: np.ndarray, k: int) -> np.ndarray:
     slots = np.zeros(k)
 
     def go(p, taken, slot, weight):
-        law = np.where(np.isin(np.arange(len(q)), taken), 0.0, q)
-        law /= law.sum()
-        residual = np.maximum(p - law, 0)
-        for x in np.flatnonzero(law):
-            accepted = min(1.0, p[x] / law[x])
-            slots[slot] += weight * law[x] * accepted
+        left = np.where(np.isin(np.arange(len(q)), taken), 0.0, q)
+        left /= left.sum()
+        residual = np.maximum(p - left, 0)
+        for x in np.flatnonzero(left):
+            accepted = min(1.0, p[x] / left[x])
+            slots[slot] += weight * left[x] * accepted
             if accepted < 1 and slot + 1 < k:
-                rest = weight * law[x] * (1 - accepted)
+                rest = weight * left[x] * (1 - accepted)
                 go(residual / residual.sum(), [*taken, x], slot + 1, rest)
 
     go(p, [], 0, 1.0)
