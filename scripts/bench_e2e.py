@@ -61,7 +61,7 @@ def made_pair(spec: str) -> Path:
 
 
 def pair_files(pair: Path) -> tuple[str, str, Path]:
-    """Target, draft and prompts in a folder of `scripts/make_pair.py`."""
+    """The target, draft and prompts in a folder of `scripts/make_pair.py`."""
     return str(pair / "target"), str(pair / "draft"), pair / "prompts.jsonl"
 
 
@@ -158,7 +158,11 @@ def main(
     repetitions: Annotated[int, typer.Option(min=1, help="Repetitions per measurement.")] = 3,
     resident: Annotated[
         int | None,
-        typer.Option(min=1, help="Engines at once.", show_default="all on the CPU, else 3"),
+        typer.Option(
+            min=1,
+            help="The number of engines that run at the same time.",
+            show_default="all on the CPU, else 3",
+        ),
     ] = None,
     engine: Annotated[str, typer.Option(help="Further engine options, as JSON.")] = "{}",
     out: Annotated[Path, typer.Option(help="The folder for the CSV file and the plot.")] = Path(

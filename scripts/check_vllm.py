@@ -25,7 +25,7 @@ from vllm_spechub.integration.patch import SUPPORTED_VLLM
 
 
 def download(version: str, folder: str) -> Path:
-    """The version's wheel, for whatever platform pip finds one."""
+    """Download the version's wheel, for any platform that pip finds one for."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "none"]
     command += ["--dest", folder, f"vllm=={version}"]
     subprocess.run(command, check=True)
@@ -33,7 +33,7 @@ def download(version: str, folder: str) -> Path:
 
 
 def changes(found: Facts) -> dict[str, dict[str, str]]:
-    """What differs, by kind and symbol, without what does not."""
+    """The differences, by kind and symbol."""
     return {
         kind: {symbol: problem for symbol, problem in problems.items() if problem}
         for kind, problems in found.items()
@@ -89,6 +89,8 @@ def main(
         False, help="First store this version's signatures as the expected ones."
     ),
 ) -> None:
+    """Compare what the plugin relies on in vLLM with another version, and exit with status 1 if
+    anything differs."""
     if record and (Path(source).exists() or source == SUPPORTED_VLLM):
         raise typer.BadParameter("--record needs a version other than the supported one")
     with tempfile.TemporaryDirectory() as folder:

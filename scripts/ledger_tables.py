@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lists of `docs/patches.md`: what is replaced of vLLM, and what else is relied on."""
+"""The lists of `docs/patches.md`: what is replaced in vLLM, and what else is relied on."""
 
 from itertools import groupby
 
@@ -27,7 +27,7 @@ def ledger(patches: tuple[Patch, ...]) -> str:
 
 
 def relied_on(kind: str) -> str:
-    """What is relied on of one kind, by the class or module that it belongs to."""
+    """A table of what is relied on of one kind, by the class or module that it belongs to."""
     rows = []
     for owner, names in groupby(sorted(stored()[kind]), lambda name: name.rpartition(".")[0]):
         rows.append([f"`{owner}`", ", ".join(f"`{name.rpartition('.')[2]}`" for name in names)])

@@ -62,7 +62,7 @@ disturb the norms; where it is read, the norms' weights make up for it."""
 QUERY_GAIN = 3.0
 """Makes attention choose among tokens rather than average over them."""
 TEXTS, TEXT_TOKENS = 8, 64
-"""Texts on which overlap and entropy are set."""
+"""The number and length of the texts on which overlap and entropy are set."""
 
 
 def config_of(shape: Shape, eps: float, tied: bool):
@@ -148,7 +148,7 @@ class Maker:
         t, d = self.target, self.draft
         inner, kv, small = t.heads * t.head_dim, t.kv_heads * t.head_dim, d.hidden
         read, norm = t.hidden**-0.5, self.norm().to(torch.bfloat16)
-        # The norms do not hold the target's own part down, so that its layers write little.
+        # The norms do not keep the target's own part small, so its layers must write little.
         write = QUIET * t.layers**-0.5
         layer = {
             "input_layernorm": norm,
@@ -236,7 +236,7 @@ class Reader:
 
 
 def normed(hidden: torch.Tensor, eps: float) -> torch.Tensor:
-    """[num_texts, length, hidden] -> [num_positions, hidden], root mean square 1"""
+    """Normalise [num_texts, length, hidden] to a root mean square of 1. [num_positions, hidden]"""
     flat = hidden.flatten(0, 1).float()
     return flat * torch.rsqrt(flat.square().mean(dim=1, keepdim=True) + eps)
 
@@ -318,7 +318,7 @@ class Writer:
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A word for each token, so that prompts can be written down and answers read."""
+    """Write a tokenizer with a word for each token, so that prompts and answers are readable."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -331,6 +331,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def write_prompts(file: Path, texts: torch.Tensor) -> None:
+    """Write texts [num_texts, length] as JSON lines."""
     lines = (json.dumps({"prompt": " ".join(f"t{t}" for t in text)}) for text in texts.tolist())
     file.write_text("".join(f"{line}\n" for line in lines))
 

@@ -44,6 +44,7 @@ class Result:
 
 
 def measure(llm, prompts: list[str], temperature: float, max_tokens: int) -> Result:
+    """Generate once from warm, and count. Runs in the engine's process."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=0)
@@ -77,7 +78,8 @@ def methods(tree: str, num_nodes: int) -> dict[str, dict | None]:
 
 
 def measure_all(running: dict[str, EngineProcess], prompts: list[str], max_tokens: int) -> dict:
-    """Wait until all engines are up, then measure one at a time. -> by method, temperature"""
+    """Wait until all engines are up, then measure one at a time. Returns results by method and
+    temperature."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     results: dict[tuple[str, float], Result] = {}
     with Progress(*columns, console=console) as progress:
@@ -137,6 +139,7 @@ def main(
     requests: int = typer.Option(6, min=1, help="Concurrent requests."),
     max_tokens: int = typer.Option(96, min=1, help="Tokens to generate for each request."),
 ) -> None:
+    """Generate from the demo pair with plain vLLM, its chain and SpecHub trees, and compare."""
     start = time.monotonic()
     from vllm_spechub.trees.tree import TokenTree
 

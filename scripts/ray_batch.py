@@ -77,6 +77,7 @@ def main(
         dict, typer.Option(parser=json.loads, metavar="JSON", help="Further engine options.")
     ] = "{}",
 ) -> None:
+    """Answer a file of prompts with Ray Data and one spechub engine per replica."""
     import ray
     from ray.data.checkpoint import CheckpointConfig
     from ray.data.llm import build_processor
@@ -90,7 +91,7 @@ def main(
     ray.init(ignore_reinit_error=True)
     cpus = int(ray.cluster_resources().get("CPU", 0))
     if cpus < replicas + SPARE_CPUS:
-        # Ray Data would wait for them without any message.
+        # Ray Data would wait for more CPUs without any message.
         raise typer.BadParameter(
             f"--replicas {replicas} needs {replicas + SPARE_CPUS} CPUs (reading, checkpoint and "
             f"writing take {SPARE_CPUS}), but the cluster has {cpus}"

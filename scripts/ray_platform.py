@@ -5,7 +5,7 @@ from typing import Any
 
 
 def placement() -> dict[str, Any]:
-    """What an engine needs of Ray on whatever vLLM runs on here."""
+    """Ray's options for an engine, on the platform that vLLM runs on here."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():

@@ -16,7 +16,7 @@ from ray_platform import placement
 
 
 def app(model: str, name: str, replicas: int, engine: dict[str, Any]):
-    """The Ray Serve application: a router, and engines behind it."""
+    """The Ray Serve application: a router that passes requests on to the engines."""
     from ray.serve.llm import LLMConfig, build_openai_app
 
     config = LLMConfig(
@@ -42,6 +42,7 @@ def main(
         dict, typer.Option(parser=json.loads, metavar="JSON", help="Further engine options.")
     ] = "{}",
 ) -> None:
+    """Serve OpenAI's interface with Ray Serve and one spechub engine per replica."""
     from ray import serve
 
     serve.start(http_options={"host": host, "port": port})

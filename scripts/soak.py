@@ -44,8 +44,8 @@ ENGINE = {
     "kv_cache_memory_bytes": 64 << 20,
 }
 SMALL_CACHE = {"num_gpu_blocks_override": 16, "max_num_batched_tokens": 192}
-IN_FLIGHT = 24
-LONGEST = 24
+IN_FLIGHT = 24  # requests at the same time
+LONGEST = 24  # tokens of an answer, at most
 GREEDY = {
     "plain": {},
     "penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.3},
@@ -81,6 +81,8 @@ class Answer:
 
 @dataclass
 class Report:
+    """What happened to the requests."""
+
     requests: int = 0
     finished: Counter = field(default_factory=Counter)
     aborted: set = field(default_factory=set)
@@ -117,7 +119,7 @@ class Report:
 
 
 def resident_mib() -> float:
-    """Memory that this process uses, after the allocator has returned what is free."""
+    """The memory that this process uses, after the allocator has returned what is free."""
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -125,11 +127,13 @@ def resident_mib() -> float:
 
 
 def free_blocks(llm: "LLM") -> int:
+    """The number of free KV cache blocks."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     return scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
 
 def num_preemptions(llm: "LLM") -> int:
+    """The number of preemptions since the engine started."""
     return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
@@ -207,7 +211,7 @@ def greedy_reference(llm: "LLM", prompts: list[str]) -> dict[tuple[int, str], li
 
 
 def demo_prompts(rng: random.Random, count: int) -> list[str]:
-    """Pieces of Python code of one character and more. Some begin alike."""
+    """Pieces of Python code, one character long or longer. Some begin alike."""
     text = Path(__file__).read_text()
     starts = [rng.randrange(len(text) - 300) for _ in range(count // 2)]
     return [text[start : start + rng.randint(1, 240)] for start in starts for _ in range(2)]

@@ -384,28 +384,28 @@ VERSIONS = {
     "0.32.0": ("supported", "the whole test suite", "not run"),
     "0.33.0": ("refused at start-up", "not run", "not run"),
 }
-"""By vLLM version: its state, and what was run on the CPU and on CUDA."""
+"""By version of vLLM: its state, and what was run on the CPU and on CUDA."""
 
 TABLES = {"sampling parameters": SAMPLING_PARAMETERS, "features": FEATURES}
 
 
 def sampling_parameters() -> str:
-    """Every field of `SamplingParams`."""
+    """The table of all fields of `SamplingParams`."""
     return _rows(SAMPLING_PARAMETERS, "`{}`")
 
 
 def features() -> str:
-    """Features of engines and models."""
+    """The table of features of engines and models."""
     return _rows(FEATURES, "{}")
 
 
 def states() -> str:
-    """vLLM's versions and their state."""
+    """The table of vLLM's versions and their states."""
     return table(["vLLM", "state"], [[version, state] for version, (state, *_) in VERSIONS.items()])
 
 
 def versions() -> str:
-    """What was read and what was run of each version."""
+    """The table of what was read and what was run of each version."""
     rows = []
     for version, (state, *run) in VERSIONS.items():
         checks = [check for check in _checks() if check["vllm"] == version]
@@ -423,7 +423,7 @@ def versions() -> str:
 
 
 def differences(version: str) -> str:
-    """What differs in a version from the supported one: a line for each place."""
+    """The table of what differs in a version from the supported one, a line for each place."""
     lines = [
         [check["kind"], f"`{symbol}`", problem]
         for check in _checks()

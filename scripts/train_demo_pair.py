@@ -73,7 +73,7 @@ def read_corpus() -> tuple[list[str], list[str]]:
 
 
 def held_out_prompts(texts: list[str], count: int = 12) -> list[dict]:
-    """Openings of held-out functions and classes, in Spec-Bench's prompt format."""
+    """The first lines of held-out functions and classes, in Spec-Bench's prompt format."""
     openings = []
     for text in texts:
         lines = text.split("\n")
@@ -90,6 +90,7 @@ def held_out_prompts(texts: list[str], count: int = 12) -> list[dict]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -115,6 +116,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
 
 
 def build(name: str, vocab_size: int, eos: int) -> LlamaForCausalLM:
+    """Make a model of `MODELS` with random weights."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         head_dim=HEAD_SIZE,
@@ -188,6 +190,7 @@ def evaluate(target, draft, stream: torch.Tensor, max_windows: int = 200) -> dic
 
 
 def save(model, tokenizer, folder: Path) -> None:
+    """Write a model and its tokenizer into a folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -199,6 +202,7 @@ def main(
     vocab_size: int = typer.Option(2048, min=512, help="Tokens of the tokenizer."),
     seed: int = typer.Option(0, help="The same seed gives the same models."),
 ) -> None:
+    """Train a small target and a smaller draft on the Python standard library."""
     with one_line_errors(console):
         check_output_folder("--out", out)
     start = time.monotonic()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/verification.md, from the CSV files in docs/verification/."""
+"""The tables of docs/verification.md, made from the files in docs/verification/."""
 
 import csv
 import json
@@ -29,21 +29,22 @@ PAIRS = (
 
 
 def cell(value: float, ci: float, sign: str = "") -> str:
+    """A mean with the half width of its confidence interval."""
     return f"{value:{sign}.3f} ± {ci:.3f}"
 
 
 def study() -> dict:
-    """Settings and acceptance rates of the recorded run."""
+    """The settings and acceptance rates of the recorded run."""
     return json.loads((FIGURES / STUDY_JSON).read_text(encoding="utf-8"))
 
 
 def measured() -> list[Row]:
-    """The recorded run's tokens per step."""
+    """The tokens per step of the recorded run."""
     return read_csv(Row, FIGURES / ROWS_CSV)
 
 
 def lengths(kind: str) -> str:
-    """Tokens per step of one kind of shape: a column for each rule."""
+    """The table of tokens per step for one kind of shape, a column for each rule."""
     rows = measured()
     rules = list(dict.fromkeys(row.rule for row in rows))
     lines = []
@@ -57,7 +58,7 @@ def lengths(kind: str) -> str:
 
 
 def differences() -> str:
-    """Differences at equal roots and noise: a line for each setting, a column for each pair."""
+    """The table of differences at equal roots and noise, a column for each pair of rules."""
     found = read_csv(Difference, FIGURES / DIFFERENCES_CSV)
     cells = {(d.temperature, d.budget, d.kind, d.rule, d.baseline): d for d in found}
     lines = []
@@ -72,7 +73,7 @@ def differences() -> str:
 
 
 def slots() -> str:
-    """Acceptance by slot, and in all, of nodes with 1 to 4 children."""
+    """The table of acceptance by slot, and in total, of nodes with 1 to 4 children."""
     rates = study()["rates"]
     lines = []
     for temperature in next(iter(rates.values())):
@@ -87,7 +88,7 @@ def slots() -> str:
 
 
 def shapes() -> str:
-    """The best trees of 15 nodes under the lowest cap of their depth."""
+    """The table of the best trees of 14 drafted nodes, of at most the study's first depth."""
     kind = best_kind(study()["settings"]["depth"][0])
     lines = [
         [f"{row.temperature:g}", row.rule, f"`{list(row.tree)}`", str(TokenTree(row.tree).depth)]
@@ -98,7 +99,7 @@ def shapes() -> str:
 
 
 def optimum() -> str:
-    """Acceptance at one node beside the most that any verification could accept."""
+    """The table of acceptance at one node, beside the most that any rule could accept."""
     lines = [
         [
             f"{y.temperature:g}",
@@ -113,7 +114,7 @@ def optimum() -> str:
 
 
 def paper() -> str:
-    """Published figures and the demo pair's, on complete binary trees."""
+    """The table of published figures beside the demo pair's, on complete binary trees."""
     with (FIGURES / "paper.csv").open(newline="", encoding="utf-8") as file:
         published = list(csv.DictReader(file))
     columns = list(dict.fromkeys((r["target"], r["draft"], r["dataset"]) for r in published))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's sources, read with griffe from a wheel or a folder; nothing is installed or imported.
 
-griffe's own loader reads all of a package, a minute for vLLM. This reads a module when a name
-leads to it, about a hundred of 3000.
+griffe's own loader reads a whole package, which takes a minute for vLLM. This one only reads the
+modules that names lead to, about a hundred of 3000.
 """
 
 import ast
@@ -29,9 +29,9 @@ class VllmSource:
         self._module, self._assigned = cache(self._visit), cache(self._names_assigned)
 
     def find(self, path: str) -> griffe.Object | None:
-        """What a dotted path names, through imports and base classes, None if nothing.
+        """Find what a dotted path names, through imports and base classes; None if nothing.
 
-        A name that vLLM imports from elsewhere gives its alias: what it stands for is not vLLM's.
+        For a name that vLLM imports from another package, this is the alias.
         """
         parts = path.split(".")
         for end in range(len(parts), 0, -1):
@@ -65,7 +65,7 @@ class VllmSource:
                 if member.is_alias and member.target_path.startswith(f"{PACKAGE}."):
                     return self.find(member.target_path)
                 return member
-        for holder in holders:  # griffe lists what `__init__` assigns, other methods assign too
+        for holder in holders:  # griffe lists what `__init__` assigns, but not what others assign
             if isinstance(holder, griffe.Class) and name in self._assigned(holder):
                 return griffe.Attribute(name, parent=holder)
         return None
@@ -98,7 +98,7 @@ class VllmSource:
 
 
 def _reader(where: Path) -> Callable[[str], str | None]:
-    """Text of a file such as "vllm/config/vllm.py", None if there is no such file."""
+    """A function that reads a file such as "vllm/config/vllm.py"; None if there is no such file."""
     if where.is_dir():
         return lambda name: (where / name).read_text() if (where / name).is_file() else None
     archive = zipfile.ZipFile(where)

@@ -55,10 +55,11 @@ PRIVATE = {
     "_v_scale": "vllm.v1.attention.backend.AttentionLayer",
     "_v_scale_float": "vllm.v1.attention.backend.AttentionLayer",
 }
-"""Whose the private attributes are that we use of objects other than `self`."""
+"""The class that owns each private attribute that we use of objects other than `self`; "" if it is
+not vLLM's."""
 
 Facts = dict[str, dict[str, str]]
-"""By kind and dotted name: what it looks like."""
+"""What vLLM's symbols look like, by kind and dotted name."""
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Sources:
         }
 
     def imports(self, module: str) -> dict[str, str]:
-        """What each imported name of a module stands for."""
+        """The dotted path that each imported name of a module stands for."""
         found = {}
         for node in ast.walk(self.trees[module]):
             if isinstance(node, ast.Import):
@@ -97,7 +98,7 @@ class Sources:
         return found
 
     def names(self) -> Iterator[str]:
-        """Names of vLLM that are imported or spelled out, and attributes looked up on those."""
+        """Yield vLLM's names that are imported or spelled out, and attributes looked up on them."""
         for module, tree in self.trees.items():
             imports = {k: v for k, v in self.imports(module).items() if _of_vllm(v)}
             for node in ast.walk(tree):
@@ -129,7 +130,7 @@ class Sources:
         return found
 
     def ancestry(self, name: str) -> tuple[list[OurClass], list[str]]:
-        """Classes of ours that a class consists of, and the bases that are vLLM's."""
+        """The class itself with its bases of ours, and the bases that are vLLM's."""
         one = self.classes[name]
         ours, theirs = [one], []
         for base in one.bases:
@@ -141,7 +142,7 @@ class Sources:
         return ours, theirs
 
     def private(self) -> set[str]:
-        """Private attributes of objects that no class of ours has."""
+        """The private attributes that our code uses but no class of ours has."""
         used, ours = set(), set()
         for tree in self.trees.values():
             for node in ast.walk(tree):
@@ -157,10 +158,10 @@ class Sources:
 
 
 def facts(source: VllmSource, ours: Sources | None = None) -> Facts:
-    """Everything that is relied on, as it looks in the supported version's sources.
+    """Describe everything that we rely on, as it looks in the supported version's sources.
 
     Raises:
-        LookupError: something that is used is not there.
+        LookupError: something that we rely on is not there.
     """
     ours = ours or Sources()
     symbols: dict[str, set[str]] = defaultdict(set)
@@ -200,14 +201,14 @@ def facts(source: VllmSource, ours: Sources | None = None) -> Facts:
 
 
 def look(source: VllmSource, kind: str, symbols: list[str]) -> dict[str, str]:
-    """What each symbol looks like in a version, "" if it is gone."""
+    """Describe what each symbol looks like in a version; "" if it is gone."""
     found = {symbol: source.find(symbol) for symbol in symbols}
     describe = (lambda one: body(source, one)) if kind == "bodies" else looks_like
     return {symbol: describe(one) if one is not None else "" for symbol, one in found.items()}
 
 
 def looks_like(found: griffe.Object) -> str:
-    """A line to compare: parameters of a function, else what kind of thing it is."""
+    """Describe a symbol in a line: a function's parameters, or else what kind of thing it is."""
     if found.is_alias:
         return f"is {found.target_path}"
     if not found.is_function:
@@ -216,9 +217,9 @@ def looks_like(found: griffe.Object) -> str:
 
 
 def body(source: VllmSource, found: griffe.Object) -> str:
-    """A digest of a body without documentation and comments, and the errors that it raises.
+    """Describe a body: a digest without documentation and comments, and the errors that it raises.
 
-    Taken from the lines and not from the syntax tree, which Python's versions write differently.
+    The digest is of the lines, not of the syntax tree, whose text depends on Python's version.
     """
     text = source.text_of(found)
     node = ast.parse(text).body[0]
@@ -233,7 +234,7 @@ def body(source: VllmSource, found: griffe.Object) -> str:
 
 
 def compare(source: VllmSource, expected: Mapping[str, Mapping[str, str]]) -> Facts:
-    """What differs in a version, by kind and symbol; "" where nothing does."""
+    """Describe what differs in a version, by kind and symbol; "" where nothing does."""
     return {
         kind: {
             symbol: _difference(kind, expected[kind][symbol], found)
@@ -244,7 +245,7 @@ def compare(source: VllmSource, expected: Mapping[str, Mapping[str, str]]) -> Fa
 
 
 def stand_in_problems(kernels: Mapping[str, str]) -> dict[str, str]:
-    """Which stand-ins cannot take their kernel's arguments.
+    """Find the stand-ins that cannot take their kernel's arguments. Returns the errors by kernel.
 
     Args:
         kernels: kernels as `looks_like` describes them, by name.
@@ -260,11 +261,12 @@ def stand_in_problems(kernels: Mapping[str, str]) -> dict[str, str]:
 
 
 def stored() -> Facts:
-    """What is expected: the supported version's."""
+    """Read what is expected: how everything looks in the supported version."""
     return json.loads(SIGNATURES.read_text(encoding="utf-8"))
 
 
 def store(found: Facts) -> None:
+    """Write what is expected from now on."""
     SIGNATURES.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

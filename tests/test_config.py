@@ -129,7 +129,10 @@ def test_survives_pickling_into_a_fresh_process():
     [
         ({"model": None}, "speculative_config['model'] is missing"),
         ({"model": "/nowhere/draft"}, "there is no folder '/nowhere/draft'"),
-        ({"tree": "oak:3"}, "speculative_config['tree']: 'oak:3' is none of: binary:DEPTH"),
+        (
+            {"tree": "oak:3"},
+            "speculative_config['tree']: 'oak:3' is not a tree, allowed: binary:DEPTH",
+        ),
         ({"tree": [0, 2]}, "speculative_config['tree']: parents[1] = 2"),
         (
             {"tree": "chain:2", "tree_by_batch_size": [[1, None, "chain:2"]]},
@@ -166,7 +169,7 @@ def test_survives_pickling_into_a_fresh_process():
         ({"proposer": "oracle"}, "speculative_config['proposer'] is 'oracle', allowed: draft_mo"),
         (
             {"use_heterogeneous_vocab": True},
-            "'spechub': draft and target need one vocabulary. Allow",
+            "'spechub': draft and target must share one vocabulary. Allow",
         ),
         ({"num_speculative_tokens": 3}, "speculative_config['num_speculative_tokens'] is not an"),
         ({"branching": 3}, "speculative_config['branching'] is not an option of method 'spechub'"),
@@ -176,8 +179,11 @@ def test_survives_pickling_into_a_fresh_process():
         ({"model": 3}, "speculative_config['model'] is 3, allowed: a folder or a Hugging Face id"),
         ({"model": None, "tree_by_batch_size": "auto"}, "speculative_config['model'] is missing"),
         ({"model": 3, "tree_by_batch_size": "auto"}, "speculative_config['model'] is 3"),
-        ({"tree": None}, "speculative_config['tree']: None is none of: binary:DEPTH"),
-        ({"tree": {"binary": 3}}, "speculative_config['tree']: {'binary': 3} is none of: binary"),
+        ({"tree": None}, "speculative_config['tree']: None is not a tree, allowed: binary:DEPTH"),
+        (
+            {"tree": {"binary": 3}},
+            "speculative_config['tree']: {'binary': 3} is not a tree, allowed: binary",
+        ),
         ({"verification": ["chain"]}, "speculative_config['verification'] is ['chain'], allowed:"),
         ({"proposer": {}}, "speculative_config['proposer'] is {}, allowed: draft_model"),
         ({"proposer": None}, "speculative_config['proposer'] is None, allowed: draft_model"),

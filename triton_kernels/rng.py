@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counter-based random numbers: a hash of (seed, root position, node, purpose, element).
 
-No state: every rank and every replay of a step draws the same numbers, and no two draws share
-noise. `rng_device.py` holds the same functions for Triton kernels, equal bit by bit. The mixing
-steps are MurmurHash3's (32 bits). Here they run on int32 tensors: two's-complement products, sums
-and left shifts have the bits of the unsigned ones; only right shifts need a mask.
+There is no state: every rank and every replay of a step draws the same numbers, and no two draws
+share noise. `rng_device.py` holds the same functions for Triton kernels; hashes and uniforms are
+equal bit by bit. The mixing steps are those of MurmurHash3 (32 bits). Here they run on int32
+tensors: two's-complement products, sums and left shifts have the same bits as the unsigned ones,
+and only right shifts need a mask.
 """
 
 from functools import lru_cache
 
 import torch
 
-# What a number is for. The purposes of one node never share noise: verification is only lossless
-# when its draws are independent of the draft's.
+# The purposes that a number may have. They never share noise: verification is only lossless if its
+# draws are independent of the draft's.
 CHILD = 0  # which off-hub token is drafted
 ACCEPT = 2  # whether verification accepts a node
 RESIDUAL = 3  # which token is emitted at the path's end
@@ -24,9 +25,10 @@ MIX_ADD = 0xE6546B64
 FINAL_FIRST = 0x85EBCA6B
 FINAL_SECOND = 0xC2B2AE35
 
-# A draw from a row first takes a lane in proportion to its mass, then one of the lane's tokens, by
-# a race each: token i is in lane i % LANES. So a row costs LANES random numbers and a few, not one
-# for each of its tokens, which would cost more than to read them.
+# A row's tokens are divided into lanes: token i is in lane i % LANES. A draw first takes a lane in
+# proportion to its mass, then one of the lane's tokens, both by the least `exponential / weight`.
+# So a row costs LANES random numbers and a few more. One for each token would cost more time than
+# reading the row.
 LANES = 2048
 # The elements of a node's next draw begin this much further on.
 DRAW_STRIDE = 1 << 16
@@ -101,7 +103,7 @@ def element_hash(
     size: int,
     first: int = 0,
 ) -> torch.Tensor:
-    """int32 [..., size]: one hash for each element from `first` on under `key` (int32 [...])."""
+    """Hash `size` elements from `first` on under each key (int32). Returns int32 [..., size]."""
     elements = _scrambled_range(first, size, key.device)
     return _finalize(_mix(key.unsqueeze(-1), elements))
 
@@ -110,9 +112,9 @@ def uniform(
     # [...]
     bits: torch.Tensor,
 ) -> torch.Tensor:
-    """float32 in (0, 1) from 32 hash bits: (bits + 1/2) / 2^32, correctly rounded.
+    """Turn 32 hash bits into a uniform float32 in (0, 1): (bits + 1/2) / 2^32, correctly rounded.
 
-    Near 0 all 32 bits survive, which 24-bit uniforms lose; near 1 the result is clamped.
+    Near 0 the result keeps all 32 bits, which 24-bit uniforms lose; near 1 it is clamped.
     """
     high = _shift_right(bits, 16).to(torch.float32)
     low = (bits & 0xFFFF).to(torch.float32)
@@ -124,8 +126,9 @@ def exponential(
     # [...]
     bits: torch.Tensor,
 ) -> torch.Tensor:
-    """float32 in (0, 17): a standard exponential variate from 32 hash bits.
+    """Turn 32 hash bits into a standard exponential variate, float32 in (0, 17).
 
+    Where 1 - u would round, a series of -log(1 - u) takes its place.
     The token with the least `exponential / weight` is a draw from the weights. Small variates carry
     full relative precision, so improbable tokens are drawn as often as they should be.
     """
@@ -138,10 +141,10 @@ def exponential(
 def lanes(
     # [num_rows, vocab_size]
     row: torch.Tensor,
-    # what stands in lanes that have one token less
+    # fills up lanes that have one token less
     filler: float,
 ) -> torch.Tensor:
-    """[num_rows, tokens of a lane, lanes]; lanes without any token are left out."""
+    """Divide rows into lanes. Returns [num_rows, tokens per lane, lanes], without empty lanes."""
     num_lanes = min(LANES, row.shape[1])
     missing = -row.shape[1] % num_lanes
     row = torch.nn.functional.pad(row, (0, missing), value=filler)
@@ -155,7 +158,8 @@ def draw(
     key: torch.Tensor,
     number: int = 0,
 ) -> torch.Tensor:
-    """int64 [num_rows]: a token in proportion to its weight, 0 where none has any.
+    """Draw a token of each row in proportion to its weight. Returns int64 [num_rows], 0 for a row
+    without any weight.
 
     Args:
         weights: float32.

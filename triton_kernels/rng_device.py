@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rng.py` as device functions for Triton kernels: the same bits from the same arguments."""
+"""`rng.py` as device functions for Triton kernels: equal arguments give equal hash bits."""
 
 import triton
 import triton.language as tl
@@ -46,7 +46,7 @@ def _finalize(state):
 
 @triton.jit
 def row_key(seed, position, node, purpose: tl.constexpr):
-    """uint32 scalar from int64 scalars and the node id."""
+    """`rng.row_key` of scalars: int64 seed and position, and the node's number. Returns uint32."""
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
     state = _mix(low ^ low, low)
     state = _mix(state, ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32))
@@ -56,14 +56,14 @@ def row_key(seed, position, node, purpose: tl.constexpr):
 
 @triton.jit
 def element_hash(key, index):
-    """uint32 of `index`'s shape (int32, not negative)."""
+    """`rng.element_hash` of the elements `index` (int32, not negative). Returns uint32."""
     return _finalize(_mix(key, index.to(tl.uint32)))
 
 
 @triton.jit
 def uniform(bits):
-    """float32 in (0, 1)."""
-    # Halves convert exactly, also where no instruction converts unsigned integers.
+    """`rng.uniform` of uint32 bits."""
+    # Halves of the bits convert exactly, even without an instruction for unsigned integers.
     high = (bits >> 16).to(tl.int32).to(tl.float32)
     low = (bits & 0xFFFF).to(tl.int32).to(tl.float32)
     return tl.minimum(high * 2.0**-16 + (low + 0.5) * 2.0**-32, _BELOW_ONE)
@@ -73,23 +73,23 @@ if triton.knobs.runtime.interpret:
 
     @triton.jit
     def fast_log(value):
-        """The interpreter has no external functions."""
+        """The natural logarithm, for Triton's interpreter, which has no external functions."""
         return tl.log(value)
 
 else:
 
     @triton.jit
     def fast_log(value):
-        """The processor's own base-2 logarithm, scaled: 2 instructions where `tl.log` takes 20.
+        """The natural logarithm from the GPU's own base-2 logarithm: 2 instructions, not 20.
 
-        Near 1 its absolute error is 2e-7, elsewhere it has a relative one of 2e-7.
+        Its absolute error near 1 is 2e-7; elsewhere its relative error is 2e-7.
         """
         return libdevice.fast_logf(value)
 
 
 @triton.jit
 def exponential(bits):
-    """Standard exponential variate, float32, to 3e-6 of `rng.exponential`."""
+    """`rng.exponential` of uint32 bits, with a relative error of at most 3e-6."""
     u = uniform(bits)
     tail = 0.25 + u * (1.0 / 5.0 + u * (1.0 / 6.0 + u * (1.0 / 7.0)))
     series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * tail)))

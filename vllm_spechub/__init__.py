@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vllm-spechub: lossless speculative decoding with draft trees, for vLLM and without it.
 
-vLLM finds the plugin by its entry point. The names here need torch and no vLLM.
+vLLM finds the plugin by its entry point. What this module exports needs torch but not vLLM.
 """
 
 from vllm_spechub.offline.draft_and_verify import DraftTree, draft_tree, verify_tree

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-spechub`: choose a verification rule and a tree for a pair of models.
 
-Every command checks at the start what it needs until the end, and imports the rest of the package
-only when it runs, so that `--help` stays fast.
+Every command first checks everything that it will need. It imports most of the package only when it
+runs, so that `--help` stays fast.
 """
 
 import io
@@ -486,7 +486,7 @@ def _settings(
 
 
 def _rounded(rates: "Mapping[str, Mapping[Variant, Rates]]") -> dict[str, Any]:
-    """Rates by temperature and rule as a JSON file has them: by rule, temperature and children."""
+    """Convert rates by temperature and rule for a JSON file: by rule, temperature, children."""
     by_rule: dict[str, Any] = {}
     for temperature, by_variant in rates.items():
         for variant, by_slot in by_variant.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`SpecHubConfig`: what `--speculative-config` accepts.
+"""`SpecHubConfig`, and the options of `--speculative-config` that it is built from.
 
 Nothing here loads weights: every refusal is raised while vLLM is still building its configuration.
 """
@@ -32,13 +32,14 @@ HINTS = {
     "num_speculative_tokens": (
         " (--spec-tokens): with spechub the tree says how many tokens are drafted"
     ),
-    "use_heterogeneous_vocab": ": draft and target need one vocabulary",
+    "use_heterogeneous_vocab": ": draft and target must share one vocabulary",
 }
-"""What to say about options of vLLM's that users may expect here."""
+"""What the error adds for options of vLLM that users may expect to work here."""
 
 
 class Options(BaseModel):
-    """The keys of the JSON form. vLLM's other speculative options belong to its own methods."""
+    """The keys that a spechub `--speculative-config` may have. vLLM's other speculative options
+    belong to its own methods."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -57,10 +58,10 @@ class Options(BaseModel):
     sharpening: float = Field(
         1.0, strict=True, gt=0, allow_inf_nan=False, description="a finite number above 0"
     )
-    """The exponent that sharpens the draft's distribution for the children that SpecHub samples."""
+    """The power to which the draft's distribution is raised where a rule samples a child."""
     proposer: str = "draft_model"
     """The name of the proposer, which drafts the trees."""
-    # from here on as in vLLM's configuration, which takes them as they are
+    # The options below are vLLM's own, and are passed on to it unchanged.
     kv_cache_dtype: CacheDType | None = None
     draft_tensor_parallel_size: int | None = Field(
         None, strict=True, ge=1, description="a whole number from 1"
@@ -82,7 +83,7 @@ class Options(BaseModel):
     @field_validator("tree", mode="before")
     @classmethod
     def _parse_tree(cls, spec: Any, info: ValidationInfo) -> TokenTree:
-        # an unknown rule is reported as such, before this
+        # An unknown rule has already failed its own check, and its error is the one reported.
         return parse_tree(spec, info.data.get("verification", DEFAULT_RULE))
 
     @field_validator("tree_by_batch_size", mode="before")
@@ -111,7 +112,7 @@ class SpecHubConfig(SpeculativeConfig):
     verification: str
     """The name of the verification rule."""
     sharpening: float
-    """The exponent that sharpens the draft's distribution for the children that SpecHub samples."""
+    """The power to which the draft's distribution is raised where a rule samples a child."""
     proposer: str
     """The name of the proposer, which drafts the trees."""
     proposer_options: dict[str, Any] = field(default_factory=dict)
@@ -123,7 +124,7 @@ class SpecHubConfig(SpeculativeConfig):
         return self.schedule.trees[0]
 
     def verify_equal_vocab_size_if_draft_model(self) -> None:
-        """Does nothing: the proposer checks vocabularies, and allows for padding."""
+        """Do nothing: the proposer compares vocabularies, and lets them differ by padding."""
 
     def __repr__(self) -> str:
         return (
@@ -142,7 +143,7 @@ def spechub_config(vllm_config: "VllmConfig") -> SpecHubConfig:
     """The speculative configuration of an engine for which `is_spechub` holds.
 
     Raises:
-        TypeError: it does not hold.
+        TypeError: the engine has another speculative configuration, or none.
     """
     config = vllm_config.speculative_config
     if not isinstance(config, SpecHubConfig):
@@ -157,11 +158,16 @@ def create_config(
 ) -> SpecHubConfig:
     """Build the configuration from the user's options.
 
+    Args:
+        options: keys and values of `--speculative-config`.
+        target_model_config: of the target.
+        target_parallel_config: of the target.
+
     Raises:
         ValueError: one line that names the key and what is allowed.
     """
     declared = _declared_by_proposer(options)
-    given = _check(options, declared)
+    given = _validate(options, declared)
     proposer = PROPOSERS.load(given.proposer)
     proposer.check_options(options, target_model_config)
     schedule = _schedule(given, target_model_config)
@@ -206,7 +212,8 @@ def _declared_by_proposer(options: dict[str, Any]) -> list[str]:
     return sorted(PROPOSERS.load(name).options) if name in PROPOSERS else []
 
 
-def _check(options: dict[str, Any], declared: Collection[str]) -> Options:
+def _validate(options: dict[str, Any], declared: Collection[str]) -> Options:
+    """Check the common options, leaving out the keys that the proposer declares itself."""
     try:
         given = Options.model_validate({k: v for k, v in options.items() if k not in declared})
     except ValidationError as error:
@@ -228,6 +235,7 @@ def _check(options: dict[str, Any], declared: Collection[str]) -> Options:
 
 
 def _describe(where: tuple[int | str, ...]) -> tuple[str, str | None]:
+    """What `one_line` asks about the option at a place."""
     option = Options.model_fields.get(str(where[0])) if where else None
     name = "speculative_config" + "".join(f"[{part!r}]" for part in where)
     return name, option.description if option else None

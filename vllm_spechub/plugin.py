@@ -7,17 +7,17 @@ logger = logging.getLogger("vllm.spechub")
 
 
 def register() -> None:
-    """Patch vLLM for spechub configurations; harmless when called again.
+    """Patch vLLM so that it accepts spechub configurations. Calling it again changes nothing.
 
-    With another vLLM than the supported one nothing changes for other users: the error is kept
-    for whoever asks for spechub.
+    If the installed vLLM is not the supported version, this logs a warning and leaves vLLM as it
+    is, except that a configuration that asks for spechub fails with the reason.
     """
     from vllm_spechub.integration import patches
     from vllm_spechub.integration.patch import PatchMismatch, apply_all
     from vllm_spechub.integration.patches import frontend
 
     try:
-        # A worker's own patches are checked there: its modules are costly to import.
+        # A worker checks and applies its own patches, since the modules they touch import slowly.
         apply_all(patches.EVERYWHERE)
     except PatchMismatch as mismatch:
         logger.warning("%s; spechub is switched off", mismatch)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registries of classes by name, resolved on first use so that names cost no imports."""
+"""Registries of verification rules and proposers by name. A name is known without importing its
+class, which is imported when it is loaded."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -43,10 +44,10 @@ class Registry:
         return entries
 
     def load(self, name: str) -> type[Any]:
-        """The class with that name, imported now.
+        """Import and return the class with that name.
 
         Raises:
-            ValueError: no such name.
+            ValueError: no class has that name; the message lists the names.
         """
         if name not in self._entries:
             raise ValueError(f"no {self._kind} {name!r}, allowed: {', '.join(self)}")

@@ -99,7 +99,7 @@ class Step:
 
     @property
     def views(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [num_blocks, block_size, num_kv_heads, head_size]"""
+        """Views of the keys and values, [num_blocks, block_size, num_kv_heads, head_size] each."""
         if self.cache.is_cuda:
             from vllm_spechub.attention.triton_backend import cache_views
         else:
@@ -114,7 +114,7 @@ def on_gpu(step: Step):
     keys, values = step.views
     unread = torch.empty_like(step.output)
     one = torch.ones(step.batch, keys.shape[2], device=keys.device)
-    # what vLLM's kernels are given of a chain of as many tokens
+    # vLLM's kernels get a chain of as many tokens.
     chain = {
         "q": step.query,
         "k": keys,

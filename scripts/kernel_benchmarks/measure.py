@@ -20,8 +20,8 @@ TREES = {
     7: (0, 0, 1, 1, 2, 2, 3),
     **{2**d - 2: tuple(i // 2 for i in range(2**d - 2)) for d in (4, 5, 6)},
 }
-"""Parents by the number of drafted nodes: complete binary trees, except for 7, which is one of 6
-with another node."""
+"""Parents by the number of drafted nodes: complete binary trees, except for the tree of 7, which is
+the complete one of 6 with another node."""
 
 
 @dataclass
@@ -57,8 +57,8 @@ def grid(**axes: tuple) -> list[dict[str, Any]]:
 def seconds(
     run: Callable[[], object], device: torch.device, mode: Literal["median", "min"] = "median"
 ) -> float:
-    """The median or least time of several runs, after one to compile; on a GPU with a cold L2
-    cache."""
+    """The median or the least time of several runs in seconds, after one run to compile; on a GPU
+    with a cold L2 cache."""
     run()
     if device.type == "cuda":
         from triton.testing import do_bench

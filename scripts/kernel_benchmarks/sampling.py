@@ -17,7 +17,7 @@ POSITION = 1000  # of every root
 
 
 def prepare_platform(device: torch.device) -> None:
-    """On the CPU, what the engine's worker does before it imports a kernel."""
+    """Prepare the process as an engine's worker does before it imports a kernel."""
     if device.type == "cpu":
         import vllm.v1.worker.cpu.shm  # noqa: F401
 
@@ -27,7 +27,7 @@ def prepare_platform(device: torch.device) -> None:
 
 
 def draft_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Logits whose probabilities fall with the rank to the power 1.5, as a text's roughly do."""
+    """Random logits whose probabilities fall with the rank to the power 1.5, much as in texts."""
     rows = torch.empty(shape, dtype=dtype, device=device)
     for row in rows.view(-1, shape[-1]).split(64):
         row.copy_(torch.empty(row.shape, device=device).exponential_().mul_(1.5))
@@ -35,7 +35,7 @@ def draft_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def disturb(rows: torch.Tensor) -> torch.Tensor:
-    """Add what makes a target out of a draft, in place."""
+    """Add noise to a draft's rows, in place, to make a target's rows of them."""
     for row in rows.view(-1, rows.shape[-1]).split(64):
         row.add_(torch.randn(row.shape, device=row.device).mul_(0.5))
     return rows
@@ -44,7 +44,7 @@ def disturb(rows: torch.Tensor) -> torch.Tensor:
 class Requests:
     """A decode step of `batch` requests, each with a tree or a chain of `tree.num_nodes` drafts.
 
-    Made of vLLM's own sampler and batch, so that sampling parameters take the engine's path.
+    It consists of vLLM's own sampler and batch, so that sampling parameters work as in an engine.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Requests:
 
     @property
     def drafting(self) -> arguments.Requests:
-        """What the kernels must know of the requests."""
+        """What the kernels must know about the requests."""
         return arguments.Requests(
             self.batch.idx_mapping, self.root_positions, self.temperature, self.seeds
         )
@@ -149,7 +149,8 @@ class Requests:
         return state
 
     def target_rows(self, state: DraftState, dtype: torch.dtype) -> torch.Tensor:
-        """[batch * (1 + num_nodes), vocab]: rows like the draft's of the same node."""
+        """The target's rows, similar to the draft's of the same node. [batch * (1 + num_nodes),
+        vocab]"""
         shape = (self.batch.num_reqs, 1 + self.tree.num_nodes, self.vocab)
         rows = draft_rows(shape, dtype, self.device)
         for internal, node in enumerate(self.tree.internal_nodes):

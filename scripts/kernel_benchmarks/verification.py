@@ -89,7 +89,7 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
 
 
 def _chain(requests: Requests, logits: torch.Tensor):
-    """vLLM's verification of as many tokens, drawn from rows like the target's."""
+    """A function that runs vLLM's verification of as many tokens, drawn from similar rows."""
     from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
     from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
     from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (

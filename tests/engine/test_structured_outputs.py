@@ -43,7 +43,7 @@ def mixed():
     """A request with a grammar after every ordinary one. -> (prompts, parameters)"""
     prompts = [prompt for prompt in PROMPTS for _ in range(2)]
     params = [p for c in CONSTRAINTS for p in (greedy_params(), constrained(c))]
-    # goes on behind the end of its grammar, where nothing is forbidden any more
+    # goes on after the end of its grammar, where nothing is forbidden any more
     params[3] = constrained(CONSTRAINTS[1], ignore_eos=True)
     return prompts, params
 
@@ -160,14 +160,14 @@ def test_prefixes_follow_the_masked_target(tree, verification, backend):
     regex = {"regex": r"[a-z_. ()\[\]]{9}"}
     oracle = Oracle(backend, regex, stop=())
 
-    def law(prompt, prefixes, params):
+    def masked_distribution(prompt, prefixes, params):
         mask = torch.full((len(prefixes), len(TOKENIZER)), -torch.inf, dtype=torch.double)
         for row, prefix in zip(mask, prefixes, strict=True):
             row[allowed(oracle(prefix))] = 0
         return (next_token(prompt, prefixes, params).log() + mask).softmax(-1)
 
-    plain_law = next_token(prompt, [()], SamplingParams(temperature=1.0))
-    assert plain_law[0, allowed(oracle([]))].sum() < 0.6  # much is forbidden
+    unmasked = next_token(prompt, [()], SamplingParams(temperature=1.0))
+    assert unmasked[0, allowed(oracle([]))].sum() < 0.6  # much is forbidden
     structured = StructuredOutputsParams(**regex)
     params = SamplingParams(n=SAMPLES // 2, max_tokens=LENGTHS[-1], structured_outputs=structured)
     options = with_grammars(backend, max_num_seqs=128, max_num_batched_tokens=4096)
@@ -175,7 +175,7 @@ def test_prefixes_follow_the_masked_target(tree, verification, backend):
         output = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0]
         metrics = spec_metrics(llm)
     assert metrics["num_accepted_tokens"] > 0.1 * SAMPLES
-    assert_prefixes_follow(output, prompt, params, law)
+    assert_prefixes_follow(output, prompt, params, masked_distribution)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -48,7 +48,7 @@ class Resources:
 
 
 class Compiler:
-    """Callable handle to the worker process, which starts at the first compilation."""
+    """A callable that compiles kernels in a worker process, which starts at the first call."""
 
     def __init__(self) -> None:
         self._worker: subprocess.Popen | None = None
@@ -67,10 +67,10 @@ class Compiler:
 
         Args:
             kernel: the function as imported, interpreted or not.
-            signature: type of each run-time argument, such as "*fp32", "i32" or "fp32";
-                "i32:16" for one that the launcher will see to be a multiple of 16.
-                A list stands for a Triton tuple.
-            constexprs: value of each constexpr argument.
+            signature: the type of each run-time argument, such as "*fp32", "i32" or "fp32";
+                "i32:16" for one that the launcher finds to be a multiple of 16. A list stands for a
+                Triton tuple.
+            constexprs: the value of each constexpr argument.
             capability: compute capability without the dot: 80, 90 or 100.
 
         Raises:

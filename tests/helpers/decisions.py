@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker extension for tests: what every rank's sampler decided, step by step."""
+"""A worker extension for tests, which records what every rank's sampler decided, step by step."""
 
 
 class DecisionRecorder:

@@ -25,12 +25,12 @@ def next_token(prompt: list[int], prefixes: list, params: SamplingParams) -> tor
 
 
 def likely_prefixes(
-    prompt: list[int], params: SamplingParams, length: int, floor: float, law=next_token
+    prompt: list[int], params: SamplingParams, length: int, floor: float, distribution=next_token
 ) -> dict[tuple[int, ...], float]:
-    """Every prefix of that many tokens whose probability is above the floor."""
+    """Every prefix of `length` tokens that is more probable than `floor`, with its probability."""
     prefixes = {(): 1.0}
     for _ in range(length):
-        probs = law(prompt, list(prefixes), params)
+        probs = distribution(prompt, list(prefixes), params)
         longer = {}
         for (prefix, mass), row in zip(prefixes.items(), probs, strict=True):
             joint = row * mass
@@ -41,12 +41,12 @@ def likely_prefixes(
 
 
 def assert_prefixes_follow(
-    output, prompt: list[int], params: SamplingParams, law=next_token
+    output, prompt: list[int], params: SamplingParams, distribution=next_token
 ) -> None:
-    """Chi-square of the emitted prefixes of every length against the target's own law."""
+    """Compare emitted prefixes of every length with the target's distribution, by chi-square."""
     params, samples = resolved(params), len(output.outputs)
     for length in LENGTHS:
-        expected = likely_prefixes(prompt, params, length, 10 / samples, law)
+        expected = likely_prefixes(prompt, params, length, 10 / samples, distribution)
         counts = Counter(tuple(sample.token_ids[:length]) for sample in output.outputs)
         observed = [counts[prefix] for prefix in expected]
         wanted = [mass * samples for mass in expected.values()]

@@ -12,7 +12,7 @@ from vllm_spechub.triton_kernels.child_sampling import sample_children
 
 @dataclass
 class Tree:
-    """A static tree from the number of children of each node, breadth-first."""
+    """A static tree, given by the number of children of each node in breadth-first order."""
 
     counts: list[int]
 
@@ -51,7 +51,7 @@ WIDE = Tree([4, 4, 0, 0, 0, 0, 0, 0, 0])
 
 @dataclass
 class Draft:
-    """What drafting leaves behind for verification."""
+    """What verification needs of drafting."""
 
     # [num_reqs, num_nodes]
     tokens: torch.Tensor

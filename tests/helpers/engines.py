@@ -23,10 +23,10 @@ DEFAULTS = {
 
 @contextmanager
 def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec=None, **options):
-    """A vLLM engine, gone again at the end of the block; with spechub if a tree is given.
+    """A vLLM engine, which is stopped at the end of the block; with spechub if a tree is given.
 
-    `tree` may be a schedule, [[first, last, tree], ...]. `spec` are more of spechub's options, the
-    others are vLLM's.
+    `tree` may be a schedule, [[first, last, tree], ...]. `spec` holds further options of spechub;
+    the other options are vLLM's.
     """
     from vllm import LLM
     from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
@@ -36,9 +36,9 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
     from vllm_spechub.integration import patches as ledger
     from vllm_spechub.integration.patch import apply_all
 
-    # A test that is collected may import Numba, over which a plain engine's start would stumble.
+    # A collected test may have imported Numba, with which a plain engine cannot start unpatched.
     apply_all(ledger.CPU_WORKER)
-    # Plain vLLM runs on its own backend, whatever engine ran here before.
+    # Plain vLLM must run on its own backend, even if a spechub engine ran here before.
     registry._ATTN_OVERRIDES.pop(registry.AttentionBackendEnum.CPU_ATTN, None)
     selector._cached_get_attn_backend.cache_clear()
     settings = DEFAULTS | {"model": model}
@@ -85,13 +85,13 @@ started = WeakSet()
 
 @contextmanager
 def settled_heap():
-    """Within, the garbage collector passes over everything that was there before.
+    """Let the garbage collector ignore, within the block, everything that was there before.
 
-    vLLM collects a dozen times while an engine starts and stops. Over all that it imports, that
-    takes 6 of the 7 seconds of both; over what an engine makes itself, nothing.
+    vLLM collects garbage a dozen times while an engine starts and stops. Searching everything that
+    vLLM imports takes 6 of the 7 seconds of both; searching what an engine makes takes hardly any.
     """
     gc.collect()
-    if not started:  # frozen, an engine that a test still holds would never be collected
+    if not started:  # if frozen, an engine that a test still holds would never be collected
         gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         # vLLM freezes an engine after its start, and everything thaws when it stops.
@@ -119,7 +119,7 @@ def token_ids(outputs):
 
 
 def logprob_rows(output) -> list[dict[int, float]]:
-    """Every emitted and every prompt token's entries."""
+    """The log-probabilities that were reported with each emitted and each prompt token."""
     rows = []
     for entries in (output.outputs[0].logprobs or [], output.prompt_logprobs or []):
         for i in range(len(entries)):

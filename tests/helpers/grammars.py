@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grammars, reasoning parsers, and plain vLLM's masks for an output, decoded by a fresh request."""
+"""Grammars, reasoning parsers, and plain vLLM's mask after any output, from a new request."""
 
 import json
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ GRAMMARS = {
 
 
 class EndsAtToken(ReasoningParser):
-    """As vLLM's parsers of thinking models: reasoning ends behind one token."""
+    """Reasoning ends after one token, as in vLLM's parsers of thinking models."""
 
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
         return False
@@ -72,7 +72,7 @@ class EndsAtToken(ReasoningParser):
 
 
 class EndsAtPunctuation(EndsAtToken):
-    """Ends behind any of a few tokens that the demo models write a lot."""
+    """Reasoning ends after any of a few tokens that the demo models write often."""
 
     ends = frozenset(TOKENIZER.convert_tokens_to_ids([".", ",", "Ġ-"]))
 
@@ -81,7 +81,7 @@ class EndsAtPunctuation(EndsAtToken):
 
 
 class EndsAtTwoTokens(EndsAtToken):
-    """Ends behind two tokens in a row, of which the first may have been emitted earlier."""
+    """Reasoning ends after two tokens in a row, of which an earlier step may have emitted one."""
 
     def is_reasoning_end_streaming(self, input_ids, delta_ids) -> bool:
         assert input_ids[-len(delta_ids) :] == delta_ids
@@ -89,7 +89,7 @@ class EndsAtTwoTokens(EndsAtToken):
 
 
 class EndsWithContent(ParserEngineReasoningAdapter):
-    """Ends behind NEWLINE, or implicitly at SELF, which the grammar then begins with."""
+    """Reasoning ends after NEWLINE, or implicitly before SELF, which belongs to the grammar."""
 
     reasoning_end_token_ids = frozenset({NEWLINE, SELF})
 
@@ -112,7 +112,7 @@ for parser in (EndsAtToken, EndsAtPunctuation, EndsAtTwoTokens, EndsWithContent)
 
 @cache
 def manager(backend, tree=None, parser=""):
-    """vLLM's manager, over trees if one is given."""
+    """vLLM's structured output manager, of a spechub engine if a tree is given."""
     spec = {"method": "spechub", "model": DRAFT, "tree": tree} if tree else None
     options = {"backend": backend, "reasoning_parser": parser}
     options["disable_any_whitespace"] = backend != "outlines"  # which does not take it
@@ -153,7 +153,7 @@ def allowed(mask):
 
 
 class Oracle:
-    """Plain vLLM's masks by output, None where the grammar refuses that output."""
+    """Plain vLLM's mask after an output, None if the grammar refuses that output."""
 
     def __init__(self, backend, constraint, parser="", stop=(STOP,)) -> None:
         self.backend = backend
@@ -170,7 +170,7 @@ class Oracle:
         return self.masks[output]
 
     def draw(self, output, rng, extra=()):
-        """A next token: mostly one that is allowed, at times one that ends, at times any."""
+        """A random next token: mostly one that is allowed, at times a stop token, at times any."""
         kind = rng.random()
         mask = self(output)
         if mask is not None and kind < 0.75:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own Triton kernels on a CPU, by Triton's interpreter, to compare host kernels with.
+"""vLLM's own Triton kernels, interpreted on a CPU, to compare host kernels with.
 
-Triton reads `TRITON_INTERPRET` and vLLM looks for Triton backends when they are first imported, so
-the folder's conftest sets the variable, and this comes before any import of vLLM.
+Triton reads `TRITON_INTERPRET`, and vLLM looks for Triton backends, when they are first imported.
+So the folder's conftest sets the variable, and this module must be imported before vLLM.
 """
 # ruff: noqa: E402 (vLLM must not be imported before the interpreter is ready)
 
@@ -20,7 +20,7 @@ from triton.runtime import interpreter
 
 
 class _CpuDriver:
-    """As much of a Triton driver as vLLM asks for before it believes in Triton."""
+    """The part of a Triton driver that vLLM looks at to decide whether there is a Triton."""
 
     @staticmethod
     def is_active() -> bool:
@@ -35,7 +35,7 @@ def _boolean(mask: interpreter.TensorHandle) -> interpreter.TensorHandle:
 
 
 class _Builder(interpreter.InterpreterBuilder):
-    """Takes masks of any integer type, as the compiler does."""
+    """Triton's interpreter, with masks of any integer type, which the compiler takes."""
 
     def create_masked_load(self, ptrs, mask, *rest):
         return super().create_masked_load(ptrs, _boolean(mask), *rest)
@@ -57,13 +57,13 @@ assert HAS_TRITON
 import_module("vllm.v1.worker.gpu.metrics.logits").libdevice = SimpleNamespace(
     isnan=lambda value: value != value
 )
-# vLLM counts a CPU as having unified memory, but pins that, which only an accelerator can.
+# vLLM assumes unified memory on a CPU, but then pins it, which needs an accelerator.
 import_module("vllm.v1.worker.gpu.buffer_utils").is_uva_available = lambda: False
 
 
 @contextmanager
 def host_kernels() -> Iterator[None]:
-    """Within, vLLM's launchers reach the host kernels, called as its registry calls them."""
+    """Let vLLM's launchers, within the block, call the host kernels as its registry calls them."""
     with pytest.MonkeyPatch.context() as patch:
         for name, impl in HOST_KERNELS.items():
             module, attribute = name.rsplit(".", 1)
@@ -78,10 +78,10 @@ def assert_host_matches(
     rtol: float = 0.0,
     atol: float = 0.0,
 ) -> None:
-    """Runs `scenario` with Triton and with host kernels: what it returns must be the same.
+    """Run `scenario` with Triton and with host kernels, and compare what it returns.
 
-    A scenario draws its inputs from the generator it is given, and returns every tensor that a
-    kernel may have written to. Memory that nobody wrote has the same poison in both runs.
+    A scenario draws its inputs from the generator that it gets, and returns every tensor that a
+    kernel may have written to. Unwritten memory has the same poison in both runs.
     """
     expected = scenario(np.random.default_rng(seed))
     with host_kernels():
@@ -90,12 +90,12 @@ def assert_host_matches(
 
 
 def ints(values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    """A tensor of what numpy drew."""
+    """Integers that numpy drew, as a tensor."""
     return torch.as_tensor(np.asarray(values)).to(dtype)
 
 
 def floats(values: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor of what numpy drew."""
+    """Floats that numpy drew, as a tensor."""
     return torch.as_tensor(np.asarray(values)).to(dtype)
 
 
@@ -105,7 +105,7 @@ def bounds(counts: np.ndarray) -> torch.Tensor:
 
 
 def strided(tensor: torch.Tensor, padding: int = 3) -> torch.Tensor:
-    """The same `[rows, cols]` values in rows that lie apart, with poison between."""
+    """The same `[rows, cols]` values, with poison between the rows."""
     rows, cols = tensor.shape
     wide = torch.empty(rows, cols + padding, dtype=tensor.dtype)
     wide[:, :cols] = tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine has counted."""
+"""The metrics that an engine has counted."""
 
 
 def spec_metrics(llm) -> dict:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models of other families, made from the demo pair or from a seed, in folders of their own.
 
-Each is one that transformers can run as well: its logits are the oracle for rows.
+transformers can run each of them, too, so its logits are the oracle for rows.
 """
 
 import json
@@ -26,7 +26,7 @@ def edited(folder: Path, source: str, weights=None, **changes) -> str:
 
 
 def mistral(folder: Path, source: str, window: int) -> str:
-    """The demo model with a window on every layer."""
+    """The demo model with a sliding window in every layer."""
     return edited(
         folder,
         source,
@@ -37,7 +37,7 @@ def mistral(folder: Path, source: str, window: int) -> str:
 
 
 def padded(folder: Path, source: str, vocab_size: int) -> str:
-    """The demo model with more rows than its tokenizer has tokens, and not silent ones."""
+    """The demo model with more tokens than its tokenizer has, which the model does emit."""
 
     def lengthen(weights):
         embedding = weights["model.embed_tokens.weight"]
@@ -49,15 +49,15 @@ def padded(folder: Path, source: str, vocab_size: int) -> str:
 
 
 def qwen2(folder: Path, source: str) -> str:
-    """The demo model in another family, which has biases, and whose heads are together as wide as
-    its hidden state: silent heads make up for what is missing."""
+    """The demo model in another family, which has biases, and whose heads together must be as wide
+    as the hidden state: heads that output zeros make up for what is missing."""
     config = json.loads((Path(source) / "config.json").read_text())
     size, groups = config["head_dim"], config["num_key_value_heads"]
     heads = config["hidden_size"] // size
     silent = (heads - config["num_attention_heads"]) // groups
 
     def padded_heads(weight):
-        """[num_heads * head_size, hidden_size] with silent heads at the end of every group."""
+        """Add silent heads at the end of every group. [num_heads * head_size, hidden_size]"""
         by_group = weight.unflatten(0, (groups, -1))
         return torch.nn.functional.pad(by_group, (0, 0, 0, silent * size)).flatten(0, 1)
 
@@ -79,7 +79,7 @@ def qwen2(folder: Path, source: str) -> str:
 
 
 def untied(folder: Path, source: str) -> str:
-    """The demo model with an output matrix of its own, which only looks like the input's."""
+    """The demo model with a separate output matrix, which is only similar to the embedding."""
 
     def split(weights):
         torch.manual_seed(1)
@@ -95,7 +95,8 @@ RANK, ALPHA = 8, 16
 
 
 def lora_adapter(folder: Path, source: str, seed: int) -> tuple[str, str]:
-    """A PEFT adapter for an untied model, its output matrix included, and the merged model."""
+    """Make a PEFT adapter for an untied model, its output matrix included. Returns the folders of
+    the adapter and of the merged model."""
     weights = load_file(Path(source) / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)
     tensors, merged = {}, dict(weights)
@@ -119,7 +120,7 @@ def lora_adapter(folder: Path, source: str, seed: int) -> tuple[str, str]:
 
 
 def gemma3_pair(folder: Path, window: int) -> tuple[str, str]:
-    """A target whose layers differ in their windows, and as its draft a noisy copy of it."""
+    """A target with sliding windows in some layers, and a noisy copy as its draft."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)

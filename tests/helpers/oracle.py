@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's sampling parameters make of one row, written from their definitions.
+"""How vLLM's sampling parameters change one row of logits, written from their definitions.
 
-One row, one history, plain torch: nothing of the engine's layout, kernels or state. With the
-target in transformers it also decides whether an answer could have come from plain decoding.
+It takes one row and one history in plain torch, and nothing of the engine's layout, kernels or
+state. With the target in transformers it also decides whether plain decoding could have given an
+answer.
 """
 
 from functools import cache
@@ -17,12 +18,12 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 from helpers.pair import TARGET
 
 REASONING = {"reasoning_start_str": "import", "reasoning_end_str": "# done"}
-"""Markers that the demo's models do write."""
+"""Markers of reasoning that the demo models do write."""
 
 
 @cache
 def reference_model(model: str = TARGET):
-    """A model in transformers, fp32: the oracle for rows and caches."""
+    """Load a model in transformers, fp32, as the oracle for rows and caches."""
     loaded = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, attn_implementation="eager"
     )
@@ -39,7 +40,8 @@ def tokens_of(text: str) -> list[int]:
 
 
 def resolved(params: SamplingParams) -> SamplingParams:
-    """The engine's copy of a request's parameters: with stop tokens and the bad words' tokens."""
+    """A copy of a request's parameters as the engine makes it, with stop tokens and bad words as
+    tokens."""
     params = params.clone()
     params.update_from_generation_config({}, tokenizer().eos_token_id)
     params.update_from_tokenizer(tokenizer())
@@ -47,12 +49,13 @@ def resolved(params: SamplingParams) -> SamplingParams:
 
 
 def last_match(tokens: list[int], marker: list[int]) -> int:
+    """Where a marker begins for the last time, -1 if nowhere."""
     starts = range(len(tokens) - len(marker) + 1)
     return max((i for i in starts if tokens[i : i + len(marker)] == marker), default=-1)
 
 
 def forced_token(history: list[int], budget: int) -> int | None:
-    """The token of the end marker that an exhausted thinking budget asks for."""
+    """The token of the end marker that an exhausted thinking budget forces, or None."""
     start, end = (tokens_of(text) for text in REASONING.values())
     opened = last_match(history, start)
     if opened < 0 or opened <= last_match(history, end):
@@ -70,9 +73,9 @@ def processed_row(
     output: list[int],
     params: SamplingParams,
 ) -> torch.Tensor:
-    """The row that a token is drawn from after `output`. [vocab_size] float32
+    """The row from which the token after `output` is drawn. [vocab_size] float32
 
-    `params` are `resolved`. Greedy rows are not divided by their temperature.
+    `params` must be `resolved`. Greedy rows are not divided by their temperature.
     """
     row = logits.clone().float()
     if params.allowed_token_ids:
@@ -118,9 +121,9 @@ def processed_row(
 
 
 def assert_same_row(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal up to rounding; one token on the edge of a truncation may fall on either side.
+    """Assert that rows are equal up to rounding; one token on the edge of a truncation may differ.
 
-    Where any request of a batch uses top-p, vLLM masks tokens whose probability is 0 in float32.
+    If any request of a batch uses top-p, vLLM masks tokens whose probability is 0 in float32.
     """
     masked, banned = found == -torch.inf, expected == -torch.inf
     both = ~masked & ~banned
@@ -134,7 +137,8 @@ def assert_same_row(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def assert_plausible(prompt: list[int], output: list[int], params: SamplingParams) -> None:
-    """Plain decoding could have answered so: every token is the best (greedy), or possible."""
+    """Assert that plain decoding could have given an answer: every token is the best one (greedy),
+    or at least possible."""
     params = resolved(params)
     logits = reference_model()(input_ids=torch.tensor([prompt + output])).logits[0]
     for i, token in enumerate(output):

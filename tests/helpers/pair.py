@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the demo pair lies, and what it is asked."""
+"""The demo pair's folders, and the prompts that tests give it."""
 
 from pathlib import Path
 

@@ -17,12 +17,12 @@ class Node:
     path_tokens: tuple[int, ...]  # drafted tokens from the root's child down to this node
     logits: torch.Tensor
     processed: torch.Tensor
-    temperature: float  # what the processed row is still to be divided by
+    temperature: float  # by which the processed row is still to be divided
 
 
 @contextmanager
 def recorded_nodes():
-    """Every row that is verified inside the block."""
+    """A list that receives every row that is verified within the block."""
     from vllm_spechub.engine.sampler import TreeRejectionSampler
 
     nodes: list[Node] = []
@@ -49,5 +49,5 @@ def recorded_nodes():
 
 
 def request_of(req_id: str) -> str:
-    """vLLM appends a random suffix to a request's id inside the engine."""
+    """A request's id without the random suffix that vLLM appends to it inside the engine."""
     return req_id.rpartition("-")[0]

@@ -23,7 +23,7 @@ def code_block(first_line: str) -> str:
 
 @contextmanager
 def installed_rule(folder: Path) -> Iterator[str]:
-    """The name of the page's rule, which entry points give while the block lasts."""
+    """Install the page's rule while the block lasts. Yields the rule's name."""
     package = folder / "my_package"
     package.mkdir()
     (package / "rules.py").write_text(code_block("# my_package/rules.py"))

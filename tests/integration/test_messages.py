@@ -15,7 +15,7 @@ def test_each_request_has_the_tree_that_it_drafted():
     drafts = ScheduledDrafts({"a": [1, 2], "b": [3]}, TREES, {"a": 1, "b": 0, "c": None})
     assert drafts == {"a": [1, 2], "b": [3]}
     assert drafts.trees() == {"a": TREES[1], "b": TREES[0]}
-    assert ScheduledDrafts.of(drafts) is drafts
+    assert ScheduledDrafts.checked(drafts) is drafts
 
 
 def test_workers_get_a_plain_dictionary():
@@ -26,8 +26,8 @@ def test_workers_get_a_plain_dictionary():
 
 
 def test_drafts_without_trees_are_refused():
-    assert ScheduledDrafts.of({}).trees() == {}
+    assert ScheduledDrafts.checked({}).trees() == {}
     with pytest.raises(TypeError, match="drafts without their trees"):
-        ScheduledDrafts.of({"a": [1]})
+        ScheduledDrafts.checked({"a": [1]})
     with pytest.raises(ValueError, match="request a has drafts, but drafted no tree"):
         ScheduledDrafts({"a": [1]}, TREES, {"a": None}).trees()

@@ -110,8 +110,8 @@ def server(plain, tmp_path_factory):
             "binary:3: 14 nodes, depth 3",
             "├─ 1",
             "1.2 MiB of draft weights",  # 320,688 parameters, as the card says, in fp32
-            "MiB of draft rows",
-            "MiB for rows to verify",
+            "MiB for the draft's logits",
+            "MiB for the target's logits",
         ):
             assert line in started
         yield address

@@ -145,7 +145,7 @@ def test_schedules_can_be_kept(monkeypatch, tmp_path):
 
 
 def test_another_versions_state_file_is_refused(tmp_path):
-    (tmp_path / "spechub-tuned.state.json").write_text('{"rows": [{"way": "plain"}]}')
+    (tmp_path / "spechub-tuned.state.json").write_text('{"rows": [{"method": "plain"}]}')
     assert_refused(TUNE, "not a state file of this version")
 
 

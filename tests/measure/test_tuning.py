@@ -95,7 +95,7 @@ def test_wide_trees_for_few_requests_and_none_for_many():
     ranges = choose(curves, 64)
     assert ranges[0] == (1, crossing - 1, "wide")
     assert ranges[1][::2] == (crossing, "narrow")
-    # 2 / (1.4 + (b - 16) 0.7 / 48) falls below 1 behind 57
+    # 2 / (1.4 + (b - 16) 0.7 / 48) falls below 1 after 57
     assert ranges[1:] == [(crossing, 57, "narrow"), (58, None, None)]
 
 

@@ -28,7 +28,8 @@ CHAIN = TokenTree.chain(2)
 
 
 def markov(seed: int) -> torch.Tensor:
-    """A law of the next token after the last two, with some zeros. [VOCAB + 1, VOCAB + 1, VOCAB]"""
+    """Distributions of the next token after any two tokens, with some zeros. [VOCAB + 1, VOCAB + 1,
+    VOCAB]"""
     generator = torch.Generator().manual_seed(seed)
     table = torch.rand(VOCAB + 1, VOCAB + 1, VOCAB, generator=generator).pow(3)
     table[:, ::2, seed % VOCAB] = 0.0
@@ -57,7 +58,7 @@ def completed(tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def p_value(tokens: torch.Tensor, table: torch.Tensor) -> float:
-    """Chi-square of all emitted sequences of one width against the target's law of them."""
+    """Chi-square of all emitted sequences of one width against the target's distribution."""
     width = tokens.shape[1]
     sequences = torch.tensor(list(itertools.product(range(VOCAB), repeat=width)))
     expected = torch.ones(len(sequences), dtype=torch.float64)
@@ -100,7 +101,7 @@ def test_emitted_tokens_follow_the_target(rule, sharpening):
     assert (tokens.gather(1, num_tokens.unsqueeze(1) - 1) >= 0).all()
     assert num_tokens.unique().tolist() == [1, 2, 3]
     assert p_value(completed(tokens, target_table), target_table) > 1e-3
-    # The same test tells the draft's law from the target's.
+    # The same test tells the draft's distribution from the target's.
     assert p_value(completed(tokens, target_table), markov(3)) < 1e-6
 
 
@@ -216,7 +217,7 @@ ROWS = torch.full((2, 3, VOCAB), 1 / VOCAB)
 # One node ---------------------------------------------------------------------------------------
 
 
-def laws(size: int):
+def distributions(size: int):
     """Distributions with zeros, ties and near-certain tokens."""
     weight = st.sampled_from([0.0, 1e-6, 0.1, 0.1, 0.3, 1.0, 4.0, 1e4])
     weights = st.lists(weight, min_size=size, max_size=size).filter(lambda w: sum(w) > 0)
@@ -228,7 +229,7 @@ def laws(size: int):
 def test_acceptance_against_the_linear_program(data):
     size = data.draw(st.integers(2, 5))
     k = data.draw(st.integers(1, min(size, 4)))
-    p, q = data.draw(laws(size)), data.draw(laws(size))
+    p, q = data.draw(distributions(size)), data.draw(distributions(size))
     for rule in RULES:
         if rule == "chain" and k > 1:
             continue
@@ -287,14 +288,14 @@ def recursive_slots(p: np.ndarray, q: np.ndarray, k: int) -> np.ndarray:
     slots = np.zeros(k)
 
     def go(p, taken, slot, weight):
-        law = np.where(np.isin(np.arange(len(q)), taken), 0.0, q)
-        law /= law.sum()
-        residual = np.maximum(p - law, 0)
-        for x in np.flatnonzero(law):
-            accepted = min(1.0, p[x] / law[x])
-            slots[slot] += weight * law[x] * accepted
+        left = np.where(np.isin(np.arange(len(q)), taken), 0.0, q)
+        left /= left.sum()
+        residual = np.maximum(p - left, 0)
+        for x in np.flatnonzero(left):
+            accepted = min(1.0, p[x] / left[x])
+            slots[slot] += weight * left[x] * accepted
             if accepted < 1 and slot + 1 < k:
-                rest = weight * law[x] * (1 - accepted)
+                rest = weight * left[x] * (1 - accepted)
                 go(residual / residual.sum(), [*taken, x], slot + 1, rest)
 
     go(p, [], 0, 1.0)

@@ -41,7 +41,8 @@ def test_a_trace_follows_its_own_tree(pair, rule):
             step.path[1:]
         )
         at_a_leaf = tree.num_children[step.path[-1]] == 0
-        assert step.ending.startswith("leaf" if at_a_leaf else f"no child of node {step.path[-1]}")
+        stopped = "accepted down to a leaf" if at_a_leaf else f"no child of node {step.path[-1]}"
+        assert step.ending.startswith(stopped)
         ids = [int(text[-1]), *(token_id[seen.token] for seen in step.nodes)]
         for node, seen in enumerate(step.nodes, start=1):
             below = [ids[above] for above in tree.paths[node][1:-1]]
@@ -86,7 +87,7 @@ def test_every_form(form, tmp_path):
     ("option", "message"),
     [
         (["--out", "tree.gif"], "--out must end in .png or .html"),
-        (["--tree", "oak:3"], "'oak:3' is none of"),
+        (["--tree", "oak:3"], "'oak:3' is not a tree, allowed: "),
         (["--steps", "9999"], "the models read 1024"),
     ],
 )

@@ -77,7 +77,7 @@ def roots(pair):
 
 
 def path_tokens(drafts, plan, root: int) -> list[list[int]]:
-    """The drafted tokens on the way to every node of one root's tree."""
+    """The drafted tokens on the path to every node of one root's tree."""
     tree, paths = plan.tree, [[] for _ in range(plan.tree.num_nodes + 1)]
     for index, node in enumerate(tree.internal_nodes.tolist()):
         count, first = int(tree.num_children[node]), int(tree.first_child[node])
@@ -122,13 +122,13 @@ def test_rows_are_those_of_a_plain_forward_pass(pair, roots):
 
 @pytest.mark.parametrize("rule", [*RULES, "traversal@1.5"])
 def test_expected_tokens_are_what_verification_emits(pair, roots, rule):
-    """The closed form of each drafted tree against the mean of many tosses."""
+    """The closed form of each drafted tree against the mean of many verifications."""
     variant = Variant.parse(rule)
     plan = Plan(variant, TokenTree.chain(4) if rule == "chain" else TREE)
     drafts = draft_plans(pair, roots, [plan], 1.0, seed=5)
     reached = reach(drafts, plan)
     assert (reached[:, 0] - 1).abs().max() < 1e-5
-    nodes, tosses = drafts.nodes[plan], 3000
+    nodes, samples = drafts.nodes[plan], 3000
     for root in (0, 3):
         paths = path_tokens(drafts, plan, root)
         sampled = [
@@ -146,16 +146,16 @@ def test_expected_tokens_are_what_verification_emits(pair, roots, rule):
             plan.tree,
             variant.rule,
             variant.sharpening,
-            torch.tensor([path[-1] for path in paths[1:]]).expand(tosses, -1),
-            drafts.draft_logits[nodes[root]].expand(tosses, -1, -1),
-            torch.stack(sampled).expand(tosses, -1),
+            torch.tensor([path[-1] for path in paths[1:]]).expand(samples, -1),
+            drafts.draft_logits[nodes[root]].expand(samples, -1, -1),
+            torch.stack(sampled).expand(samples, -1),
         )
         # leaves' rows do not bear on the length
         rows = torch.full((plan.tree.num_nodes + 1, VOCAB), 1 / VOCAB)
         rows[plan.tree.internal_nodes] = drafts.target_logits[nodes[root]].softmax(dim=-1)
         generator = torch.Generator().manual_seed(root)
-        _, num_tokens = verify_tree(drafted, rows.expand(tosses, -1, -1), generator=generator)
-        error = num_tokens.double().std().item() / tosses**0.5
+        _, num_tokens = verify_tree(drafted, rows.expand(samples, -1, -1), generator=generator)
+        error = num_tokens.double().std().item() / samples**0.5
         assert abs(num_tokens.double().mean() - reached[root].sum()) < 4.5 * error + 1e-6
 
 

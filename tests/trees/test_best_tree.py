@@ -98,7 +98,7 @@ def test_no_tree_is_better(rates, max_nodes, max_depth):
 
 
 def test_slots_take_subtrees_by_their_rates():
-    """The last slot is the best one here, so the larger subtree hangs from it."""
+    """The last slot is the best one here, so its child gets the larger subtree."""
     tree = best_shape({1: [0.5], 2: [0.2, 0.7]}, max_nodes=4, max_depth=4).tree
     assert tree.num_children[1] == 0
     assert tree.num_children[2] == 2
@@ -192,7 +192,7 @@ def test_auto_of_a_few_nodes():
             "ordered",
             r"binary:DEPTH.*auto\[:NODES\[:DEPTH\]\], or a list",
         ),
-        ("automatic", "ordered", "is none of"),
+        ("automatic", "ordered", "is not a tree, allowed: "),
         ("auto", "mine", "no acceptance rates for verification 'mine', only for .*rrsw"),
         ([0, 2], "ordered", r"parents\[1\] = 2"),
     ],

@@ -31,7 +31,7 @@ def test_a_constant_schedule():
     ("spec", "message"),
     [
         ("auto:7", "the schedule is 'auto:7', allowed: [[FIRST, LAST, TREE], ...] or 'auto'"),
-        ([], "the last range must have null as its end: what do 1 requests draft?"),
+        ([], "the last range must have null as its end, to also cover 1 and more requests"),
         ([[1, 8]], "range 1 is [1, 8], allowed: [FIRST, LAST, TREE]"),
         (["1, 8"], "range 1 is '1, 8', allowed: [FIRST, LAST, TREE]"),
         ([[1, None, "chain:2", 3]], "range 1 is [1, None, 'chain:2', 3], allowed: [FIRST, LAST"),
@@ -44,11 +44,11 @@ def test_a_constant_schedule():
         ([[1, 8, "chain:2"], [10, None, None]], "range 2 starts at 10, it must start at 9"),
         ([[1, None, "chain:2"], [9, None, None]], "range 1 has no end, only the last range"),
         ([[1, 0, "chain:2"], [1, None, None]], "range 1 ends at 0, before it starts at 1"),
-        ([[1, 8, "chain:2"]], "null as its end: what do 9 requests draft?"),
+        ([[1, 8, "chain:2"]], "null as its end, to also cover 9 and more requests"),
         ([[1, None, None]], "no range has a tree"),
         ([[1, 4, "binary:2"], [5, None, "chain:6"]], "two different trees have 6 nodes"),
-        ([[1, None, "oak"]], "range 1: TREE: 'oak' is none of: binary:DEPTH"),
-        ([[1, None, 3]], "range 1: TREE: 3 is none of: binary:DEPTH"),
+        ([[1, None, "oak"]], "range 1: TREE: 'oak' is not a tree, allowed: binary:DEPTH"),
+        ([[1, None, 3]], "range 1: TREE: 3 is not a tree, allowed: binary:DEPTH"),
         (None, "the schedule is None, allowed: [[FIRST"),
     ],
 )

@@ -44,7 +44,7 @@ class KVCompactor:
                 raise ValueError(f"kv_views: expected 4 dimensions, got {list(view.shape)}")
             if view.shape[1] != first.shape[1] or view.device != first.device:
                 raise ValueError("kv_views: views differ in block size or device")
-        # Also keeps the memory behind the device pointers alive.
+        # This also keeps the memory alive that the device pointers of `plan_launches` point to.
         self.kv_views = [as_raw_bits(view) for view in kv_views]
         self.launches = []
         if first.is_cuda:
@@ -67,8 +67,8 @@ class KVCompactor:
 
         Args:
             block_table: int32.
-            root_positions: int64, sequence position of each request's root.
-            path: int32, accepted node (breadth-first number) at each depth: 0 first, then strictly
+            root_positions: int64, the sequence position of each request's root.
+            path: int32, the accepted node (breadth-first number) at each depth: 0 first, strictly
                 increasing with `path[:, j] >= j`, and -1 past the end. A request without a tree
                 has -1 from depth 1 on.
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_ELEMENTS = 2048
+MAX_ELEMENTS = 2048  # that one program moves at once
 POINTER_ALIGNMENT = 16
 ELEMENT_BITS = {torch.uint8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
 
@@ -69,7 +69,7 @@ def _compact_kernel(
             source_at = source_block * block_stride + (source % BLOCK_SIZE) * slot_stride
             target_at = target_block * block_stride + (target % BLOCK_SIZE) * slot_stride
             bits = tl.load(view_ptr + source_at + entry, mask=element_mask)
-            # A later depth may overwrite this source: every thread must have read it by then.
+            # A later depth may overwrite this source, so all threads must have read it by then.
             tl.debug_barrier()
             tl.store(view_ptr + target_at + entry, bits, mask=element_mask)
 
@@ -117,10 +117,10 @@ def plan_launches(
     # each [num_blocks, block_size, num_kv_heads, content], as raw bits
     kv_views: Sequence[torch.Tensor],
 ) -> list[partial]:
-    """Group views that share a layout and put their addresses on the device, once.
+    """Group the views that share a layout, and copy each group's addresses to the device.
 
     Returns:
-        One function of (block_table, root_positions, path) per group.
+        For each group, a function of (block_table, root_positions, path) that launches the kernel.
     """
     groups: dict[tuple, list[torch.Tensor]] = {}
     for view in kv_views:

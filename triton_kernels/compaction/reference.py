@@ -12,7 +12,7 @@ def as_raw_bits(
     # any shape and strides
     tensor: torch.Tensor,
 ) -> torch.Tensor:
-    """The same memory as integers: bits move unchanged, and fp8 caches can be indexed."""
+    """View the same memory as integers: bits move unchanged, and fp8 caches can be indexed."""
     return tensor.view(_INTEGER_OF_SIZE[tensor.element_size()])
 
 
@@ -26,7 +26,7 @@ def compact_reference(
     # [num_reqs, max_depth + 1]
     path: torch.Tensor,
 ) -> None:
-    """Gather every entry that moves, then scatter. Arguments as `KVCompactor`."""
+    """Gather every entry that moves, then scatter them. Arguments as `KVCompactor`."""
     depths = torch.arange(path.shape[1], device=path.device)
     req, depth = ((path >= 0) & (path != depths)).nonzero(as_tuple=True)
     if req.numel() == 0:

@@ -79,7 +79,7 @@ def tree_attention(
     num_tokens, num_q_heads, head_size = query.shape
     num_reqs = seq_lens.shape[0]
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"query: unsupported dtype {query.dtype}")
+        raise ValueError(f"query: dtype {query.dtype}, allowed: bfloat16, float16, float32")
     if output.shape != query.shape or output.dtype != query.dtype:
         raise ValueError(f"output: {list(output.shape)} {output.dtype} does not match query")
     if query.stride(-1) != 1:
@@ -88,18 +88,28 @@ def tree_attention(
         raise ValueError("output: last dimension must be contiguous")
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if cache.dim() != 4 or cache.shape != key_cache.shape or cache.shape[3] != head_size:
-            raise ValueError(f"{name}: bad shape {list(cache.shape)} for head size {head_size}")
+            raise ValueError(
+                f"{name}: expected [num_blocks, block_size, num_kv_heads, {head_size}], equal for "
+                f"keys and values, got {list(cache.shape)}"
+            )
         if cache.dtype not in (query.dtype, *FP8):
-            raise ValueError(f"{name}: dtype {cache.dtype} differs from query's {query.dtype}")
+            raise ValueError(
+                f"{name}: dtype {cache.dtype}, allowed: query's {query.dtype}, float8_e4m3fn, "
+                "float8_e5m2"
+            )
     for name, scale_of in (("key_scale", key_scale), ("value_scale", value_scale)):
         if (scale_of is None) != (key_cache.dtype not in FP8):
             raise ValueError(f"{name}: needed for an fp8 cache, and only there")
         if scale_of is not None and (scale_of.dtype, scale_of.numel()) != (torch.float32, 1):
             raise ValueError(f"{name}: expected float32 [1]")
     if num_q_heads % key_cache.shape[2]:
-        raise ValueError(f"query: {num_q_heads} heads do not divide over {key_cache.shape[2]}")
+        raise ValueError(
+            f"query: {num_q_heads} heads, allowed: a multiple of key_cache's {key_cache.shape[2]}"
+        )
     if key_cache.shape[1] < MIN_BLOCK_SIZE:
-        raise ValueError(f"key_cache: block size {key_cache.shape[1]} is below {MIN_BLOCK_SIZE}")
+        raise ValueError(
+            f"key_cache: block size {key_cache.shape[1]}, allowed: {MIN_BLOCK_SIZE} and more"
+        )
     if query_start_loc.dtype != torch.int32 or query_start_loc.shape[0] != num_reqs + 1:
         raise ValueError("query_start_loc: expected int32 [num_reqs + 1]")
     if seq_lens.dtype != torch.int32:

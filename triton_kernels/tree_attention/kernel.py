@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-# Below this many programs a GPU has idle multiprocessors, so the keys are split as well.
+# With fewer programs a GPU has idle multiprocessors, so the keys are divided among more programs.
 TARGET_PROGRAMS = 256
 MAX_SPLITS = 16
 
@@ -28,7 +28,7 @@ def _count_bits(
     # any shape, int64
     bits,
 ):
-    """How many bits are set. Shifts repeat the sign bit; what it reaches is masked off."""
+    """How many bits are set. Shifts repeat the sign bit, but the masks remove the copies."""
     bits = bits - ((bits >> 1) & 0x5555555555555555)
     bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
@@ -525,7 +525,7 @@ def tree_attention_triton(
     num_reqs = seq_lens.shape[0]
     num_kv_heads = key_cache.shape[2]
     group_size = num_q_heads // num_kv_heads
-    # Interpreted on the CPU, any will do.
+    # Interpreted on the CPU, the kernel runs with any configuration.
     capability = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
     config = launch_config(query.dtype, head_size, group_size, max_query_len, capability)
     block_q = config["BLOCK_M"] // group_size

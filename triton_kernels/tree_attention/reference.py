@@ -74,7 +74,7 @@ def tree_attention_reference(
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
 ) -> None:
-    """Gather each request's keys, mask, softmax in fp32. Arguments as `tree_attention`."""
+    """Attend request by request, in fp32. Arguments as `tree_attention`."""
     block_size, num_kv_heads = key_cache.shape[1:3]
     group_size = query.shape[1] // num_kv_heads
     starts = query_start_loc.tolist()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over paged KV with a tree mask: what a token sees, and one backend per platform."""
+"""Attention over paged KV caches with tree masks: what a token sees, and a backend per platform."""

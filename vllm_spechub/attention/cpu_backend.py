@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's CPU attention with tree masks.
 
-The C++ kernel knows causal masks only. It keeps every ordinary token; tree tokens attend in a host
-kernel of ours, over the same paged cache. A batch of trees alone never enters the C++ kernel, nor,
-on one thread, do short chains: a call of it costs more than their arithmetic.
+vLLM's C++ kernel has causal masks only. It still handles every ordinary token; tree tokens attend
+in our Numba kernel, over the same paged cache. A batch that consists of trees skips the C++ kernel,
+and on one thread so do short chains, because calling it costs more than their arithmetic.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from vllm_spechub.attention.visibility import TreeVisibility
 from vllm_spechub.cpu.tree_kernels.attention import attend_trees, store_and_attend
 
 MAX_CHAIN = 16
-"""Tokens of a request that attend as a tree without branches."""
+"""The most tokens of a request that attend as a tree without branches instead."""
 
 
 @dataclass
 class TreeRows:
-    """The tree tokens of a batch, as the host kernel takes them."""
+    """The tree tokens of a batch, as our Numba kernel takes them."""
 
     # [num_tree_reqs, num_blocks] int32
     block_table: np.ndarray
@@ -41,17 +41,22 @@ class TreeRows:
     # [num_tokens] int32 and int64
     visible_until: np.ndarray
     tree_mask: np.ndarray
-    # no ordinary token is left for the C++ kernel
+    # whether no ordinary token is left for the C++ kernel
     whole_batch: bool
 
 
 @dataclass
 class CPUTreeMetadata(CPUAttentionMetadata):
+    """vLLM's metadata, and the tree tokens of the batch, if it has any."""
+
     tree: TreeRows | None = None
 
 
 class CPUTreeBackend(CPUAttentionBackend):
-    # A separate operation for each layer's cache takes longer than the copy that it makes.
+    """vLLM's CPU backend with tree masks."""
+
+    # `forward` stores keys and values itself: a separate operation for each layer would take longer
+    # than the copy that it makes.
     forward_includes_kv_cache_update = True
 
     @staticmethod
@@ -84,8 +89,13 @@ def host_views(
     kv_cache: torch.Tensor,
     head_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same layout as `attend_trees` takes it: all of the memory with a block's shape of keys,
-    and with that of values."""
+    """A layer's cache as `attend_trees` takes it: twice the same memory, in the layout of keys and
+    in that of values.
+
+    Returns:
+        [num_blocks, num_kv_heads, 2, head_size, block_size], whose `[:, :, 0]` are the keys, and
+        [num_blocks, num_kv_heads, 2, block_size, head_size], whose `[:, :, 1]` are the values.
+    """
     num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
     halves = kv_cache.view(num_blocks, num_kv_heads, 2, -1)
     shapes = (head_size, block_size), (block_size, head_size)
@@ -98,16 +108,17 @@ FP8 = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-"""What the bytes of a quantised cache are, by `kv_cache_dtype`."""
+"""The dtype in which a quantised cache's bytes are read, by `kv_cache_dtype`."""
 
 
 def check_cache_layout(
     isa: str, block_size: int, head_size: int, dtype: torch.dtype, kv_cache_dtype: str
 ) -> None:
-    """Write one block through vLLM and read it back through `cache_views`.
+    """Check that vLLM's kernel has the cache layout that we assume: write one block through vLLM,
+    and read it back through `cache_views`.
 
     Raises:
-        ValueError: this processor's kernel has another cache layout.
+        ValueError: the kernel for this processor has another layout.
     """
     stored_dtype = FP8.get(kv_cache_dtype, dtype)
     key, value = torch.randint(-4, 5, (2, block_size, 1, head_size)).to(dtype)
@@ -128,11 +139,13 @@ def check_cache_layout(
 
 
 class CPUTreeMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Builds metadata with the tree tokens of a batch, or with its short chains as trees."""
+
     accepts_tree = True
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        if self.isa == "amx":  # tiles are packed for AMX alone; the vector layout is plain
+        if self.isa == "amx":  # AMX packs keys into tiles, which only it reads
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
         check_cache_layout(
@@ -177,8 +190,9 @@ class CPUTreeMetadataBuilder(CPUAttentionMetadataBuilder):
         )
 
     def _chain_rows(self, common: CommonAttentionMetadata) -> TreeRows | None:
-        """A batch of short chains as trees whose roots are the chains' first tokens."""
-        # vLLM's kernel shares its work among threads, ours does not
+        """Short chains as trees whose roots are the chains' first tokens; None where the C++ kernel
+        is faster or needed."""
+        # vLLM's kernel shares its work among threads, ours does not.
         if not (1 < common.max_query_len <= MAX_CHAIN and common.causal):
             return None
         if torch.get_num_threads() > 1:
@@ -204,7 +218,7 @@ class CPUTreeMetadataBuilder(CPUAttentionMetadataBuilder):
         # [num_tokens]
         tree_mask: np.ndarray,
     ) -> TreeRows | None:
-        """The last `counts` tokens of every request."""
+        """The last `counts` tokens of every request as tree tokens; None if there are none."""
         reqs = np.flatnonzero(counts)
         if len(reqs) == 0:
             return None
@@ -223,9 +237,15 @@ class CPUTreeMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class CPUTreeImpl(CPUAttentionBackendImpl):
+    """vLLM's CPU attention of one layer, with tree masks.
+
+    Raises:
+        ValueError: on construction, for a layer with a feature that the kernel lacks.
+    """
+
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        # the layer's cache, and as the host kernel takes it
+        # the layer's cache, and its `host_views`
         self._viewed: torch.Tensor | None = None
         self._views: tuple[np.ndarray, np.ndarray]
         for feature, used in (
@@ -270,7 +290,7 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
                 attn_metadata.slot_mapping.numpy(),
                 query.contiguous().numpy(),
                 *self._views,
-                *self._where(whole, whole.block_table),
+                *self._tree_arguments(whole, whole.block_table),
                 output.numpy(),
             )
             return output
@@ -293,7 +313,7 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
             self._attend(layer, query, kv_cache, rows, output)
         return output
 
-    def _where(
+    def _tree_arguments(
         self,
         rows: TreeRows,
         # [num_tree_reqs, num_blocks] int32
@@ -309,7 +329,7 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
         np.float32,
         int,
     ]:
-        """What `attend_trees` takes between the cache and the output."""
+        """The arguments of `attend_trees` between the cache and the output."""
         return (
             block_table,
             rows.seq_lens,
@@ -333,9 +353,10 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
         # [num_tokens, num_heads, head_size]
         output: torch.Tensor,
     ) -> None:
+        """Write the attention of the tree tokens into `output`."""
         cache, block_table, attended = kv_cache, rows.block_table, output
         if cache.dtype != torch.float32:
-            # the host kernel reads float32: convert the blocks in use
+            # Our kernel reads float32, so the blocks in use are converted.
             cache = cache[torch.from_numpy(block_table)].flatten(0, 1)
             if self.is_fp8_kv_cache:
                 cache = cache.view(FP8[self.kv_cache_dtype])
@@ -351,7 +372,7 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
             query.float().contiguous().numpy(),
             keys,
             values,
-            *self._where(rows, block_table),
+            *self._tree_arguments(rows, block_table),
             attended.numpy(),
         )
         if attended is not output:

@@ -32,7 +32,7 @@ from vllm_spechub.triton_kernels.tree_attention import CAUSAL, tree_attention
 
 @dataclass
 class TritonTreeMetadata(TritonAttentionMetadata):
-    """vLLM's metadata, and the visibility of each token where our kernel is to run."""
+    """vLLM's metadata, and the visibility of each token if our kernel is to run."""
 
     # [at least num_actual_tokens] int32
     visible_until: torch.Tensor | None = None
@@ -41,7 +41,11 @@ class TritonTreeMetadata(TritonAttentionMetadata):
 
 
 class TritonTreeBackend(TritonAttentionBackend):
-    """Declares vLLM's features; what a layer must not use, `TritonTreeImpl` refuses by name."""
+    """vLLM's Triton backend with tree masks.
+
+    It declares the features of vLLM's backend; `TritonTreeImpl` refuses a layer that uses one which
+    trees do not support, and names the feature.
+    """
 
     @staticmethod
     def get_name() -> str:
@@ -59,7 +63,7 @@ class TritonTreeBackend(TritonAttentionBackend):
     def supports_head_size(cls, head_size: int) -> bool:
         return 32 <= head_size <= 256
 
-    # Per-batch features that an implementation cannot see when it is made.
+    # The features below belong to a batch, so `TritonTreeImpl` could not refuse them.
     @classmethod
     def supports_mm_prefix(cls) -> bool:
         return False
@@ -87,6 +91,8 @@ def cache_views(
 
 
 class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
+    """Builds metadata with each token's visibility, in buffers that CUDA graphs can replay."""
+
     # Every graph, whatever its mix of requests, reads the buffers below.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
     accepts_tree = True
@@ -99,7 +105,7 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # A loop inside a graph could not renew the tree between its steps.
+        # vLLM would capture all its draft steps in one graph, where the tree could not change.
         self.supports_draft_decode_metadata_update = False
         scheduler = vllm_config.scheduler_config
         speculative = vllm_config.speculative_config
@@ -121,7 +127,7 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
         *,
         tree: TreeVisibility | None = None,
     ) -> TritonTreeMetadata:
-        """Metadata of one batch; without `tree`, of ordinary causal tokens.
+        """Build one batch's metadata; without `tree`, for ordinary causal tokens.
 
         Args:
             tree: visibility of at least every token that belongs to a request.
@@ -137,7 +143,7 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
                 "what max_num_batched_tokens and max_num_seqs leave room for"
             )
         if tree is None:
-            # For a graph that may be replayed with this batch.
+            # A graph that reads the buffers may be replayed with this batch.
             self.visible_until[:num_tokens].fill_(CAUSAL)
             return TritonTreeMetadata(**vars(metadata))
         num_tokens = min(num_tokens, len(tree.visible_until))
@@ -158,7 +164,7 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
 
 
 class TritonTreeImpl(TritonAttentionImpl):
-    """Attention over trees.
+    """vLLM's Triton attention of one layer, with tree masks.
 
     Raises:
         ValueError: on construction, for a layer with a feature that the kernel lacks.
@@ -175,7 +181,7 @@ class TritonTreeImpl(TritonAttentionImpl):
         kv_cache_dtype: str,
         logits_soft_cap: float | None = None,
         attn_type: AttentionType = AttentionType.DECODER,
-        # a layer's name, whatever vLLM declares
+        # a layer's name, although vLLM's annotation says otherwise
         kv_sharing_target_layer_name: Any = None,
         sinks: torch.Tensor | None = None,
         use_alibi_sqrt: bool = False,
@@ -228,7 +234,7 @@ class TritonTreeImpl(TritonAttentionImpl):
         value: torch.Tensor,
         # [num_blocks, num_kv_heads, block_size, 2 * head_size]
         kv_cache: torch.Tensor,
-        # None in a profiling run, which vLLM does not declare
+        # None in a profiling run, although vLLM's annotation says otherwise
         attn_metadata: TritonTreeMetadata,
         # [num_tokens, num_heads, head_size]
         output: torch.Tensor,

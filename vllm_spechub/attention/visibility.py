@@ -10,18 +10,19 @@ from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 
 @dataclass(frozen=True)
 class TreeVisibility:
-    """A key at sequence position s is visible to token t if `s < visible_until[t]`, or if bit
-    `s - visible_until[t]` of `tree_mask[t]` is set.
+    """Which keys each token of a batch sees.
 
-    An ordinary token at position p has `visible_until = p + 1` and an empty mask. A tree's nodes
-    have the root's position and their ancestors' bits, so siblings do not see each other.
+    A key at sequence position s is visible to token t if `s < visible_until[t]`, or if bit
+    `s - visible_until[t]` of `tree_mask[t]` is set. An ordinary token at position p has
+    `visible_until = p + 1` and an empty mask. A tree's root and nodes have the root's position and
+    the bits of their ancestors and themselves, so siblings do not see each other.
     """
 
     # [num_tokens] int32
     visible_until: torch.Tensor
     # [num_tokens] int64, bit i stands for tree node i
     tree_mask: torch.Tensor
-    # [num_reqs] on the host: how many of a request's last tokens are tree nodes, 0 for no tree
+    # [num_reqs] on the host: how many of a request's last tokens belong to a tree, 0 without one
     num_tree_tokens: np.ndarray
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees inside vLLM's V2 model runner: inputs, sampling and the worker that puts them in place."""
+"""One step with draft trees inside vLLM's V2 model runner: its inputs, sampling and records."""

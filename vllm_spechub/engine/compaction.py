@@ -14,8 +14,10 @@ from vllm_spechub.engine.platform import Compactor, Platform
 
 
 class PathCompactor:
-    """One compactor per KV cache group of the target. The draft writes accepted tokens again, so
-    its cache needs none."""
+    """Compacts the target's KV caches after each verification, one cache group after the other.
+
+    The draft writes accepted tokens again, so its layers need no compaction.
+    """
 
     def __init__(self, vllm_config: VllmConfig, platform: Platform) -> None:
         self.layers = vllm_config.compilation_config.static_forward_context
@@ -23,7 +25,11 @@ class PathCompactor:
         self.compactors: list[tuple[int, Compactor]] = []
 
     def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
-        """Take hold of the target's cache tensors once they are allocated."""
+        """Make the compactors of the target's cache tensors, once those are allocated.
+
+        Raises:
+            RuntimeError: a layer's attention backend does not support trees.
+        """
         cache_views, compactor = self.platform.cache_kernels()
         self.block_tables = block_tables
         self.compactors = []
@@ -52,7 +58,12 @@ class PathCompactor:
         # [num_reqs, depth + 1] int32
         path: torch.Tensor,
     ) -> None:
-        """Move the KV of `path`; -1 past a path's end."""
+        """Move the keys and values of each request's accepted path.
+
+        Args:
+            root_positions: the sequence position of each request's root.
+            path: the accepted node of each depth, 0 first; -1 past the end.
+        """
         num_reqs = path.shape[0]
         for group_id, compact in self.compactors:
             block_table = self.block_tables.input_block_tables[group_id][:num_reqs]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Structured outputs over trees: one mask per node, by walking the grammar down and up the tree.
 
-A node's mask is what plain decoding of its path would have met. Each token of a path is fed as
-plain decoding feeds it, alone, so a reasoning parser may switch the grammar on at any node.
+A node's mask is the one that plain decoding would have applied after the node's path. The tokens of
+a path are fed one at a time, as in plain decoding, so a reasoning parser may switch the grammar on
+at any node.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
     from vllm.v1.structured_output.request import StructuredOutputRequest
 
 ANY_TREE = TokenTree.chain(1)
-"""For a request without drafts, of whose tree only the root is looked at."""
+"""Stands for the tree of a request without drafts, of which only the root is used."""
 UNCONSTRAINED = -1
-"""A word of a mask that allows all its 32 tokens."""
+"""The 32-bit word of a mask that allows all its 32 tokens."""
 
 
 @dataclass
 class History:
-    """A request as vLLM's reasoning check reads it, at some token of its own or of a tree."""
+    """What vLLM's reasoning check reads of a request, up to one of its tokens or a tree's node."""
 
     request_id: str
     structured_output_request: "StructuredOutputRequest"
@@ -41,8 +42,8 @@ class History:
     use_structured_output: bool = True
 
     @classmethod
-    def of(cls, request: "Request", length: int) -> "History":
-        """The request when it had `length` tokens."""
+    def at_length(cls, request: "Request", length: int) -> "History":
+        """The request as it was when it had `length` tokens."""
         return cls(
             request.request_id,
             structured_output_of(request),
@@ -52,13 +53,13 @@ class History:
 
 
 def structured_output_of(request: "Request") -> "StructuredOutputRequest":
-    """The structured output that a request asks for. One that asks for none has no masks."""
+    """The structured output that a request asks for; the request must ask for one."""
     assert request.structured_output_request is not None
     return request.structured_output_request
 
 
 def is_masked(manager: "StructuredOutputManager", request: "Request") -> bool:
-    """Whether the grammar applies to the request's next token: no reasoning comes first."""
+    """Whether the grammar applies to the request's next token, because reasoning is over."""
     return manager._get_constraint_bounds(request, ()).constraint_start == 0
 
 
@@ -73,11 +74,11 @@ class GrammarWalk:
     def __init__(self, manager: "StructuredOutputManager", request: "Request") -> None:
         self.manager = manager
         self.request_id = request.request_id
-        # compiled: vLLM schedules no request before its grammar is
+        # vLLM schedules a request only after its grammar is compiled.
         self.grammar = cast("StructuredOutputGrammar", structured_output_of(request).grammar)
-        # `masks`: whether the grammar applies here, and not only after some reasoning to come
+        # Whether the grammar applies at this node. It does not while the model still reasons.
         self.masks = is_masked(manager, request)
-        self.history = History.of(request, 0 if self.masks else request.num_tokens)
+        self.history = History.at_length(request, 0 if self.masks else request.num_tokens)
 
     @contextmanager
     def step(self, token: int) -> Iterator[bool]:
@@ -106,7 +107,7 @@ class GrammarWalk:
     @contextmanager
     def _feed(self, token: int) -> Iterator[bool]:
         grammar = self.grammar
-        # Asked first: an accept that fails is logged as an error, and one backend stays broken.
+        # Validated first: vLLM logs a failing accept as an error, and one backend stays broken.
         fed = (
             not grammar.is_terminated()
             and bool(grammar.validate_tokens([token]))
@@ -130,7 +131,7 @@ def fill_tree_bitmask(
         walk: stands at the root, and stands there again afterwards.
         tree: the tree that was drafted.
         tokens: the drafted nodes' tokens in breadth-first order; fewer than the tree has nodes if
-            it was truncated, none if it is not known.
+            it was truncated, none if they are not known.
         bitmask: bit t of a row is set if token t may follow the row's node. Rows that nothing
             constrains, and rows that cannot be reached, allow everything.
     """
@@ -156,12 +157,17 @@ def grammar_bitmask(
     drafts: dict[str, list[int]],
     trees: dict[str, TokenTree],
 ) -> "npt.NDArray[np.int32]":
-    """A batch's masks, those of a request side by side in node order, as the worker reads them.
+    """Fill the masks of a batch, one per root and drafted node, each request's in node order.
 
     Args:
+        manager: vLLM's structured output manager.
+        requests: the scheduler's requests by id.
         request_ids: the requests with a grammar, in the masks' order.
         drafts: each request's scheduled drafts, -1 for those that are not known here.
         trees: the tree that each request's drafts belong to.
+
+    Returns:
+        [num_masks, ceil(vocab_size / 32)] int32, as `fill_tree_bitmask` fills each request's rows.
     """
     bitmask = manager._grammar_bitmask
     if bitmask is None:
@@ -185,9 +191,10 @@ def grammar_bitmask(
 def unseen_drafts(
     scheduler_output: "SchedulerOutput", grammar_output: "GrammarOutput"
 ) -> dict[str, int]:
-    """How many drafts each request has that its grammar could not walk, as they were not known.
+    """The number of drafts of each request whose drafts the scheduler did not know when it filled
+    the masks.
 
-    Those of a request that starts in this step do not count: they only pad its first batch.
+    A request that starts in this step is left out: its drafts are only padding.
     """
     drafts = scheduler_output.scheduled_spec_decode_tokens
     starting = {request.req_id for request in scheduler_output.scheduled_new_reqs}
@@ -222,7 +229,7 @@ def accept_tokens(
     """
     if is_masked(manager, request):
         return all(accept(manager, request, [token]) for token in token_ids)
-    past = History.of(request, request.num_tokens - len(token_ids))
+    past = History.at_length(request, request.num_tokens - len(token_ids))
     for token in token_ids:
         past.all_token_ids.append(token)
         if not accept(manager, past, [token]):

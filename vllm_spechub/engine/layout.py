@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a step's tree tokens stand: RoPE positions by depth, and what each token sees.
 
-A request's last 1 + n tokens are its tree's root and first n drafted nodes, in slots that follow
-one another. vLLM's positions count slots, which is right for the KV cache and wrong for RoPE.
+A request's last 1 + n tokens are its tree's root and first n drafted nodes, in consecutive slots.
+vLLM's positions count slots, which is right for the KV cache and wrong for RoPE.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ class TreeLayout:
         trees = request_trees.trees
         # Entry 0 stands for an ordinary token, the others for the trees' nodes, tree after tree.
         sizes = [tree.num_nodes + 1 for tree in trees]
-        # [num_trees] where the tree's root stands
+        # [num_trees] the entry of each tree's root
         self._root_entry = 1 + np.cumsum([0, *sizes[:-1]])
         slot_of_node = np.concatenate([np.arange(size) for size in sizes])
         ordinary = np.zeros(1, dtype=np.int64)
@@ -44,12 +44,16 @@ class TreeLayout:
         self.tree_mask = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
 
     def place_tables(self) -> None:
-        """Copy the trees' tables to the device, also again after sleep mode has discarded them."""
+        """Copy the trees' tables to the device, again after sleep mode has discarded them."""
         tables = [table.to(self.device, copy=True) for table in self._tables]
         self._rope_offset, self._until_offset, self._mask = tables
 
     def update(self, batch: InputBatch) -> TreeVisibility:
-        """Fill the buffers for this batch. Tokens of padding see nothing but themselves."""
+        """Fill the buffers for this batch. Padding tokens are laid out as ordinary ones.
+
+        Returns:
+            Views of the buffers, [num_tokens_after_padding] each.
+        """
         num_tokens = batch.num_tokens_after_padding
         row = np.zeros(num_tokens, dtype=np.int64)
         drafts = batch.num_draft_tokens_per_req
@@ -57,7 +61,7 @@ class TreeLayout:
         if drafts is not None:
             num_tree_tokens = np.where(drafts > 0, drafts + 1, 0)
             ends = batch.query_start_loc_np[1 : batch.num_reqs + 1]
-            # one run of the root and n nodes at the end of every request that has a tree
+            # The root and its n nodes are at the end of every request that has a tree.
             start = np.repeat(ends - num_tree_tokens, num_tree_tokens)
             first = np.repeat(np.cumsum(num_tree_tokens) - num_tree_tokens, num_tree_tokens)
             node = np.arange(num_tree_tokens.sum()) - first

@@ -33,17 +33,16 @@ from vllm_spechub.rules.base import build_rule
 class TreeModelState(DefaultModelState):
     """`DefaultModelState` for batches whose requests may carry a draft tree.
 
-    It is the one place in a worker from which the rest of the engine, proposers above all, learns
-    about requests.
+    Within a worker, everything else learns about requests from here, above all the proposer.
 
     Args:
         platform: supplies the compactor and the verification rule's kernels.
 
     Attributes:
         request_trees: what the worker remembers of each request's drafts.
-        sampling_states: each request's sampling parameters; from `custom_sampler` on, which vLLM
+        sampling_states: each request's sampling parameters; set by `custom_sampler`, which vLLM
             calls when the target is loaded.
-        req_states: each request's text, likewise.
+        req_states: each request's tokens; set by `custom_sampler`, too.
     """
 
     request_trees: RequestTrees
@@ -77,7 +76,7 @@ class TreeModelState(DefaultModelState):
         self.bind_compactor()
 
     def wake_up(self) -> None:
-        """Make the small tensors anew whose contents sleep mode does not keep."""
+        """Restore the small tensors whose contents sleep mode discards."""
         self.layout.place_tables()
         self.bind_compactor()
 
@@ -94,11 +93,12 @@ class TreeModelState(DefaultModelState):
         return {"positions": self.layout.positions[: input_batch.num_tokens_after_padding]}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
-        # what a captured graph reads on every replay
+        # A captured graph reads this buffer on every replay.
         return {"positions": self.layout.positions[:num_tokens]}
 
     def _map_adapters_to_rows(self, input_batch: InputBatch) -> None:
-        """Give every logits row its request's LoRA adapter; the V2 runner maps one row each."""
+        """Give every logits row its request's LoRA adapter. vLLM's V2 runner gives the adapters to
+        one row per request."""
         manager: Any = getattr(self.model, "lora_manager", None)
         if manager is None or not input_batch.num_draft_tokens:
             return

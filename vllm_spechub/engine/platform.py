@@ -41,8 +41,9 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Platform:
-    """A kind of processor. The callables import what they return, so that naming a platform costs
-    no compiler.
+    """What the rest of the package must know about one kind of processor.
+
+    The callables import what they return, so that naming a platform imports no compiler.
 
     Attributes:
         worker: path of our worker's class, as vLLM imports it.
@@ -52,10 +53,11 @@ class Platform:
         names_backend: whether the engine's configuration must name the entry; otherwise vLLM
             chooses it by itself on this platform.
         cache_kernels: views of KV caches in our backend's layout, and their compactor.
-        tree_kernels: what draws children and verifies trees.
+        tree_kernels: the functions that draw children and verify trees.
         prepare_process: patches vLLM in every process that checks an engine's configuration or
             holds a worker.
-        prepare_worker: called after that in a worker's process, before its device is set up.
+        prepare_worker: prepares a worker's process, after `prepare_process` and before its device
+            is set up.
     """
 
     worker: str

@@ -18,18 +18,23 @@ from vllm_spechub.trees.tree import TokenTree
 
 
 class HistoryProcessors(LogitsProcessor):
-    """vLLM's processors as one, remembering which requests use any, and which need a history."""
+    """All of vLLM's logits processors as one, which remembers what requests use.
+
+    Args:
+        processors: vLLM's, in their order.
+        max_num_reqs: request-state slots.
+    """
 
     def __init__(self, processors: list[LogitsProcessor], max_num_reqs: int) -> None:
         self.processors = processors
-        # [max_num_reqs] rows of these requests are edited
+        # [max_num_reqs] whether any processor edits the request's rows
         self.used = np.zeros(max_num_reqs, dtype=bool)
-        # [max_num_reqs] by something that reads the tokens before a row
+        # [max_num_reqs] whether one of those reads the tokens before a row
         self.needs_history = np.zeros(max_num_reqs, dtype=bool)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        # Every processor must see the request. Biases, allowed tokens and min_tokens look at
-        # a row's position only; the thinking budget runs outside this list, but reads history.
+        # Every processor must see the request. Biases, allowed tokens and min_tokens only need a
+        # row's position. The thinking budget is not among the processors, but reads the history.
         used = [p.add_request(req_idx, sampling_params) for p in self.processors]
         budget = sampling_params.thinking_token_budget is not None
         self.needs_history[req_idx] = budget or any(
@@ -62,7 +67,7 @@ class UnrolledRows:
     # [num_reqs + 1] each request's first row, then their number
     bounds: np.ndarray
 
-    def of(self, start: int, end: int) -> "UnrolledRows":
+    def for_requests(self, start: int, end: int) -> "UnrolledRows":
         """The rows of the requests `start` to `end - 1`."""
         rows = slice(self.bounds[start], self.bounds[end])
         bounds = self.bounds[start : end + 1] - self.bounds[start]
@@ -71,8 +76,8 @@ class UnrolledRows:
 
 @lru_cache(maxsize=256)
 def _unrolled_tree(tree: TokenTree, num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """The nodes of all root-to-leaf paths of the first `num_nodes` nodes, path after path, and
-    their depths."""
+    """The nodes of all root-to-leaf paths in the tree's first `num_nodes` nodes, path after path,
+    and their depths. [num_rows] each"""
     kept = range(num_nodes + 1)
     inner = {tree.parents[node - 1] for node in kept if node}
     paths = [tree.paths[node] for node in kept if node not in inner]
@@ -91,8 +96,15 @@ def unroll(
     # [num_reqs]
     needs_history: np.ndarray,
 ) -> UnrolledRows:
-    """Lay rows out for vLLM's processors: chains for requests that need their history, else the
-    tree's rows as they are."""
+    """Lay rows out for vLLM's processors: as chains for requests that need their history, else as
+    the tree's rows are.
+
+    Args:
+        trees: each request's tree.
+        num_nodes: how many of its nodes were drafted.
+        first_row: the root's row among the target's.
+        needs_history: whether a processor reads the tokens before a row.
+    """
     sources, local_positions, depths = [], [], []
     for tree, count, row, history in zip(trees, num_nodes, first_row, needs_history, strict=True):
         if history:

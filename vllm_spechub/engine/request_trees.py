@@ -27,15 +27,15 @@ class RequestTrees:
         self._depths = np.array([tree.depth for tree in schedule.trees])
         # [max_num_reqs] place in `trees`
         self._index = np.zeros(max_num_reqs, dtype=np.int64)
-        # [max_num_reqs] upper bound on the tokens that the draft has not read before the next one
+        # [max_num_reqs] upper bound on the tokens before the next one that the draft has not read
         self._draft_lag = np.zeros(max_num_reqs, dtype=np.int64)
-        # [max_num_reqs] the first position that the draft has not read, or the last root's
+        # [max_num_reqs] the first position that the draft has not read, at most the last root's
         self._next_unread_position = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         # [num_reqs, depth + 1] int32, of the batch that was verified last
         self._accepted_paths: torch.Tensor | None = None
 
     def add_request(self, req_index: int) -> None:
-        """Forget the request that had this place before."""
+        """Begin a request, in the place of one that has ended."""
         self._draft_lag[req_index] = 0
 
     def record_drafted(
@@ -44,7 +44,7 @@ class RequestTrees:
         reqs: np.ndarray,
         index: int,
     ) -> None:
-        """These requests draft the tree with this place in the schedule."""
+        """Record that these requests draft the tree with this place in the schedule."""
         self._index[reqs] = index
 
     def index_for(
@@ -76,7 +76,7 @@ class RequestTrees:
         # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end
         paths: torch.Tensor,
     ) -> None:
-        """Keep the paths that were just verified until the next ones are."""
+        """Record the paths that the batch's trees were just accepted along."""
         self._accepted_paths = paths
 
     def accepted_paths(self, batch: InputBatch) -> torch.Tensor | None:
@@ -93,7 +93,8 @@ class RequestTrees:
         # [num_reqs]
         reqs: np.ndarray,
     ) -> np.ndarray:
-        """How many of each request's tokens the draft has not read, at most. [num_reqs] int64"""
+        """The number of each request's tokens that the draft has not read, at most. [num_reqs]
+        int64"""
         return self._draft_lag[reqs]
 
     def next_unread_position(
@@ -109,7 +110,7 @@ class RequestTrees:
         # [num_reqs]
         reqs: np.ndarray,
     ) -> None:
-        """The draft does not read the token that each of these requests has just got."""
+        """Record that the draft leaves out the token that each of these requests has just got."""
         self._draft_lag[reqs] += 1
 
     def catch_up(
@@ -118,10 +119,14 @@ class RequestTrees:
         reqs: np.ndarray,
         num_rows: int,
     ) -> np.ndarray:
-        """Share out spare rows among requests that lag, one after the other.
+        """Give spare rows to requests that lag, one after the other, and record that they catch up.
+
+        Args:
+            reqs: the requests of the batch.
+            num_rows: how many rows there are to give.
 
         Returns:
-            How many rows each request gets. [num_reqs] int64
+            The number of rows that each request gets. [num_reqs] int64
         """
         lag = self._draft_lag[reqs]
         given = np.clip(num_rows - (np.cumsum(lag) - lag), 0, lag)
@@ -135,5 +140,5 @@ class RequestTrees:
         # [num_reqs] int64
         positions: torch.Tensor,
     ) -> None:
-        """The draft has read everything before these positions."""
+        """Record that the draft has read everything before these positions."""
         self._next_unread_position[idx_mapping] = positions

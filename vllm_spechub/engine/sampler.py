@@ -34,7 +34,7 @@ from vllm_spechub.triton_kernels.arguments import Requests, TargetRows, Verified
 
 @dataclass
 class TreeSamplerOutput(SamplerOutput):
-    """vLLM's output, and which nodes the accepted tokens are."""
+    """vLLM's sampler output, with the accepted nodes."""
 
     # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end
     accepted_paths: torch.Tensor = field(kw_only=True)
@@ -42,6 +42,7 @@ class TreeSamplerOutput(SamplerOutput):
     accepted_paths_on_host: torch.Tensor = field(init=False)
 
     def start_copy_to_host(self) -> None:
+        """Queue a copy of the accepted paths to the host, without waiting for it."""
         self.accepted_paths_on_host = self.accepted_paths.to("cpu", non_blocking=True)
 
 
@@ -167,9 +168,9 @@ class TreeRejectionSampler(RejectionSampler):
         """Apply the sampling parameters to every node's row, each with its own path as history.
 
         Returns:
-            The processed rows [num_rows, vocab_size], and what they are still to be divided by,
-            [max_num_reqs] float32, 0 for greedy requests. Requests that ask for nothing beyond
-            temperature keep their rows as they are: verification divides those it reads.
+            The processed rows [num_rows, vocab_size], and the temperatures by which rows are still
+            to be divided, [max_num_reqs] float32, 0 for greedy requests. Requests that ask for
+            nothing beyond temperature keep their rows: verification divides those that it reads.
         """
         sampler, reqs = self.sampler, batch.idx_mapping_np
         temperature = sampler.sampling_states.temperature.gpu
@@ -184,9 +185,11 @@ class TreeRejectionSampler(RejectionSampler):
         rows = unroll(trees, num_nodes[chosen], first_row[chosen], needs_history)
         processed = logits.to(torch.float32, copy=True)
         remaining = temperature.clone()
-        # vLLM's cap, since what its processors allocate is a multiple of the rows they are given.
+        # vLLM's cap on rows: its processors allocate several times what they are given.
         for start, end in _iter_request_chunks(rows.bounds, get_max_chunk_logits(logits.shape[1])):
-            self._process(logits, batch, chosen[start:end], rows.of(start, end), processed)
+            self._process(
+                logits, batch, chosen[start:end], rows.for_requests(start, end), processed
+            )
         idx_mapping = batch.idx_mapping[async_tensor_h2d(chosen, device=logits.device)]
         remaining[idx_mapping] = (temperature[idx_mapping] > 0).to(remaining.dtype)
         return processed, remaining
@@ -251,10 +254,10 @@ class TreeRejectionSampler(RejectionSampler):
         # [num_reqs, depth + 1]
         tokens: torch.Tensor,
     ) -> None:
-        """Draw for requests that brought no tree, or a placeholder, as vLLM's sampler does.
+        """Sample a token for requests without a tree, or with a placeholder, as vLLM would.
 
-        It samples batches without any tree, and a request's seed must give the same token
-        whether or not others in its batch have one.
+        vLLM's sampler handles batches without any tree, and a request's seed must give the same
+        token whether or not others in its batch have a tree.
         """
         no_tree = (batch.num_draft_tokens_per_req == 0) | batch.is_prefilling_np
         if not no_tree.any():
@@ -302,7 +305,8 @@ class TreeRejectionSampler(RejectionSampler):
         # [num_reqs, depth + 1]
         path: torch.Tensor,
     ) -> LogprobsTensors | None:
-        """Log-probabilities of the emitted tokens, from the rows along each accepted path."""
+        """The log-probabilities of the emitted tokens, from the rows along each accepted path; None
+        if no request asks for any."""
         sampler = self.sampler
         dims = sampler.get_logprobs_dims(batch.idx_mapping_np)
         if dims is None:
@@ -315,7 +319,7 @@ class TreeRejectionSampler(RejectionSampler):
         return compute_topk_scores(
             logits[rows],
             num_logprobs,
-            tokens.clamp(min=0).flatten(),  # past a path's end anything will do
+            tokens.clamp(min=0).flatten(),  # what is past a path's end is not read
             list(range(0, num_reqs * width + 1, width)),
             logprob_token_ids_state=sampler.logprob_token_ids_state,
             expanded_idx_mapping=batch.idx_mapping.repeat_interleave(width),

@@ -16,8 +16,10 @@ def truncates(
     # [num_reqs]
     reqs: np.ndarray,
 ) -> np.ndarray:
-    """Which requests use top-k, top-p or min-p, none of which changes a greedy token.
-    [num_reqs] bool"""
+    """Which requests use top-k, top-p or min-p. [num_reqs] bool
+
+    Greedy requests do not count, because none of these changes a greedy token.
+    """
     return (states.temperature.np[reqs] != 0.0) & (
         (states.top_k.np[reqs] != states.vocab_size)
         | (states.top_p.np[reqs] != 1.0)
@@ -36,20 +38,20 @@ def truncate(
     # [num_chosen] places in the batch of the requests that use one of the parameters
     chosen: np.ndarray,
 ) -> None:
-    """Set to -inf, in place, what the chosen requests' parameters rule out of their rows."""
+    """Set the logits of tokens that the chosen requests' parameters rule out to -inf, in place."""
     if len(chosen) == 0:
         return
     each = logits.shape[0] // len(reqs)
     rows_np = (chosen[:, None] * each + np.arange(each)).flatten()
     rows = async_tensor_h2d(rows_np, device=logits.device)
     kept = logits[rows]
-    # [num_rows, vocab_size] as the target's rows are made
+    # [num_rows, vocab_size], processed exactly as the target's rows are
     scaled = kept.to(torch.float32, copy=True)
     row_idx = idx_mapping[rows // each]
     states.apply_temperature(scaled, row_idx, reqs[chosen])
     states.apply_min_p(scaled, row_idx, reqs[chosen])
     top_k, top_p = states.get_top_k_top_p(row_idx, reqs[chosen])
-    if top_k is not None:  # "all tokens" is the target's number of them
+    if top_k is not None:  # a top-k that is off is the size of the target's vocabulary
         top_k = top_k.clamp(max=logits.shape[1])
     scaled = apply_top_k_top_p(scaled, top_k, top_p)
     logits[rows] = kept.masked_fill_(scaled == -torch.inf, -torch.inf)

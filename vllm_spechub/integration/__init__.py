@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every touch of vLLM's processes: patches, workers, schedulers, metrics, refusals."""
+"""Everything that touches vLLM's processes: patches, workers, schedulers, metrics, refusals."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that speculation adds: weights, buffers, rows to verify, a share of the KV cache."""
+"""The memory that speculation adds: weights, buffers, logits to verify, a share of the KV cache."""
 
 from typing import TYPE_CHECKING
 
@@ -14,17 +14,22 @@ if TYPE_CHECKING:
 
 
 def tensor_bytes(owner: object) -> int:
-    """Bytes of the tensors that an object holds as attributes."""
+    """The bytes of the tensors that an object holds as attributes."""
     return sum(t.nbytes for t in vars(owner).values() if isinstance(t, torch.Tensor))
 
 
 def weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of this rank's weights, including those that a CPU's matrix kernels have repacked."""
+    """The bytes of this rank's weights, including those that vLLM's CPU kernels have repacked.
+
+    Args:
+        model: the model, with its weights loaded.
+        dtype: of the repacked weights, which have left the module.
+    """
     total: int = sum(parameter.nbytes for parameter in model.parameters())
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
         if isinstance(layer, LinearBase) and weight is not None and weight.numel() == 0:
-            # a layer that every rank holds whole has no partitions
+            # A layer that every rank holds whole has no sizes of a partition.
             inputs: int = getattr(layer, "input_size_per_partition", layer.input_size)
             outputs: int = getattr(layer, "output_size_per_partition", layer.output_size)
             total += inputs * outputs * dtype.itemsize
@@ -32,7 +37,7 @@ def weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
 
 
 def kv_cache_share(kv_cache_config: "KVCacheConfig", layer_names: set[str]) -> float:
-    """The part of every KV cache block that the named layers take."""
+    """The share of every KV cache block that the named layers take, from 0 to 1."""
     ours = total = 0
     for group in kv_cache_config.kv_cache_groups:
         per_layer = getattr(group.kv_cache_spec, "kv_cache_specs", {})
@@ -44,10 +49,10 @@ def kv_cache_share(kv_cache_config: "KVCacheConfig", layer_names: set[str]) -> f
 
 
 def verification_bytes(vllm_config: "VllmConfig") -> int:
-    """Bytes of the target's logits for a full batch of the largest trees, as the model gives them
-    and as fp32 where a sampling parameter edits them.
+    """The bytes of the target's logits for a full batch of the largest trees, in the model's dtype
+    and again in fp32 for sampling parameters, beyond one row per request.
 
-    vLLM's profiling run, which sizes the KV cache, has one row per request.
+    vLLM's profiling run, which sizes the KV cache, has that one row per request.
     """
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
     nodes = spechub_config(vllm_config).num_speculative_tokens

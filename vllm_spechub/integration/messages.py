@@ -11,16 +11,16 @@ from vllm_spechub.trees.tree import TokenTree
 
 
 class ScheduledDrafts(dict[str, list[int]]):
-    """The drafts of one step, which vLLM calls `scheduled_spec_decode_tokens`, and their trees.
+    """The drafts of one step, which vLLM calls `scheduled_spec_decode_tokens`, with their trees.
 
-    The scheduler makes one for every step. It reaches whatever is handed vLLM's dictionary, except
-    the workers: they keep their own books and receive a plain dictionary.
+    The scheduler puts one in the place of vLLM's dictionary in every step. The workers, which keep
+    records of their own, receive a plain dictionary.
 
     Args:
         drafts: the drafted tokens of each request that has a tree in this step.
         trees: the schedule's trees.
         tree_index: for every scheduled request, the place in `trees` of the tree that it drafted
-            last; None if it drafted none.
+            last; None if it drafted none in its last step.
     """
 
     def __init__(
@@ -34,20 +34,27 @@ class ScheduledDrafts(dict[str, list[int]]):
         self.tree_index = tree_index
 
     @classmethod
-    def of(cls, drafts: dict[str, list[int]]) -> "ScheduledDrafts":
-        """A step's drafts with their trees.
+    def checked(cls, drafts: dict[str, list[int]]) -> "ScheduledDrafts":
+        """Check that a step's drafts come with their trees, which no drafts do without.
 
         Raises:
-            TypeError: there are drafts, and no scheduler of ours scheduled them.
+            TypeError: there are drafts, but our scheduler did not schedule them.
         """
         if isinstance(drafts, cls):
             return drafts
         if drafts:
-            raise TypeError("scheduled_spec_decode_tokens: drafts without their trees")
+            raise TypeError(
+                "scheduled_spec_decode_tokens has drafts without their trees; with spechub, only "
+                "its own scheduler can schedule drafts"
+            )
         return cls({}, (), {})
 
     def drafted_index(self, request_id: str) -> int:
-        """The place in the schedule of the tree that a request's drafts belong to."""
+        """The place in the schedule of the tree that a request's drafts belong to.
+
+        Raises:
+            ValueError: the request drafted no tree.
+        """
         index = self.tree_index[request_id]
         if index is None:
             raise ValueError(f"request {request_id} has drafts, but drafted no tree")
@@ -57,13 +64,13 @@ class ScheduledDrafts(dict[str, list[int]]):
         """The tree of each request that has drafts."""
         return {request_id: self._trees[self.drafted_index(request_id)] for request_id in self}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[dict], tuple[dict[str, list[int]]]]:
         return dict, (dict(self),)
 
 
 @dataclass
 class TreeRunnerOutput(ModelRunnerOutput):
-    """A worker's output of a step that verified trees."""
+    """A worker's output in a step that verified trees."""
 
     # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end
     accepted_paths: np.ndarray = field(kw_only=True)

@@ -3,8 +3,8 @@
 
 Nothing else in the package assigns to vLLM's names. A patch names its symbol, the parameters it
 expects, and the replacement, a function that takes the original and returns what to install.
-`docs/patches.md` shows this ledger, and what else of vLLM the package relies on, which
-`scripts/check_vllm.py` finds in its sources.
+`docs/patches.md` shows this ledger, and what else the package relies on in vLLM;
+`scripts/check_vllm.py` finds that in the package's sources.
 """
 
 import inspect
@@ -27,7 +27,7 @@ class Patch:
         how: what the replacement does.
         upstream: the vLLM pull request or issue that would make it unnecessary, or "none yet".
         until: when the patch can go.
-        replace: original -> replacement.
+        replace: a function from the original to the replacement.
     """
 
     symbol: str
@@ -47,7 +47,11 @@ class Patch:
         return owner, attribute
 
     def check(self) -> None:
-        """Raises: PatchMismatch, if the symbol is gone or has other parameters."""
+        """Check that vLLM has the symbol, with the expected parameters.
+
+        Raises:
+            PatchMismatch: it is gone, or has other parameters.
+        """
         try:
             owner, attribute = self._resolve()
             original = inspect.getattr_static(owner, attribute)
@@ -59,7 +63,7 @@ class Patch:
             raise PatchMismatch(f"{self.symbol} takes {found}, expected {self.parameters}")
 
     def apply(self) -> None:
-        """Install the replacement, once."""
+        """Install the replacement, unless it is installed already."""
         owner, attribute = self._resolve()
         original = inspect.getattr_static(owner, attribute)
         if getattr(_function(original), "__spechub_patch__", None) == self.symbol:
@@ -76,20 +80,21 @@ def _function(value: Any) -> Any:
 
 
 class PatchMismatch(RuntimeError):
-    """The running vLLM is not the one these patches were written for."""
+    """The running vLLM is not the one that the patches were written for."""
 
 
 def vllm_version() -> str:
+    """The version of the running vLLM, without a local suffix such as "+cpu"."""
     import vllm
 
     return vllm.__version__.partition("+")[0]
 
 
 def apply_all(patches: Iterable[Patch]) -> None:
-    """Check vLLM's version and every signature, then install the replacements, once.
+    """Check vLLM's version and every signature, then install the replacements that are missing.
 
     Raises:
-        PatchMismatch: as `check_all`; nothing is installed then.
+        PatchMismatch: as `check_all` raises it; nothing is installed then.
     """
     patches = tuple(patches)
     check_all(patches)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's Ray executor, once every node is known to have this package in this version."""
+"""vLLM's Ray executor, which first checks that every node has this package in this version."""
 
 from importlib import metadata
 
-# Ray is an extra, which a type checker need not have.
+# Ray is an optional dependency, which may be missing where types are checked.
 import ray  # pyright: ignore[reportMissingImports]
 from ray.util.placement_group import (  # pyright: ignore[reportMissingImports]
     placement_group_table,
@@ -18,8 +18,11 @@ PACKAGE = "vllm-spechub"
 
 
 class SpecHubRayExecutor(RayExecutorV2):
-    """Workers unpickle a `SpecHubConfig` before they run a line of their own, so a node without
-    the package would fail there, without saying which node and what to do."""
+    """vLLM's Ray executor for spechub.
+
+    Workers unpickle a `SpecHubConfig` before they run any code of their own. On a node without this
+    package that fails with an error that names neither the node nor the remedy, so it checks first.
+    """
 
     def _init_executor(self) -> None:
         initialize_ray_cluster(self.parallel_config, require_gpu_on_driver=False)

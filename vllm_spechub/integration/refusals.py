@@ -15,23 +15,32 @@ SCHEDULERS = {
     True: "vllm_spechub.integration.scheduler.AsyncTreeScheduler",
 }
 """The paths of our schedulers, by whether scheduling is asynchronous."""
+ANOTHER_MODEL = "trees need a text model with plain attention; use one, or leave speculation off"
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
 class Unsupported(RuntimeError):
-    """A setting that draft trees do not support. It is no ValueError because pydantic, inside
-    whose validation it is raised, would bury the line in its own report."""
+    """A setting that draft trees do not support.
+
+    It is not a ValueError, because it is raised within pydantic's validation, which would bury the
+    line of a ValueError in its own report.
+    """
 
 
 def raise_first(refusals: Iterator[tuple[bool, str]]) -> None:
-    """Raises: Unsupported, for the first refusal that holds."""
+    """Raise the first refusal that applies.
+
+    Raises:
+        Unsupported: with the refusal's message.
+    """
     for refused, message in refusals:
         if refused:
             raise Unsupported(f"spechub: {message}")
 
 
 def engine_refusals(vllm_config: "VllmConfig", platform: Platform) -> Iterator[tuple[bool, str]]:
-    """(is it set, what to say) for every setting of an engine that draft trees do not support."""
+    """Yield, for every setting of an engine that draft trees do not support, whether it is set, and
+    the message that names it and what to do instead."""
     import vllm.envs as envs
 
     spechub = spechub_config(vllm_config)
@@ -120,7 +129,8 @@ def engine_refusals(vllm_config: "VllmConfig", platform: Platform) -> Iterator[t
 
 
 def model_refusals(model: "ModelConfig | None") -> Iterator[tuple[bool, str]]:
-    """(is it so, what to say) for every kind of target or draft that trees do not support."""
+    """Yield, for every kind of target or draft that trees do not support, whether this model is of
+    the kind, and the message that names the model and what to do instead."""
     if model is None:
         return
     hf = model.hf_text_config
@@ -129,28 +139,21 @@ def model_refusals(model: "ModelConfig | None") -> Iterator[tuple[bool, str]]:
     yield model.runner_type == "pooling", f"{name} is served as a pooling model; use 'generate'"
     yield (
         model.is_hybrid or model.is_attention_free,
-        f"{name} has recurrent (Mamba-like) layers, whose state cannot branch; "
-        "use a pure attention model",
+        f"{name} has recurrent (Mamba-like) layers, whose state cannot branch; {ANOTHER_MODEL}",
     )
-    yield model.is_encoder_decoder, f"{name} is an encoder-decoder; not supported"
-    yield (
-        model.is_multimodal_model,
-        f"{name} is multimodal; only text models are supported",
-    )
-    yield model.uses_mrope, f"{name} uses M-RoPE positions; not supported"
-    yield model.use_mla, f"{name} uses MLA attention; not supported"
-    yield (
-        getattr(model, "is_diffusion", False),
-        f"{name} is a diffusion model; not supported",
-    )
+    yield model.is_encoder_decoder, f"{name} is an encoder-decoder model; {ANOTHER_MODEL}"
+    yield model.is_multimodal_model, f"{name} is multimodal; {ANOTHER_MODEL}"
+    yield model.uses_mrope, f"{name} uses M-RoPE positions; {ANOTHER_MODEL}"
+    yield model.use_mla, f"{name} uses MLA attention; {ANOTHER_MODEL}"
+    yield getattr(model, "is_diffusion", False), f"{name} is a diffusion model; {ANOTHER_MODEL}"
     yield (
         model.attention_chunk_size is not None,
-        f"{name} has chunked attention layers; not supported "
-        "(chunks count slots, the positions of a tree count depths)",
+        f"{name} has chunked attention layers, whose chunks count slots where trees count depths; "
+        f"{ANOTHER_MODEL}",
     )
     yield (
         getattr(hf, "alibi", False) or getattr(hf, "model_type", "") in ("bloom", "mpt"),
-        f"{name} uses ALiBi; not supported",
+        f"{name} uses ALiBi; {ANOTHER_MODEL}",
     )
     yield model.enable_prompt_embeds, "enable_prompt_embeds is not supported; turn it off"
     yield model.enable_trace_replay, "enable_trace_replay is not supported; turn it off"

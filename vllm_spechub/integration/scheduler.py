@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's schedulers with statistics of trees. What is scheduled, and when, is theirs alone."""
+"""vLLM's schedulers with statistics of trees. vLLM alone decides what is scheduled, and when."""
 
 from collections import Counter
 from dataclasses import replace
@@ -25,21 +25,21 @@ from vllm_spechub.integration.tree_metrics import (
 
 
 class TreeScheduler(Scheduler):
-    """For synchronous scheduling.
+    """vLLM's synchronous scheduler, which also remembers which tree each request drafted.
 
-    vLLM's own counts take a draft's nodes for positions, and know only how many nodes a step
-    drafts. This remembers which tree each request drafted, and counts depths.
+    vLLM's own statistics take a draft's nodes as positions, and vLLM only knows how many nodes a
+    step drafts. The statistics here count depths.
     """
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self.schedule_of_trees = spechub_config(vllm_config).schedule
-        # the place in the schedule of the tree that each request drafts when it runs next, or ran
-        # last; None if the batch was too large for any
+        # by request: the place in the schedule of the tree that it drafted when it ran last; None
+        # if the schedule had no tree for that batch
         self.tree_index: dict[str, int | None] = {}
         self.observer = StepObserver(self.schedule_of_trees)
         # the step whose output is being processed
-        self.step_drafts = ScheduledDrafts.of({})
+        self.step_drafts = ScheduledDrafts.checked({})
         self.step_output = EMPTY_MODEL_RUNNER_OUTPUT
         self.fallbacks: Counter[str] = Counter()
 
@@ -48,7 +48,7 @@ class TreeScheduler(Scheduler):
         if request.spec_decode_metrics is not None and not isinstance(
             request.spec_decode_metrics, TreeRequestMetrics
         ):
-            request.spec_decode_metrics = TreeRequestMetrics.of(self.observer)
+            request.spec_decode_metrics = TreeRequestMetrics.for_observer(self.observer)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         scheduled = scheduler_output.num_scheduled_tokens
@@ -67,7 +67,7 @@ class TreeScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        self.step_drafts = ScheduledDrafts.of(scheduler_output.scheduled_spec_decode_tokens)
+        self.step_drafts = ScheduledDrafts.checked(scheduler_output.scheduled_spec_decode_tokens)
         self.step_output = model_runner_output
         self._tell_request_metrics()
         if self.log_stats:
@@ -75,7 +75,7 @@ class TreeScheduler(Scheduler):
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _count_fallbacks(self, num_scheduled_tokens: dict[str, int]) -> Counter[str]:
-        """Decoding requests of this step that had no tree, by reason."""
+        """The number of decoding requests of this step that had no tree, by reason."""
         fallbacks: Counter[str] = Counter()
         for req_id in num_scheduled_tokens.keys() - self.step_drafts.keys():
             request = self.requests.get(req_id)
@@ -90,7 +90,7 @@ class TreeScheduler(Scheduler):
         return fallbacks
 
     def _tell_request_metrics(self) -> None:
-        """Tell per-request metrics which tree they are about to count."""
+        """Tell the per-request metrics which tree they count next."""
         for req_id in self.step_drafts:
             request = self.requests.get(req_id)
             metrics = request.spec_decode_metrics if request is not None else None
@@ -98,10 +98,10 @@ class TreeScheduler(Scheduler):
                 metrics.depths = self.observer.depths[self.step_drafts.drafted_index(req_id)]
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
-        """Masks for every node of the trees that were drafted.
+        """The masks for every node of the trees that were drafted.
 
-        With asynchronous scheduling a request that missed a step meets its masks before the
-        scheduler knows its drafts. Its tree goes unused, and is marked as invalid here.
+        With asynchronous scheduling, the masks of a request that missed a step are made before the
+        scheduler knows its drafts. Its tree cannot be used, and is marked as invalid here.
         """
         output = super().get_grammar_bitmask(scheduler_output)
         if output is not None:
@@ -143,4 +143,4 @@ class TreeScheduler(Scheduler):
 
 
 class AsyncTreeScheduler(TreeScheduler, AsyncScheduler):
-    """For asynchronous scheduling."""
+    """vLLM's asynchronous scheduler with the same additions."""

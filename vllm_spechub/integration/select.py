@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def platform() -> Platform:
-    """The platform of this process, by the one that vLLM has found.
+    """The platform that this process runs on, as vLLM has detected it.
 
     Raises:
         Unsupported: trees do not run on it.
@@ -54,14 +54,14 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
         register_attention_backend(ours)
         vllm_config.attention_config.backend = ours.backend_entry
     if parallel.distributed_executor_backend == "ray":
-        # needs Ray, which is there if it is asked for
+        # Imports Ray, which is installed if the executor is Ray's.
         from vllm_spechub.integration.ray_executor import SpecHubRayExecutor
 
         parallel.distributed_executor_backend = SpecHubRayExecutor
 
 
 def register_attention_backend(platform: Platform) -> None:
-    """Put our attention backend into vLLM's registry, which every process has its own of."""
+    """Put our attention backend into vLLM's registry, of which every process has its own."""
     register_backend(platform.backend_entry, platform.attention_backend)
-    # an engine before this one in the same process may have chosen vLLM's own
+    # An earlier engine of this process may have made vLLM cache the choice of its own backend.
     selector._cached_get_attn_backend.cache_clear()

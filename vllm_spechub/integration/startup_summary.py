@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine says about its trees when it starts, once."""
+"""The summary that an engine logs once when it starts."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -24,9 +24,15 @@ if TYPE_CHECKING:
 def summarize(
     vllm_config: "VllmConfig", proposer: "TreeProposer", kv_cache_config: "KVCacheConfig"
 ) -> str:
-    """One readable block: method, tree, rule, draft, memory added, what is off and why."""
+    """Describe an engine in a few lines: draft, rule, trees, the memory added, what is off and why.
+
+    Args:
+        vllm_config: the engine's configuration.
+        proposer: what drafts its trees, with its weights loaded.
+        kv_cache_config: which layers share the KV cache's blocks.
+    """
     config = spechub_config(vllm_config)
-    # a proposer may have no model of its own
+    # A proposer may have no model of its own.
     model = getattr(proposer, "model", None)
     weights = weight_bytes(model, config.draft_model_config.dtype) if model is not None else 0
     sharpened = f", sharpening {config.sharpening:g}" if config.sharpening != 1 else ""
@@ -37,8 +43,8 @@ def summarize(
         ("verification", f"{config.verification}{sharpened}"),
         *_trees(config.schedule),
         ("memory added", f"{weights / 2**20:,.1f} MiB of draft weights"),
-        ("", f"{tensor_bytes(proposer.draft_logits) / 2**20:,.1f} MiB of draft rows"),
-        ("", f"{verification_bytes(vllm_config) / 2**20:,.1f} MiB for rows to verify"),
+        ("", f"{tensor_bytes(proposer.draft_logits) / 2**20:,.1f} MiB for the draft's logits"),
+        ("", f"{verification_bytes(vllm_config) / 2**20:,.1f} MiB for the target's logits"),
         ("", f"{share:.0%} of every KV cache block"),
         ("off", "; ".join(off) or "nothing"),
     ]
@@ -47,7 +53,7 @@ def summarize(
 
 
 def _trees(schedule: TreeSchedule) -> Iterator[tuple[str, str]]:
-    """A row for each range of running requests, with its tree drawn below."""
+    """The summary's rows for each range of running requests, with its tree drawn below."""
     for batch in schedule.ranges:
         tree, when = batch.tree, ""
         if len(schedule.ranges) > 1:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What trees report: vLLM's speculative counters in their chain meaning, and a few of their own.
+"""Metrics of trees: vLLM's speculative counters, which mean the same as for chains, and our own.
 
 The scheduler fills `TreeDecodingStats` once per step; it travels to the frontend inside vLLM's own
 `SchedulerStats`, and there `TreeMetrics` feeds Prometheus and `TreeLogging` the periodic line.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, cast
@@ -24,36 +25,44 @@ FALLBACKS = {
     "budget": "max_num_batched_tokens or the KV cache had no room for drafts",
     "load": "tree_by_batch_size chose no tree in its last step",
 }
-"""Why a decoding request had no tree in a step, as the label `reason` names it."""
+"""The reasons why a decoding request had no tree in a step, by the value of the label `reason`."""
 
 
 @dataclass
 class TreeDecodingStats(SpecDecodingStats):
-    """One step's figures. What is inherited counts depths, so it means what it means for chains."""
+    """The statistics of one step.
+
+    The inherited fields count depths, so they mean the same as for chains.
+    """
 
     num_nodes: int = 0
-    """Drafted nodes that were verified, of all requests."""
+    """The number of drafted nodes that were verified, over all requests."""
     width: int = 0
-    """Drafted nodes of the largest tree, 0 where no request had one."""
+    """The number of drafted nodes of the largest tree, 0 if no request had a tree."""
     accepted_by_slot: list[int] = field(default_factory=list)
-    """Accepted nodes by their place among their siblings."""
+    """The number of accepted nodes by their place among their siblings."""
     fallbacks: dict[str, int] = field(default_factory=dict)
-    """Decoding requests without a tree, by reason."""
+    """The number of decoding requests without a tree, by reason."""
 
     @classmethod
     def new(cls, num_spec_tokens: int) -> "TreeDecodingStats":
-        # vLLM's makes a `cls`, but declares its own class
+        """Empty statistics for trees of up to `num_spec_tokens` levels."""
+        # vLLM's method makes a `cls`, but its annotation names vLLM's class.
         stats = cast(TreeDecodingStats, super().new(num_spec_tokens))
         stats.accepted_by_slot = [0] * MAX_CHILDREN
         return stats
 
 
 class StepObserver:
-    """Counts the trees of a scheduler's steps."""
+    """Counts the trees of a scheduler's steps.
+
+    Args:
+        schedule: the trees that may be drafted.
+    """
 
     def __init__(self, schedule: TreeSchedule) -> None:
         self.depth = schedule.depth
-        # of each of the schedule's trees, the depth of every node, root first
+        # for each of the schedule's trees, the depth of every node, root first
         self.depths = [tree.depths.tolist() for tree in schedule.trees]
         self._slots = [
             np.arange(tree.num_nodes + 1) - tree.first_child[np.concatenate([[0], tree.parents])]
@@ -69,8 +78,16 @@ class StepObserver:
         # [depth + 1] the accepted node of each depth, 0 first, -1 past the end
         path: np.ndarray,
     ) -> TreeDecodingStats:
-        """Add one request's verified tree, given by its place in the schedule. A truncated tree
-        drafts as deep as it still reaches."""
+        """Add one request's verified tree.
+
+        Args:
+            stats: the step's statistics so far, None at its first tree.
+            tree: the tree's place in the schedule.
+            num_nodes: the number of its drafted nodes, which may be fewer than it has; the depth
+                that remains is what counts as drafted.
+            num_accepted: the number of accepted tokens, without the bonus token.
+            path: the accepted nodes.
+        """
         stats = stats or TreeDecodingStats.new(self.depth)
         stats.observe_draft(self.depths[tree][num_nodes], num_accepted)
         stats.num_nodes += num_nodes
@@ -82,16 +99,17 @@ class StepObserver:
 
 @dataclass
 class TreeRequestMetrics(RequestSpecDecodeMetrics):
-    """vLLM's per-request metrics, told a tree's nodes and counting its depth.
+    """vLLM's per-request metrics, which receive a tree's number of nodes and count its depth.
 
-    `depths` are those of the nodes of the tree that is counted next, which may change by step.
+    `depths` are the depths of the nodes of the tree that is counted next; the scheduler sets them.
     """
 
     depths: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, observer: StepObserver) -> "TreeRequestMetrics":
-        # vLLM's makes a `cls`, but declares its own class
+    def for_observer(cls, observer: StepObserver) -> "TreeRequestMetrics":
+        """Empty metrics for the trees that an observer counts."""
+        # vLLM's method makes a `cls`, but its annotation names vLLM's class.
         return cast(TreeRequestMetrics, cls.new(observer.depth))
 
     def observe(self, num_draft_tokens: int, num_accepted: int, detailed: bool = False) -> None:
@@ -99,7 +117,14 @@ class TreeRequestMetrics(RequestSpecDecodeMetrics):
 
 
 class TreeMetrics:
-    """Prometheus metrics of trees, beside vLLM's `vllm:spec_decode_*`."""
+    """Prometheus metrics of trees, in addition to vLLM's `vllm:spec_decode_*`.
+
+    Args:
+        schedule: the trees that may be drafted.
+        labelnames: vLLM's labels.
+        per_engine_labelvalues: their values, by engine.
+        counter_cls: vLLM's class for counters, which is Ray's within Ray.
+    """
 
     def __init__(
         self,
@@ -147,13 +172,14 @@ class TreeMetrics:
         )
         self.max_children = schedule.max_children
         for values in per_engine_labelvalues.values():
-            # What never happens reads 0, not nothing.
+            # A counter of something that never happens must read 0 instead of being absent.
             for slot in range(self.max_children):
                 self.accepted_by_slot.labels(*values, str(slot))
             for reason in FALLBACKS:
                 self.fallbacks.labels(*values, reason)
 
     def observe(self, stats: TreeDecodingStats, engine_idx: int = 0) -> None:
+        """Count the statistics of one step of an engine."""
         values = self.labelvalues[engine_idx]
         self.nodes[engine_idx].inc(stats.num_nodes)
         for slot, count in enumerate(stats.accepted_by_slot[: self.max_children]):
@@ -167,21 +193,23 @@ class TreeMetrics:
 
 
 def emitted_histogram(stats: SpecDecodingStats) -> list[int]:
-    """Trees that emitted 1, 2, .., depth + 1 tokens."""
+    """The numbers of trees that emitted 1, 2, .., depth + 1 tokens."""
     reached = [stats.num_drafts, *stats.num_accepted_tokens_per_pos, 0]
     return [a - b for a, b in pairwise(reached)]
 
 
 class TreeLogging:
-    """What the periodic log line adds for trees."""
+    """The line about trees in vLLM's periodic log."""
 
     def __init__(self) -> None:
         self.steps: list[TreeDecodingStats] = []
 
     def observe(self, stats: TreeDecodingStats) -> None:
+        """Keep the statistics of one step for the next line."""
         self.steps.append(stats)
 
-    def log(self, log_fn) -> None:
+    def log(self, log_fn: Callable[..., None]) -> None:
+        """Log a line about the steps since the last one, if there were any."""
         steps, self.steps = self.steps, []
         if not steps:
             return

@@ -21,7 +21,7 @@ class SpecHubWorker(Worker):
 
     @property
     def _v2_runner(self) -> Any:
-        """vLLM declares the attribute as its V1 runner, which lacks what is used here."""
+        """The runner. vLLM's annotation says that it is a V1 runner, which lacks what we use."""
         return self.model_runner
 
     def init_device(self) -> None:
@@ -34,12 +34,12 @@ class SpecHubWorker(Worker):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         super().load_model(load_dummy_weights=load_dummy_weights)
-        # vLLM introduces the two only where the speculator has a model of its own
+        # vLLM connects the two only if the speculator has a model of its own.
         self._v2_runner.speculator.bind(self._v2_runner.model_state)
 
     def determine_available_memory(self) -> int:
-        """What vLLM finds, less what verifying a full batch of trees needs, which vLLM's profiling
-        run does not see."""
+        """The bytes that vLLM finds, less those that verifying a full batch of trees needs, which
+        vLLM's profiling run does not see."""
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes:
             return available  # the user's own number

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure real engines: benchmarks that compare them, and tuning."""
+"""Measurements of real engines: benchmarks that compare them, and tuning."""

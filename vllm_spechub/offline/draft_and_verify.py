@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draft and verify trees without an engine: any two models, batched, on CPU or CUDA tensors.
 
-The same functions that run inside the engine do the work; here they get distributions instead of
-logits, and a `torch.Generator` instead of request seeds.
+The functions that run inside the engine do the work; here they get distributions instead of logits,
+and a `torch.Generator` instead of request seeds.
 """
 
 import os
@@ -34,8 +34,8 @@ class DraftTree:
     sharpening: float
     # [batch_size, num_nodes] int64: drafted nodes in the tree's order, the root not among them
     tokens: torch.Tensor
-    # [batch_size, num_internal, vocab_size] float32: what each node's children were drafted from,
-    # as logarithms, for the nodes that have children, in the tree's order
+    # [batch_size, num_internal, vocab_size] float32: logarithms of the distribution that a node's
+    # children were drafted from, for the nodes that have children, in the tree's order
     logits: torch.Tensor
     # [batch_size, num_internal] int32: of each node, bit s for a child in slot s that was drawn
     sampled: torch.Tensor
@@ -64,21 +64,22 @@ def draft_tree(
         tree: the shape.
         draft_probs_fn: from `prefixes`, int64 [batch_size, t], to the draft's distribution after
             them, [batch_size, vocab_size], any float dtype. `prefixes` are the drafted tokens on
-            the way from the root to a node, so t = 0 at the root and t = 1 below it. It is called
+            the path from the root to a node, so t = 0 at the root and t = 1 below it. It is called
             once for every node that has children, in the tree's order; the first call's `prefixes`
             are on the generator's device (the CPU without one), later calls' on its result's.
-        batch_size: sequences.
-        rule: the registered rule that drafts the children; `verify_tree` verifies by the same.
+        batch_size: the number of sequences.
+        rule: the registered rule that drafts the children; `verify_tree` uses the same rule.
         generator: where the noise comes from; PyTorch's default generator if None. Every call
             takes one 64-bit seed for each sequence from it, and all draws are functions of that
             seed, the node and their purpose, so equal generator states give equal trees.
-        sharpening: the exponent that sampled children are drawn with, for rules that read it.
+        sharpening: the power to which the draft's distribution is raised where a rule samples a
+            child; rules without a sampled child accept 1 only.
 
     Returns:
         The drafted trees.
 
     Raises:
-        ValueError: names the argument: an unknown rule, a tree that it cannot draft, or rows of
+        ValueError: names the argument: an unknown rule, a tree that the rule cannot draft, rows of
             `draft_probs_fn` that are misshapen, not finite, negative or do not sum to 1.
 
     Examples::
@@ -171,7 +172,7 @@ def verify_tree(
 
     everyone = torch.arange(draft.batch_size, device=device)
     ones = torch.ones(draft.batch_size, device=device)
-    # Every tree's rows one after the other; the root's own token is not read.
+    # The rows of one tree after the other; the root's own token is not read.
     node_tokens = torch.cat([draft.tokens.new_zeros(draft.batch_size, 1), draft.tokens], dim=1)
     target = TargetRows(
         _log(target_probs).flatten(0, 1),
@@ -227,6 +228,7 @@ def _seeds(batch_size: int, generator: torch.Generator | None) -> torch.Tensor:
 
 
 def _kernels(backend: str, device: torch.device) -> TreeKernels:
+    """The kernels of a backend, checked to run on a device."""
     if backend == "torch":
         return PORTABLE_KERNELS._replace(verify_tree=reference.verify_tree)
     if backend != "triton":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of draft trees: what was drafted, how likely it was, and what was accepted.
 
-The steps are the library's own (`draft_tree`, `verify_tree`) on a pair of Hugging Face models, so
-no engine is needed; every path is recomputed from its tokens, which suits one prompt.
+The steps run `draft_tree` and `verify_tree` on a pair of Hugging Face models, so no engine is
+needed. Each node's path is computed anew from its tokens, which is fast enough for one prompt.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ ACCEPTED, REFUSED, BONUS = "green", "bright_black", "bold cyan"
 
 @dataclass(frozen=True)
 class Node:
-    """A drafted node, with its token's probabilities below its parent."""
+    """A drafted node, with its token's probabilities after its parent's path."""
 
     token: str
     draft_prob: float
@@ -33,7 +33,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Step:
-    """One step: the tree below a root token, and what came of it."""
+    """One step: the tree that was drafted after a root token, and what was accepted of it."""
 
     tree: TokenTree
     root: str
@@ -41,15 +41,15 @@ class Step:
     path: tuple[int, ...]
     """The root and the accepted nodes."""
     bonus: str
-    """The last token, which the target alone drew."""
+    """The last token that was emitted, which was not drafted."""
     bonus_prob: float
-    """Its probability to the target, after the path."""
+    """The target's probability of the bonus token, after the path."""
 
     @property
     def ending(self) -> str:
-        """Where the walk ended."""
+        """Why verification stopped."""
         if self.tree.num_children[self.path[-1]] == 0:
-            return "leaf: all of the path was accepted"
+            return "accepted down to a leaf"
         return f"no child of node {self.path[-1]} was accepted"
 
 
@@ -63,11 +63,10 @@ def trace(
     num_steps: int,
     seed: int,
 ) -> list[Step]:
-    """Decode some steps from a prompt, and keep what each drafted and accepted.
+    """Decode some steps from a prompt, and record what each step drafted and accepted.
 
     Raises:
-        ValueError: the prompt and the steps are longer than the models read, or what
-            `draft_tree` refuses.
+        ValueError: the models cannot read as many tokens, or `draft_tree` refuses the rule or tree.
     """
     longest = len(prompt) + num_steps * (tree.depth + 1)
     if longest > pair.max_positions:
@@ -136,7 +135,7 @@ def _step(pair, text, tree, rule, temperature, generator) -> tuple[Step, torch.T
 
 
 def render(steps: list[Step], console: Console) -> None:
-    """Every step as a tree of text. A recording console can save it as HTML."""
+    """Print every step as a tree of text. A recording console can then save it as HTML."""
     for number, step in enumerate(steps, start=1):
         drawn = Tree(Text(step.root, style="bold"), guide_style=REFUSED)
         branches = {0: drawn}
@@ -153,7 +152,7 @@ def render(steps: list[Step], console: Console) -> None:
 
 
 def save_picture(steps: list[Step], path: Path) -> None:
-    """Every step's tree in one PNG, roots on the left."""
+    """Draw every step's tree into one PNG file, the roots on the left."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proposers: what drafts a tree for every request."""
+"""Proposers, which draft a tree for every request."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`TreeProposer`: what drafts a tree for every request, level by level.
+"""`TreeProposer`, the base class of what drafts a tree for every request, level by level.
 
-A proposer is a speculator of vLLM's V2 runner. This base looks up which tree a step drafts, runs
-the loop over the tree's levels, applies sampling parameters to the draft's rows and lets the
-verification rule draw every child. A proposer says where rows come from: from a model of its own
-(`vllm_spechub.proposers.model_proposer`), from the target's hidden states, or from no model at all.
+A proposer is a speculator of vLLM's V2 runner. The base class looks up which tree a step drafts,
+runs the loop over the tree's levels, applies sampling parameters to the draft's rows of logits, and
+lets the verification rule draw every child. A subclass computes the rows: with a model of its own
+(`vllm_spechub.proposers.model_proposer`), from the target's hidden states, or without any model.
 """
 
 from abc import abstractmethod
@@ -41,7 +41,7 @@ class DraftStep:
     first_positions: torch.Tensor
     # [num_reqs] int64, the sequence position of the root of the tree that is to be drafted
     root_positions: torch.Tensor
-    # [num_reqs] int32, tokens at the end of each request's that did not survive verification
+    # [num_reqs] int32, how many of each request's last tokens verification rejected
     num_rejected: torch.Tensor
     # [num_tokens_after_padding, hidden_size], the target's: of every token in the batch, rejected
     # nodes included, in the batch's order
@@ -51,9 +51,9 @@ class DraftStep:
     # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first, -1 past the end; None
     # if no request of the batch had a tree
     accepted_paths: torch.Tensor | None
-    # nothing may be remembered, and no request exists
+    # whether this is a trial without requests, of which nothing may be remembered
     dummy_run: bool
-    # a dummy run before there is a KV cache
+    # whether it is a dummy run before there is a KV cache
     skip_attn: bool
 
     @property
@@ -64,23 +64,23 @@ class DraftStep:
 class TreeProposer(BaseSpeculator, Generic[Carried]):
     """Drafts one tree per request and step.
 
-    A subclass implements `level_logits`, and `read` if it must take notice of accepted tokens.
+    A subclass implements `read` and `level_logits`.
 
     Attributes:
-        vllm_method: the speculative method that vLLM is told. It decides what vLLM prepares: slots
-            for drafts in the KV cache, auxiliary hidden states, a draft model's configuration.
+        vllm_method: the speculative method in vLLM's configuration. It decides what vLLM prepares:
+            slots for drafts in the KV cache, auxiliary hidden states, the draft's configuration.
         options: keys of `--speculative-config` beyond the common ones that this proposer reads;
             their values are in `config.proposer_options`.
         needs_model: whether the option `model` names something to load.
         draft_logits: what was drafted. vLLM passes this attribute to the rejection sampler.
-        request_trees: what the worker remembers of each request's drafts; from `bind` on.
-        sampling_states: each request's sampling parameters; from `bind` on.
-        req_states: each request's text (`all_token_ids`) and length; from `bind` on.
+        request_trees: what the worker remembers of each request's drafts; set by `bind`.
+        sampling_states: each request's sampling parameters; set by `bind`.
+        req_states: each request's tokens (`all_token_ids`) and length; set by `bind`.
 
     Args:
         vllm_config: the engine's configuration.
         device: where the target runs.
-        rule: draws children.
+        rule: the verification rule, which draws the children.
     """
 
     vllm_method: ClassVar[str] = "draft_model"
@@ -140,11 +140,11 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         """
 
     def logits_dtype(self) -> torch.dtype:
-        """The dtype of the rows that `level_logits` returns, in which they are kept."""
+        """The dtype of the rows that `level_logits` returns, which they are also stored in."""
         return torch.float32
 
     def bind(self, model_state: TreeModelState) -> None:
-        """Learn where requests are described. The worker calls it once the target is loaded."""
+        """Take what is known about requests. The worker calls this once the target is loaded."""
         self.request_trees = model_state.request_trees
         self.sampling_states = model_state.sampling_states
         self.req_states = model_state.req_states
@@ -153,31 +153,35 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         """Prepare CUDA graphs, if the proposer has any. vLLM calls it when KV caches are known."""
 
     def capture(self) -> None:
-        """Capture what `init_cudagraph_manager` prepared."""
+        """Capture the CUDA graphs that `init_cudagraph_manager` prepared, if any."""
 
     def may_pause(self, batch: InputBatch) -> bool:
-        """Whether `read` may be put off in a step that drafts nothing.
+        """Whether `read` may be postponed in a step that drafts nothing.
 
-        Such a step counts into `request_trees.draft_lag`. A proposer that reads something which is
-        gone after the step, such as hidden states, must never pause.
+        Such a step adds to `request_trees.draft_lag`. A proposer that reads something which is gone
+        after the step, such as hidden states, must never pause.
         """
         return False
 
     @abstractmethod
     def read(self, step: DraftStep) -> Carried:
-        """Take notice of the tokens that the step accepted.
+        """Process the tokens that the step accepted.
 
-        Called in every step, also where no tree is drafted, unless `may_pause` allows to put it
-        off. Returns what `level_logits` needs for the roots.
+        It is called in every step, even in one that drafts no tree, unless `may_pause` allows
+        postponing it.
+
+        Returns:
+            What `level_logits` needs for the roots.
         """
 
     @abstractmethod
     def level_logits(
         self, step: DraftStep, depth: int, level: DraftLevel, state: DraftState, carried: Carried
     ) -> tuple[torch.Tensor, Carried]:
-        """The draft's rows at one depth's internal nodes.
+        """Compute the draft's logits at the internal nodes of one depth.
 
         Args:
+            step: the step that drafts.
             depth: 0 for the roots.
             level: the nodes; `level.rows(step.num_reqs)` lays them out for the batch.
             state: holds the tokens drafted so far; `node_tokens` picks those of a level.
@@ -185,8 +189,8 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
 
         Returns:
             Logits before temperature, [num_reqs * num_expanded, vocab_size of the target], a
-            request's nodes side by side, -inf where a token is never to be drafted; they may be
-            overwritten. And what the next level needs.
+            request's nodes side by side, -inf where a token must not be drafted; the caller
+            overwrites them. And what the next level needs.
         """
 
     def node_tokens(
@@ -233,11 +237,11 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         is_profile: bool = False,
         num_speculative_tokens: int | None = None,
     ) -> torch.Tensor:
-        """Draft one tree per request.
+        """Draft one tree per request. The arguments are those of vLLM's `BaseSpeculator.propose`.
 
         Args:
-            num_speculative_tokens: nodes of the tree to draft, one of the schedule's; 0 for none;
-                None for the largest.
+            num_speculative_tokens: the number of nodes of the tree to draft, which is one of the
+                schedule's; 0 for no tree; None for the largest.
 
         Returns:
             Tokens [num_reqs, num_nodes of the largest tree], the drafted tree's first, in node

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward passes of a proposer's model as CUDA graphs.
 
-vLLM 0.32 runs a separate draft model eagerly. Here a graph is captured for each number of rows that
-a pass may have for every request, and each captured batch size: one row per expanded node of a
-depth, or, where every request verified a whole tree, one per token that may have been accepted and
-the new root.
+vLLM 0.32 runs a separate draft model eagerly. Here a graph is captured for each captured batch size
+and each number of rows per request that a pass may have: one row per expanded node of a depth, or,
+if every request verified a whole tree, one per token that may have been accepted and one for the
+new root.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ from vllm_spechub.attention.visibility import TreeVisibility
 
 @dataclass(frozen=True)
 class DraftPass:
-    """What a pass reads."""
+    """The inputs of one forward pass."""
 
     # [num_tokens] int32
     tokens: torch.Tensor
@@ -37,7 +37,7 @@ class DraftPass:
     starts_np: np.ndarray
     # [num_reqs] int32
     seq_lens: torch.Tensor
-    # [num_reqs] int32 on the host, at least as long
+    # [num_reqs] int32 on the host, upper bounds on `seq_lens`
     seq_lens_bound: torch.Tensor
     # None for ordinary causal tokens
     tree: TreeVisibility | None = None
@@ -67,7 +67,7 @@ class PassRunner(Protocol):
         attn_metadata: dict[str, Any] | None,
         slot_mappings: dict[str, torch.Tensor] | None,
     ) -> torch.Tensor:
-        """Hidden states, [num_tokens, hidden_size]."""
+        """Run the model once. Returns hidden states, [num_tokens, hidden_size]."""
         ...
 
 
@@ -98,14 +98,14 @@ class DraftGraphs:
     the attention backend, `proposer.slots` and the block tables, and through nothing else.
 
     Args:
-        proposer: whose model runs; its attention is set up.
-        rows_per_request: the different numbers of rows that a pass may have for each request.
+        proposer: the proposer whose model runs, with its attention set up.
+        rows_per_request: the numbers of rows per request that a pass may have.
     """
 
     def __init__(self, proposer: PassRunner, rows_per_request: Iterable[int]) -> None:
         self.proposer = proposer
         device, max_num_reqs = proposer.device, proposer.max_num_reqs
-        # the widest first: the others fit into the memory of its graphs
+        # The widest first, because the others then fit into the memory of its graphs.
         self.by_rows = {
             rows: PassGraphs(proposer.vllm_config, device, rows)
             for rows in sorted(set(rows_per_request), reverse=True)
@@ -119,14 +119,15 @@ class DraftGraphs:
         self.hidden: torch.Tensor | None = None
 
     def capture(self) -> None:
+        """Capture a graph for each number of rows per request and each batch size."""
         for rows, graphs in self.by_rows.items():
-            title = f"Capturing draft CUDA graphs, {rows} rows a request"
+            title = f"Capturing draft CUDA graphs, {rows} rows per request"
             graphs.capture(partial(self._captured, rows), progress_bar_desc=title)
 
     def _captured(
         self, rows: int, desc: BatchExecutionDescriptor, warmup: bool
     ) -> Callable[[CUDAGraphMode], None]:
-        """A pass over the buffers, called inside a capture; its metadata is made outside."""
+        """Prepare a pass over the buffers. Returns the function that runs it within a capture."""
         proposer, num_tokens = self.proposer, desc.num_tokens
         num_reqs = num_tokens // rows
         starts_np = np.arange(num_reqs + 1, dtype=np.int32) * rows
@@ -152,7 +153,7 @@ class DraftGraphs:
         return forward
 
     def fitting(self, draft_pass: DraftPass) -> BatchExecutionDescriptor | None:
-        """The graph for a pass; None if none was captured for its rows."""
+        """The graph for a pass; None if none was captured for its numbers of rows and requests."""
         counts = np.diff(draft_pass.starts_np)
         graphs = self.by_rows.get(int(counts[0]))
         if graphs is None or (counts != counts[0]).any():
@@ -160,15 +161,19 @@ class DraftGraphs:
         return graphs.fitting(len(counts))
 
     def replay(self, desc: BatchExecutionDescriptor, draft_pass: DraftPass) -> torch.Tensor:
-        """Hidden states, [num_tokens, hidden_size], until the next replay."""
+        """Run a pass by replaying its graph.
+
+        Returns:
+            Hidden states [num_tokens, hidden_size], valid until the next replay.
+        """
         num_tokens, num_reqs = len(draft_pass.tokens), len(draft_pass.seq_lens)
-        # Fills the attention backend's buffers. What it returns is what the capture holds already.
+        # This fills the attention backend's buffers. The capture already holds what it returns.
         self.proposer.attention(draft_pass)
         self.tokens[:num_tokens] = draft_pass.tokens
         self.positions[:num_tokens] = draft_pass.positions
         self.starts[: num_reqs + 1] = draft_pass.starts
         self.seq_lens[:num_reqs] = draft_pass.seq_lens
-        # Requests of padding have no rows; their slots are padding already.
+        # Padding requests have no rows; their slots are padding already.
         self.starts[num_reqs + 1 :] = num_tokens
         self.seq_lens[num_reqs:] = 0
         self.by_rows[num_tokens // num_reqs].run_fullgraph(desc)

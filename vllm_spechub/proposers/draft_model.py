@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A separate draft model that expands the tree level by level.
 
-Every step first feeds the draft the tokens that were accepted, which also gives the root's
-children, then one pass per further depth.
+Every step first feeds the accepted tokens to the draft, which also gives the root's children, and
+then runs one pass for each further depth.
 
-While a schedule asks for no trees the draft sits out the steps in which every request decodes, and
-reads what it missed when trees are asked for again.
+While a schedule asks for no tree, the draft skips the steps in which every request decodes, and
+reads what it missed when the schedule asks for trees again.
 """
 
 from copy import copy
@@ -35,7 +35,7 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     From level to level it carries hidden states, [num_reqs * num_expanded, hidden_size].
     """
 
-    # whether layers forget tokens, and their blocks may be another request's after a step
+    # whether a layer has a sliding window, so that vLLM may free its blocks after any step
     has_windows: bool
 
     @classmethod
@@ -60,7 +60,7 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
         if own != shared:
             raise ValueError(
                 "speculative_config['model']: the draft's tokenizer differs from the "
-                "target's; draft and target need one vocabulary"
+                "target's; draft and target must share one vocabulary"
             )
         if max(shared.values()) >= min(sizes) and sizes[0] != sizes[1]:
             raise ValueError(
@@ -75,7 +75,7 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
         """Load the draft with its own sliding window, where vLLM would give it the target's."""
         draft, shared = self.draft_model_config, self.vllm_config
         layer_types = getattr(draft.hf_text_config, "layer_types", None)
-        # as vLLM decides for a target: mixed layers bring their windows themselves
+        # As vLLM decides for a target: layers of several types each know their own window.
         uniform = layer_types is None or set(layer_types) == {"sliding_attention"}
         window = draft.get_sliding_window() if uniform else None
         self.vllm_config = copy(shared)
@@ -117,8 +117,11 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
         hidden_states: torch.Tensor,
         spec_step_idx: int,
     ) -> torch.Tensor:
-        """[num_rows, vocab_size] of the target: what the draft pads beyond it is cut off, and
-        what it lacks is never drafted."""
+        """Compute logits over the target's vocabulary, [num_rows, vocab_size].
+
+        The draft's padding beyond that vocabulary is cut off, and tokens that the draft lacks get
+        -inf, so that they are never drafted.
+        """
         logits = super().compute_draft_logits(hidden_states, spec_step_idx)
         missing = self.vocab_size - self.draft_vocab_size
         if missing:
@@ -126,23 +129,23 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
         return logits
 
     def rows_per_request(self) -> set[int]:
-        # of a whole tree what may have been accepted below its root, and the new root
+        # The rows of `read`, after a whole tree: what may have been accepted, and the new root.
         return super().rows_per_request() | {tree.depth + 1 for tree in self.schedule.trees}
 
     def may_pause(self, batch: InputBatch) -> bool:
         """Whether every request decodes its next token.
 
-        Prompts are read at once, since the prefix cache hands their blocks to others. A draft with
-        sliding windows reads everything at once, as its blocks may be another request's later.
+        Prompts are never put off, since the prefix cache hands their blocks to other requests, and
+        a draft with sliding windows puts nothing off, since vLLM may free its blocks.
         """
         decodes = batch.num_draft_tokens == 0 and not batch.is_prefilling_np.any()
         return self.schedule.pauses and decodes and not self.has_windows
 
     def read(self, step: DraftStep) -> torch.Tensor:
-        """Feed the tokens since the last one that the draft has read, then the new root.
+        """Feed the tokens that the draft has not read, then the new root.
 
-        Of a verified tree only as many rows are fed as can have been accepted below its root, a
-        bound known without waiting for the device.
+        For a verified tree, the number of rows is the most that can have been accepted below its
+        root, a bound that is known without waiting for the device.
 
         Returns:
             The roots' hidden states, [num_reqs, hidden_size].
@@ -175,12 +178,12 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
         hidden = self.run_pass(
             step, tokens, positions, positions, starts, starts_np, end, unused, None
         )
-        # A request that still lags has no root among its rows, and drafts from what it has read.
+        # A request that still lags has no root among its rows, and drafts from its last row.
         return hidden[starts[:-1] + torch.minimum(root, end - 1) - begin]
 
     def _rows_to_feed(self, step: DraftStep) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Which requests' drafts lag, [num_reqs] bool; how many of their scheduled tokens the draft
-        has read, [num_reqs]; and how many rows each request gets, [num_reqs]."""
+        """Which requests' drafts lag, [num_reqs] bool; how many of each request's scheduled tokens
+        the draft has already read, [num_reqs]; and how many rows each request gets, [num_reqs]."""
         batch, trees, num_reqs = step.batch, self.request_trees, step.num_reqs
         lengths = batch.num_scheduled_tokens[:num_reqs].astype(np.int64)
         skipped = np.zeros_like(lengths)
@@ -194,13 +197,14 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
                 lengths -= step.num_rejected.numpy()  # there is no device to wait for
             else:
                 lengths -= np.maximum(drafts - trees.depths_for(reqs), 0)
-            # a tree's root was read to draft it; below a prompt's token trees are placeholders
+            # The draft has read a tree's root to draft it. A tree below a prompt's token is only a
+            # placeholder.
             skipped += (drafts > 0) & ~batch.is_prefilling_np[:num_reqs] & (lag == 0)
         counts = lengths - skipped + 1
         if self.graphs is not None and not (lag.any() or batch.is_prefilling_np.any()):
-            # a few rows to spare make the batch uniform, as graphs are
+            # A few unused rows make the batch uniform, as graphs need it.
             counts[:] = trees.depths_for(reqs).max() + 1
-        # what this step's tokens leave of the buffers, given to those who lag one after the other
+        # The rows that this step leaves free in the buffers are for the requests that lag.
         room = int(self.max_num_tokens + self.max_num_reqs - counts.sum())
         return lag > 0, skipped, counts + trees.catch_up(reqs, room)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ModelProposer`: a proposer with a network, and KV cache layers, of its own.
+"""`ModelProposer`, the base class of proposers with a network and KV cache layers of their own.
 
 Nodes live in consecutive slots after the root in breadth-first order and see their ancestors only.
 The next step writes the accepted tokens again, in their final slots, so the draft's KV cache needs
@@ -27,17 +27,17 @@ from vllm_spechub.rules.draft_state import DraftLevel, DraftState
 
 
 class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
-    """Runs forward passes over trees: slots, attention, CUDA graphs.
+    """A proposer that runs forward passes over trees: their slots, attention and CUDA graphs.
 
-    A subclass says how the network is loaded (`load_draft_model`) and called (`run_model`).
+    A subclass loads the network (`load_draft_model`) and calls it (`run_model`).
     """
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, rule: VerificationRule
     ) -> None:
-        # vLLM's speculator, the next class in line; what both set, ours sets last
+        # First the constructor of vLLM's speculator, then ours: of what both set, ours must remain.
         super(TreeProposer, self).__init__(vllm_config, device)
-        # which may be padded to another size than the target's
+        # The draft's vocabulary may be padded to another size than the target's.
         self.draft_vocab_size = self.vocab_size
         TreeProposer.__init__(self, vllm_config, device, rule)
         self.graphs: DraftGraphs | None = None
@@ -45,7 +45,7 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         self.slots: torch.Tensor
 
     def logits_dtype(self) -> torch.dtype:
-        """As the network gives them: what is verified must be what was drawn."""
+        """The network's own dtype, as verification must see the logits that children came from."""
         dtype, _ = self.draft_logits_spec(self.vllm_config)
         return dtype
 
@@ -62,7 +62,7 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         """Run the network once. Returns hidden states, [num_tokens, hidden_size]."""
 
     def rows_per_request(self) -> set[int]:
-        """The numbers of rows that every request may have in a pass, if none reads a prompt."""
+        """The numbers of rows per request that a pass may have, if no request reads its prompt."""
         states = self.draft_logits.states
         return {len(level.nodes_np) for state in states for level in state.levels[1:]}
 
@@ -140,11 +140,12 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         # None for ordinary causal tokens
         tree: TreeVisibility | None,
     ) -> torch.Tensor:
-        """Run one forward pass, eagerly or by replaying a graph. Nothing is written, and no
-        position is read, beyond the engine's maximal length.
+        """Run one forward pass, eagerly or by replaying a graph.
+
+        Positions and slots beyond the engine's maximal length are never used.
 
         Returns:
-            Hidden states [num_tokens, hidden_size], until the next pass.
+            Hidden states [num_tokens, hidden_size], valid until the next pass.
         """
         batch, last = step.batch, self.max_model_len - 1
         # The bound covers this step's tokens; a new tree adds its root and its nodes.
@@ -152,12 +153,12 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         bound = batch.seq_lens_cpu_upper_bound[: step.num_reqs] + nodes + 1
         outside = unused
         if int(bound.max()) > last:
-            # no slots there, and the last one is another token's
+            # There are no slots beyond the last, which belongs to another token.
             outside = slots > last if unused is None else unused | (slots > last)
             positions, slots = positions.clamp(max=last), slots.clamp(max=last)
             seq_lens, bound = seq_lens.clamp(max=last + 1), bound.clamp(max=last + 1)
         if self.draft_vocab_size < self.vocab_size:
-            tokens = tokens.clamp(max=self.draft_vocab_size - 1)  # it has no row for padding
+            tokens = tokens.clamp(max=self.draft_vocab_size - 1)  # it has no rows for the others
         if step.skip_attn:
             return self.run_model(tokens, positions, None, None)
         mappings = self.block_tables.compute_slot_mappings(

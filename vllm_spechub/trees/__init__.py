@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tree is drafted, and when: shapes, the best shape for a budget, schedules by load."""
+"""Which tree is drafted, and when: shapes, the best shape for a number of nodes, schedules."""

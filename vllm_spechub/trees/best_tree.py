@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The best tree for a node budget and a depth cap, by dynamic programming over slots.
+"""The best tree within a number of nodes and a depth, by dynamic programming over slots.
 
-The idea is Sequoia's (Chen et al., 2024, arXiv 2402.12374): with the rate at which the child of
-each slot is accepted, the accepted tokens that a subtree is worth add up over its slots. Here the
-rates depend on how many siblings there are, as SpecHub's do.
+The idea is Sequoia's (Chen et al., 2024, arXiv 2402.12374): given the rate at which the child in
+each slot is accepted, a subtree's expected number of accepted tokens is a sum over its slots. Here
+the rates also depend on how many siblings there are, as SpecHub's do.
 """
 
 import json
@@ -28,7 +28,7 @@ _AUTO = re.compile(r"auto(?::(\d+)(?::(\d+))?)?")
 
 
 class Shape(NamedTuple):
-    """A tree and what it is expected to be worth."""
+    """A tree, and how many of its tokens we expect to be accepted."""
 
     tree: TokenTree
     # accepted tokens per step, the bonus token not counted
@@ -36,13 +36,17 @@ class Shape(NamedTuple):
 
 
 class _Node(NamedTuple):
+    """A subtree while the best one is searched for."""
+
+    # expected accepted tokens below the node
     value: float
     # subtrees, in slot order
     children: tuple["_Node", ...] = ()
 
 
 def best_shape(rates: Rates, max_nodes: int, max_depth: int) -> Shape:
-    """The tree with the most accepted tokens, if nodes accept alike wherever they stand.
+    """Find the tree with the most expected accepted tokens, if acceptance depends only on a node's
+    number of children and the child's slot.
 
     Args:
         rates: `rates[k][slot]`, the probability that a node with k children accepts the child in
@@ -51,7 +55,7 @@ def best_shape(rates: Rates, max_nodes: int, max_depth: int) -> Shape:
         max_depth: deepest level, from 1; each level costs a draft pass.
 
     Returns:
-        The tree, never larger than it needs to be, and its expected accepted tokens.
+        The tree, without nodes that add nothing, and its expected accepted tokens.
 
     Raises:
         ValueError: names the argument.
@@ -95,7 +99,7 @@ def best_shape(rates: Rates, max_nodes: int, max_depth: int) -> Shape:
             for n, node in enumerate(forest):
                 if node is not None and node.value > best[n].value + 1e-12:
                     best[n] = node
-        for n in range(1, max_nodes + 1):  # at most n nodes, the fewest that do
+        for n in range(1, max_nodes + 1):  # at most n nodes, and fewer where those do as well
             if best[n - 1].value >= best[n].value - 1e-12:
                 best[n] = best[n - 1]
         below = best
@@ -115,11 +119,16 @@ def best_shape(rates: Rates, max_nodes: int, max_depth: int) -> Shape:
 
 
 def shipped_rates(rule: str) -> dict[int, list[float]]:
-    """The demo pair's rates that choose trees for a rule, averaged over the temperatures that were
-    measured. They are its own or those of the rule that the table of rules names instead.
+    """The acceptance rates from which a rule's "auto" trees are built, measured on the demo pair.
+
+    They are means over the measured temperatures, and belong to the rule itself or to the rule
+    that `rates_of` names instead.
+
+    Returns:
+        For each number of children, the acceptance rate of each slot.
 
     Raises:
-        ValueError: none are shipped for this rule.
+        ValueError: no rates are shipped for this rule.
     """
     by_rule = _shipped()["rates"]
     source = rates_of(rule)
@@ -135,7 +144,7 @@ def shipped_rates(rule: str) -> dict[int, list[float]]:
 
 
 def average_rates(tables: Sequence[Rates]) -> dict[int, list[float]]:
-    """The mean of several tables of rates."""
+    """The mean of several tables of rates, which have the same numbers of children."""
     return {
         k: [sum(rates) / len(tables) for rates in zip(*(t[k] for t in tables), strict=True)]
         for k in tables[0]
@@ -148,7 +157,7 @@ def _shipped() -> dict[str, Any]:
 
 
 def parse_tree(spec: str | Sequence[int] | TokenTree, rule: str) -> TokenTree:
-    """A tree from its configuration: whatever `TokenTree.parse` takes, or "auto".
+    """Parse a tree's configuration: whatever `TokenTree.parse` takes, or "auto".
 
     Args:
         spec: "auto", "auto:NODES" or "auto:NODES:DEPTH" for the best tree of at most that many

@@ -5,7 +5,7 @@ from vllm_spechub.trees.tree import TokenTree
 
 
 def draw(tree: TokenTree) -> str:
-    """The tree as text, one line a node, siblings in slot order.
+    """Draw the tree as text, one line per node, siblings in slot order.
 
     Examples::
 
@@ -29,7 +29,8 @@ def draw(tree: TokenTree) -> str:
 
 
 def node_rows(tree: TokenTree) -> list[float]:
-    """A row for every node: leaves in order, parents between their children."""
+    """Every node's vertical place in a picture: leaves are in rows 0, 1, 2, ... in order, and a
+    parent is halfway between its first and its last child. [num_nodes + 1]"""
     rows = [0.0] * (tree.num_nodes + 1)
     leaves = 0
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps measured schedules for `"tree_by_batch_size": "auto"`.
+"""The store of measured schedules: `vllm-spechub tune` writes them, and
+`"tree_by_batch_size": "auto"` reads them.
 
 Each combination of target, draft, rule, device and versions has a file below vLLM's cache root.
 """
@@ -75,7 +76,7 @@ def keep(target: str, draft: str, rule: str, schedule: Schedule) -> Path:
     """Store a schedule for `measured_schedule`, which takes the same arguments.
 
     Returns:
-        The file.
+        The file that was written.
     """
     identity = _identity(target, draft, rule)
     file = _file(identity)
@@ -94,8 +95,8 @@ def measured_schedule(target: str, draft: str, rule: str) -> Schedule:
         rule: the verification rule.
 
     Raises:
-        ValueError: one line. Nothing was measured, with the command that does it; or no tree was
-            worth it.
+        ValueError: nothing was measured, and the message names the command that measures; or no
+            tree was faster than plain vLLM.
     """
     identity = _identity(target, draft, rule)
     file = _file(identity)

@@ -42,6 +42,7 @@ _ENTRIES = TypeAdapter(
 
 
 def _describe(where: tuple[int | str, ...]) -> tuple[str, str | None]:
+    """What `one_line` asks about the part of a schedule at a place."""
     match where:
         case ():
             return "the schedule", FORM
@@ -54,7 +55,8 @@ def _describe(where: tuple[int | str, ...]) -> tuple[str, str | None]:
 
 
 class BatchRange(NamedTuple):
-    """A range of numbers of running requests, both ends included, and the tree it drafts."""
+    """The tree that is drafted while the number of running requests is in a range, both ends
+    included."""
 
     first: int
     # None has no end
@@ -73,12 +75,12 @@ class TreeSchedule:
     """A tree, or none, for every number of running requests.
 
     Args:
-        ranges: the first starts at 1 request, each of the others where the one before it ends, and
-            the last has no end.
+        ranges: the first starts at 1 request, each of the others right after the one before it
+            ends, and the last has no end.
 
     Raises:
-        ValueError: a gap, an overlap, no tree at all, or two trees with the same number of nodes:
-            by that number vLLM's scheduler tells the worker which tree to draft.
+        ValueError: a gap, an overlap, no tree at all, or two trees with the same number of nodes,
+            which is how vLLM's scheduler tells the worker which tree to draft.
     """
 
     ranges: tuple[BatchRange, ...]
@@ -95,7 +97,7 @@ class TreeSchedule:
             start = (last or 0) + 1
         if not self.ranges or self.ranges[-1].last is not None:
             raise ValueError(
-                f"the last range must have null as its end: what do {start} requests draft?"
+                f"the last range must have null as its end, to also cover {start} and more requests"
             )
         if not self.trees:
             raise ValueError(
@@ -110,12 +112,12 @@ class TreeSchedule:
 
     @classmethod
     def constant(cls, tree: TokenTree) -> "TreeSchedule":
-        """One tree for every batch."""
+        """The schedule that drafts the same tree for any number of running requests."""
         return cls((BatchRange(1, None, tree),))
 
     @classmethod
     def parse(cls, spec: Any, rule: str) -> "TreeSchedule":
-        """A schedule from its configuration.
+        """Parse the ranges of `tree_by_batch_size`.
 
         Args:
             spec: a list of [first, last, tree], where a last of None has no end, and a tree is
@@ -139,12 +141,12 @@ class TreeSchedule:
 
     @property
     def depth(self) -> int:
-        """Depth of the deepest tree."""
+        """The depth of the deepest tree."""
         return max(tree.depth for tree in self.trees)
 
     @property
     def max_children(self) -> int:
-        """Most children of any node of any tree."""
+        """The most children that any node of any tree has."""
         return max(int(tree.num_children.max()) for tree in self.trees)
 
     @property
@@ -153,14 +155,19 @@ class TreeSchedule:
         return any(r.tree is None for r in self.ranges)
 
     def index(self, num_nodes: int) -> int | None:
-        """The index in `trees` of the tree with that many nodes; None for 0 nodes, which is no
-        tree."""
+        """The index in `trees` of the tree with that many nodes; None for 0 nodes, which stands for
+        drafting nothing.
+
+        Raises:
+            ValueError: no tree has that many nodes.
+        """
         if num_nodes == 0:
             return None
         return [tree.num_nodes for tree in self.trees].index(num_nodes)
 
     def nodes_by_batch_size(self) -> list[tuple[int, int, int]] | None:
-        """The schedule as vLLM's dynamic speculative decoding takes it, None if it is constant."""
+        """The schedule as vLLM's dynamic speculative decoding takes it: (first, last, number of
+        drafted nodes) for each range. None if there is one range only."""
         if len(self.ranges) == 1:
             return None
         return [

@@ -65,22 +65,34 @@ class TokenTree:
 
     @classmethod
     def complete(cls, branching: int, depth: int) -> "TokenTree":
-        """Every node above the last level has `branching` children."""
+        """The tree of this depth in which every node above the last level has `branching` children.
+
+        Raises:
+            ValueError: as the constructor does.
+        """
         return cls._grow(depth, lambda _level, width: [branching] * width)
 
     @classmethod
     def chain(cls, depth: int) -> "TokenTree":
-        """One token per depth, as in ordinary speculative decoding."""
+        """The tree with one node per depth, as in ordinary speculative decoding."""
         return cls.complete(1, depth)
 
     @classmethod
     def caterpillar(cls, depth: int, branching: int = 2) -> "TokenTree":
-        """The first child of every level has `branching` children, the others none."""
+        """The tree in which the first node of each level has `branching` children, the others none.
+
+        Raises:
+            ValueError: as the constructor does.
+        """
         return cls._grow(depth, lambda _level, width: [branching] + [0] * (width - 1))
 
     @classmethod
     def _grow(cls, depth: int, children_of_level: Callable[[int, int], list[int]]) -> "TokenTree":
-        """`children_of_level(level, width)` gives the number of children of each of its nodes."""
+        """Build a tree level by level.
+
+        `children_of_level(level, width)` returns the number of children of each of the `width`
+        nodes at depth `level`.
+        """
         parents: list[int] = []
         level = [0]
         for d in range(depth):
@@ -96,7 +108,7 @@ class TokenTree:
 
     @classmethod
     def parse(cls, spec: "str | Sequence[int] | TokenTree") -> "TokenTree":
-        """A tree from its configuration: a family such as "binary:3", or a list of parents.
+        """Parse a tree's configuration: a family such as "binary:3", or a list of parents.
 
         Raises:
             ValueError: an unknown family, or anything the constructor refuses.
@@ -106,7 +118,9 @@ class TokenTree:
         if isinstance(spec, str):
             match = _FAMILY.fullmatch(spec.strip())
             if match is None:
-                raise ValueError(f"{spec!r} is none of: {FAMILIES}, or a list of parents")
+                raise ValueError(
+                    f"{spec!r} is not a tree, allowed: {FAMILIES}, or a list of parents"
+                )
             family, numbers = match[1], [int(n) for n in match[2].split(":")[1:]]
             builders = {
                 ("binary", 1): lambda depth: cls.complete(2, depth),
@@ -117,25 +131,25 @@ class TokenTree:
             }
             build = builders.get((family, len(numbers)))
             if build is None or min(numbers) < 1:
-                raise ValueError(f"{spec!r} is none of: {FAMILIES} (numbers from 1)")
+                raise ValueError(f"{spec!r} is not a tree, allowed: {FAMILIES} (numbers from 1)")
             return build(*numbers)
         if isinstance(spec, Sequence) and all(type(parent) is int for parent in spec):
             return cls(tuple(spec))
-        raise ValueError(f"{spec!r} is none of: {FAMILIES}, or a list of parents")
+        raise ValueError(f"{spec!r} is not a tree, allowed: {FAMILIES}, or a list of parents")
 
     @property
     def num_nodes(self) -> int:
-        """Drafted nodes, the root not counted."""
+        """The number of drafted nodes, without the root."""
         return len(self.parents)
 
     @property
     def depth(self) -> int:
-        """Depth of the deepest node; the root has depth 0."""
+        """The depth of the deepest node; the root has depth 0."""
         return int(self.depths[-1])
 
     @cached_property
     def depths(self) -> np.ndarray:
-        """Depth of every node, root first. [num_nodes + 1] int32"""
+        """The depth of every node, root first. [num_nodes + 1] int32"""
         depths = np.zeros(self.num_nodes + 1, dtype=np.int32)
         for node, parent in enumerate(self.parents, start=1):
             depths[node] = depths[parent] + 1
@@ -148,12 +162,12 @@ class TokenTree:
 
     @cached_property
     def num_children(self) -> np.ndarray:
-        """[num_nodes + 1] int32"""
+        """The number of children of every node, root first. [num_nodes + 1] int32"""
         return np.bincount(self.parents, minlength=self.num_nodes + 1).astype(np.int32)
 
     @cached_property
     def first_child(self) -> np.ndarray:
-        """The first child's number, 0 for a leaf. [num_nodes + 1] int32"""
+        """The number of every node's first child, 0 for a leaf. [num_nodes + 1] int32"""
         first = np.zeros(self.num_nodes + 1, dtype=np.int32)
         for node in range(self.num_nodes, 0, -1):
             first[self.parents[node - 1]] = node
@@ -161,19 +175,19 @@ class TokenTree:
 
     @cached_property
     def internal_nodes(self) -> np.ndarray:
-        """Nodes that have children, in breadth-first order. [num_internal] int32"""
+        """The nodes that have children, in breadth-first order. [num_internal] int32"""
         return np.flatnonzero(self.num_children).astype(np.int32)
 
     @cached_property
     def internal_index(self) -> np.ndarray:
-        """A node's index among the internal nodes, -1 for a leaf. [num_nodes + 1] int32"""
+        """Every node's index among the internal nodes, -1 for a leaf. [num_nodes + 1] int32"""
         index = np.full(self.num_nodes + 1, -1, dtype=np.int32)
         index[self.internal_nodes] = np.arange(len(self.internal_nodes))
         return index
 
     @cached_property
     def ancestor_masks(self) -> np.ndarray:
-        """Bit i of a node's mask: node i is the node itself or above it. [num_nodes + 1] int64"""
+        """Every node's ancestors and itself as bits: bit i is node i. [num_nodes + 1] int64"""
         masks = np.zeros(self.num_nodes + 1, dtype=np.uint64)
         masks[0] = 1
         for node, parent in enumerate(self.parents, start=1):
@@ -189,7 +203,8 @@ class TokenTree:
         return tuple(paths)
 
     def internal_levels(self) -> list[np.ndarray]:
-        """The internal nodes of each depth, 0 to depth - 1: what one draft pass expands."""
+        """The internal nodes of each depth from 0 to `depth - 1`, int32 each. One draft pass
+        expands one of these levels."""
         depths = self.depths[self.internal_nodes]
         return [self.internal_nodes[depths == d] for d in range(self.depth)]
 

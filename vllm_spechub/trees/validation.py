@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pydantic import ValidationError
 
 Describe = Callable[[tuple[int | str, ...]], tuple[str, str | None]]
-"""Where a value stands, as keys and indices -> its name, and what is allowed if pydantic's own
-words are not good enough."""
+"""A function from a value's place, as keys and indices, to the value's name and to what is allowed.
+None in place of the latter leaves it to pydantic's own words."""
 
 
 def one_line(error: ValidationError, describe: Describe) -> str:
-    """The first error, for users.
+    """Describe the first error to users, in one line.
 
     Returns:
         "NAME: the message" for the ValueErrors of our own validators, which say everything, and

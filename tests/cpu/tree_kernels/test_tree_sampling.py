@@ -43,7 +43,7 @@ class Drafts:
         g = torch.Generator().manual_seed(seed)
         self.tree = TokenTree.parse(tree)
         self.num_reqs, width = num_reqs, self.tree.num_nodes + 1
-        self.law = {"rule": rule, "sharpening": sharpening}
+        self.rule_options = {"rule": rule, "sharpening": sharpening}
         self.tables = TreeTables(
             *(torch.from_numpy(getattr(self.tree, name)) for name in TreeTables._fields)
         )
@@ -84,7 +84,7 @@ class Drafts:
         drawn = []
         for node in self.tree.internal_nodes:
             arguments, count = self.node_arguments(node)
-            tokens, slots = sampler(*arguments, **self.law, max_children=count)
+            tokens, slots = sampler(*arguments, **self.rule_options, max_children=count)
             first = int(self.tables.first_child[node])
             self.tokens[:, first : first + count] = tokens
             self.slots[:, self.tables.internal_index[node]] = slots
@@ -105,7 +105,7 @@ class Drafts:
             self.requests,
             self.tables,
             max_depth=self.tree.depth,
-            **self.law,
+            **self.rule_options,
         )
 
 
@@ -151,7 +151,7 @@ def test_children_are_stored_as_the_state_would(tree):
         theirs.write_children(level, reqs, logits, Children(tokens, slots))
         assert torch.equal(ours.drafts.logits, theirs.drafts.logits)
         assert torch.equal(ours.tokens, theirs.tokens)
-        assert torch.equal(ours.drafts.sample_slots, theirs.drafts.sample_slots)
+        assert torch.equal(ours.drafts.sampled, theirs.drafts.sampled)
     assert (ours.tokens[reqs] != 0).any()
 
 
@@ -189,16 +189,16 @@ def test_emitted_tokens_follow_the_target(rule):
     if rule not in SPECHUB:
         return
     # acceptance is the closed form: p on the hubs plus min(p, w) off them
-    law = (drafts.draft[0, 0].double() / 0.8).softmax(0)
-    hubs = law.topk(2).indices
-    off = law.clone()
+    q = (drafts.draft[0, 0].double() / 0.8).softmax(0)
+    hubs = q.topk(2).indices
+    off = q.clone()
     off[hubs] = 0
     alpha = target[hubs].sum() + torch.minimum(target, off / off.sum())[off > 0].sum()
     assert abs((emitted == 2).double().mean() - alpha) < 4 * (0.25 / samples) ** 0.5
     if rule != "unordered":  # what stands in slot 0 is distributed as the draft
         counts = torch.bincount(children[:, 0], minlength=12)
-        kept = law * samples > 5
-        expected = law[kept] / law[kept].sum() * counts[kept].sum()
+        kept = q * samples > 5
+        expected = q[kept] / q[kept].sum() * counts[kept].sum()
         assert chisquare(counts[kept].numpy(), expected.numpy()).pvalue > 1e-3
 
 

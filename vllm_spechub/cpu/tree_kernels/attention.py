@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tree attention over vLLM's CPU cache, compiled by Numba.
 
-vLLM's C++ kernel masks causally only. A tree has few rows, all of one request below one root: one
-pass per request and KV head over the cache in place beats a dozen small PyTorch operations.
+vLLM's C++ kernel has causal masks only. A tree has few rows, which share a request and a root, so
+one pass per request and KV head over the cache, in place, is faster than a dozen small PyTorch
+operations.
 """
 
 import numpy as np
 
 from vllm_spechub.cpu.tree_kernels.vector_math import exp_sum, f32, i32, jit, jit_sums
 
-# Rows of positions are padded to whole vectors, and every block size is a multiple of one: what is
-# left over by a loop over vectors costs as much as several of them.
+# Rows of positions are padded to whole vectors of this many floats, and every block size is a
+# multiple of it, because the remainder of a loop over vectors costs as much as several vectors.
 VECTOR = 16
 
 
@@ -21,14 +22,14 @@ def _gather_values(
     # [max_blocks]
     blocks,
     head,
-    # the first position, at a block's start, the root's, and the first one past the last
+    # positions: the first one, at a block's start; the root's; and one past the last
     begin,
     root,
     end,
     # [head_size, num_positions padded], written: zeros past the end
     values,
 ):
-    """One head's values of a request, in rows of positions as its keys are."""
+    """Copy one head's values of a request into rows of positions, the layout that its keys have."""
     head_size = values.shape[0]
     block_size = value_cache.shape[3]
     for start in range(begin, end, block_size):
@@ -36,7 +37,7 @@ def _gather_values(
         for s in range(min(block_size, end - start)):
             for d in range(head_size):
                 values[d, start - begin + s] = stored[s, d]
-    # Below the root a slot may never have been written, and 0 * NaN is NaN.
+    # A slot after the root may never have been written, and 0 * NaN is NaN.
     for s in range(root - begin, end - begin):
         for d in range(head_size):
             if not np.isfinite(values[d, s]):
@@ -58,6 +59,7 @@ def _score(
     row_a,
     row_b,
 ):
+    """Write the scores of two query rows against the keys of a block."""
     row_a[:] = f32(0.0)
     row_b[:] = f32(0.0)
     for d in range(0, keys.shape[0], 4):
@@ -73,15 +75,16 @@ def _score(
 
 @jit
 def _mask(
-    # [num_positions], -inf where the token sees nothing
+    # [num_positions]
     row,
     tree_mask,
-    # offsets: where the token's window starts, of the root, and past the last position
+    # offsets in the row: the start of the token's window; the root; and one past the last position
     window_start,
     root,
     end,
     softcap,
 ):
+    """Apply the soft cap to a row of scores, and set what the token does not see to -inf."""
     if softcap > f32(0.0):
         for s in range(end):
             row[s] = np.tanh(row[s] / softcap) * softcap
@@ -102,7 +105,7 @@ def _exponentials(
     scratch,
     scratch_bits,
 ):
-    """In place, relative to the largest; returns their sum."""
+    """Replace a row of scores by their exponentials, relative to the largest. Returns the sum."""
     top = row[0]
     for s in range(row.shape[0]):
         top = top if top > row[s] else row[s]
@@ -123,6 +126,7 @@ def _weigh(
     out_a,
     out_b,
 ):
+    """Write the means of the values under two rows of weights."""
     for d in range(0, values.shape[0], 4):
         v0, v1, v2, v3 = values[d], values[d + 1], values[d + 2], values[d + 3]
         a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = f32(0.0)
@@ -152,6 +156,7 @@ def _store(
     key_cache,
     value_cache,
 ):
+    """Write keys and values into their slots."""
     block_size, head_size = value_cache.shape[3:]
     for t in range(min(key.shape[0], slots.shape[0])):
         if slots[t] < 0:
@@ -172,7 +177,7 @@ def _clip_to_window(
     # how many positions a token sees, its own included; 0 stands for all
     window,
 ):
-    """A tree token's mask without the ancestors before its window, and the first key in it."""
+    """A tree token's mask without the ancestors before its window, and the window's first key."""
     mask = np.uint64(tree_mask)
     if window <= 0:
         return mask, np.int64(0)
@@ -207,12 +212,15 @@ def attend_trees(
     tree_mask,
     softmax_scale,
     softcap,
-    # a window counts positions, in a tree depths, and not slots
+    # how many positions a token sees, its own included, 0 for all; a tree's positions are depths
     window,
     # [num_tokens, num_heads, head_size] float32
     output,
 ):
-    """Write the attention of every tree token; other tokens' output is left alone."""
+    """Write the attention of every tree token; other tokens' output is left alone.
+
+    The CPU's version of `triton_kernels.tree_attention`, for the tree tokens of a batch.
+    """
     head_size = query.shape[2]
     num_kv_heads, block_size = value_cache.shape[1], value_cache.shape[3]
     group = query.shape[1] // num_kv_heads
@@ -231,7 +239,7 @@ def attend_trees(
             masks[t], window_starts[t] = _clip_to_window(
                 tree_mask[first + t], np.int64(visible_until[first]), window
             )
-        # blocks that no window reaches are not read: vLLM may have given them away
+        # Blocks that no window reaches are not read: vLLM may have given them to another request.
         begin = window_starts[: num_tree_tokens[r]].min() // block_size * block_size
         width = (end - begin + VECTOR - 1) // VECTOR * VECTOR
         a, b, power, bits = row_a[:width], row_b[:width], scratch[:width], scratch_bits[:width]
@@ -268,7 +276,9 @@ def store_and_attend(
     value_cache,
     *rest,
 ):
-    """Put keys and values in their slots, then `attend_trees` with the other arguments: one call
-    from Python where a layer has small batches."""
+    """Write keys and values into their slots, then call `attend_trees` with the other arguments.
+
+    A single call from Python matters in small batches.
+    """
     _store(key, value, slots, key_cache, value_cache)
     attend_trees(query, key_cache, value_cache, *rest)

@@ -20,6 +20,7 @@ def _compact(
     # [num_reqs, max_depth + 1]
     path,
 ):
+    """Copy sequence position `root + path[:, j]` to `root + j` in every view, as `KVCompactor`."""
     block_size = views[0].shape[1]
     for r in range(path.shape[0]):
         for depth in range(1, path.shape[1]):
@@ -28,7 +29,7 @@ def _compact(
                 break
             if node == depth:
                 continue
-            # nodes ascend and are not below their depth: what is overwritten has moved before
+            # A path's nodes ascend and are at least their depth, so what is overwritten has moved.
             source, target = root_positions[r] + node, root_positions[r] + depth
             for view in views:
                 moved = view[block_table[r, source // block_size], source % block_size]
@@ -39,7 +40,11 @@ def _compact(
 
 
 class HostKVCompactor:
-    """`KVCompactor` for caches in the host's memory."""
+    """`KVCompactor` for caches in the host's memory.
+
+    Args:
+        kv_views: as `KVCompactor` takes them.
+    """
 
     def __init__(
         self,
@@ -47,13 +52,13 @@ class HostKVCompactor:
         kv_views: Sequence[torch.Tensor],
     ) -> None:
         self.kv_views = [as_raw_bits(view) for view in kv_views]
-        # Layers that differ in shape or type are told apart, one call for each kind.
+        # Layers that have the same shape and type share a call.
         kinds: dict[tuple, list] = {}
         for view in self.kv_views:
             kinds.setdefault((view.dtype, view.shape[1:]), []).append(view.numpy())
         self._kinds = [tuple(arrays) for arrays in kinds.values()]
         nothing = torch.zeros(0, 1, dtype=torch.int32)
-        self(nothing, torch.zeros(0, dtype=torch.int64), nothing)  # compiled before a step needs it
+        self(nothing, torch.zeros(0, dtype=torch.int64), nothing)  # compiles before the first step
 
     def __call__(
         self,

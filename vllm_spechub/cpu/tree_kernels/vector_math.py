@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Numba needs to turn loops over float32 rows into vector instructions: exp, log and noise.
 
-Numba has no vectorised exp or log of its own; these are Cephes' expf and logf without branches.
-They work in place on a row and on the same memory as int32, and are accurate to 1e-7.
+Numba has no vectorised exp or log of its own; these are expf and logf of the Cephes library without
+branches. They work in place on a row, and on the same memory as int32, and are accurate to 1e-7.
 """
 
 import numba
@@ -12,10 +12,10 @@ from vllm_spechub.triton_kernels import constants, rng
 
 f32, i32, u32 = np.float32, np.int32, np.uint32
 
-# Never nnan or ninf: masked logits are -inf, and unwritten cache slots hold anything.
+# The flags nnan and ninf are never set: masked logits are -inf, and unwritten slots hold anything.
 _OPTIONS = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
 jit = numba.njit(**_OPTIONS, fastmath={"contract"})
-# for loops that add up a row: only reordered sums become vector instructions
+# For loops that add up a row: a sum becomes vector instructions only if it may be reordered.
 jit_sums = numba.njit(**_OPTIONS, fastmath={"contract", "reassoc"})
 
 
@@ -37,12 +37,13 @@ def finite_row(
 
 @jit
 def exp_row(
-    # [size] float32, at most 0; exp of it in place, 0 below -87
+    # [size] float32, at most 0
     row,
     # [size] float32 scratch and the same memory as int32
     power,
     power_bits,
 ):
+    """Replace every value by its exponential, and values below -87 by 0."""
     for i in range(row.shape[0]):
         x = row[i] if row[i] > f32(-87.0) else f32(-87.0)
         k = i32(x * f32(1.4426950408889634) - f32(0.5))
@@ -62,7 +63,7 @@ def exp_row(
 
 @jit_sums
 def exp_sum(
-    # [size] logits; exp((row - peak) * scale) on return
+    # [size] logits
     row,
     peak,
     scale,
@@ -70,7 +71,7 @@ def exp_sum(
     scratch,
     scratch_bits,
 ):
-    """Exponentials in place; returns what they add up to."""
+    """Replace every value by `exp((value - peak) * scale)`. Returns the sum."""
     for i in range(row.shape[0]):
         row[i] = (row[i] - peak) * scale
     exp_row(row, scratch, scratch_bits)
@@ -82,13 +83,14 @@ def exp_sum(
 
 @jit
 def log_row(
-    # [size] float32, positive and normal; log of it in place
+    # [size] float32, positive and normal
     row,
     # [size] int32, the row's own memory
     row_bits,
     # [size] float32 scratch
     exponent,
 ):
+    """Replace every value by its natural logarithm."""
     for i in range(row.shape[0]):
         bits = row_bits[i]
         exponent[i] = f32((bits >> i32(23)) - i32(127))
@@ -136,7 +138,7 @@ def _finalize(state):
 
 @jit
 def row_key(seed, position, node, purpose):
-    """`rng.row_key`, one number."""
+    """`rng.row_key` of single numbers."""
     state = _mix(u32(0), _scramble(u32(seed & 0xFFFFFFFF)))
     state = _mix(state, _scramble(u32((seed >> 32) & 0xFFFFFFFF)))
     state = _mix(state, _scramble(u32(position & 0xFFFFFFFF)))
@@ -145,7 +147,7 @@ def row_key(seed, position, node, purpose):
 
 @jit
 def uniform(bits):
-    """`rng.uniform`, one number."""
+    """`rng.uniform` of one number."""
     high = f32(bits >> u32(16)) * f32(2.0**-16)
     value = high + (f32(bits & u32(0xFFFF)) + f32(0.5)) * f32(2.0**-32)
     return min(value, f32(rng.BELOW_ONE))
@@ -156,7 +158,7 @@ def exponential_row(
     key,
     # number of the first element
     start,
-    # [size] float32, written: `rng.exponential` of every element's hash
+    # [size] float32, written
     row,
     # [size] int32, the row's own memory
     row_bits,
@@ -164,6 +166,7 @@ def exponential_row(
     exponent,
     uniforms,
 ):
+    """Write `rng.exponential` of the hashes of the elements from `start` on."""
     first = u32(start)
     for i in range(row.shape[0]):
         bits = _finalize(_mix(key, _scramble(u32(first + u32(i)))))

@@ -19,6 +19,7 @@ from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 
 
 def warm_up() -> None:
+    """Run each Numba kernel once on tiny inputs."""
     tree = TokenTree.chain(1)
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     logits = torch.zeros(1, 8)
@@ -26,7 +27,7 @@ def warm_up() -> None:
     requests = Requests(zero, zero, one, zero)
     target = TargetRows(logits.expand(2, -1), one, zero, zero + 1, torch.zeros(2).long())
     kernels = TreeKernels(sample_children, verify_tree, write_children)
-    # one rule of each direction
+    # One rule of each direction (`Rule.direction`) compiles everything.
     for name in {rule.direction: rule.name for rule in BUILTIN_RULES.values()}.values():
         rule = KernelRule(name, kernels)
         rule.sample_children(logits, state.levels[0], requests, state)

@@ -2,8 +2,8 @@
 """The V2 model runner's Triton kernels, for machines without a Triton compiler.
 
 vLLM's runner does its bookkeeping and sampling in Triton, and keeps a registry of stand-ins for
-platforms that have none. Its CPU platform fills that for the old runner; this fills it for the
-V2 one.
+platforms without Triton. vLLM's CPU platform fills the registry for the old runner; this package
+fills it for the V2 runner.
 """
 
 from collections.abc import Callable
@@ -51,12 +51,12 @@ HOST_KERNELS: dict[str, Callable[..., None]] = {
         "structured_outputs._apply_grammar_bitmask_kernel": processors.apply_grammar_bitmask,
     }.items()
 }
-"""Qualified name of a vLLM kernel, and what stands for it."""
+"""The stand-ins, by the qualified names of vLLM's kernels."""
 
 
 @cache
 def register() -> None:
-    """Puts the host kernels in the place of vLLM's, where no Triton can compile those.
+    """Put the host kernels in the place of vLLM's, unless there is a Triton to compile those.
 
     A second call does nothing.
     """
@@ -66,8 +66,8 @@ def register() -> None:
 
     if HAS_TRITON:
         return
-    # Launchers compute block sizes with it, and vLLM's placeholder for Triton has none.
+    # Launchers compute block sizes with this function, which vLLM's placeholder for Triton lacks.
     if not hasattr(triton, "next_power_of_2"):
         triton.next_power_of_2 = next_power_of_2
-    # Imports every module that defines one of them, then rebinds those that copied it.
+    # vLLM imports each module that defines one of the kernels, and rebinds it where it was copied.
     register_kernels(HOST_KERNELS)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host kernels of the batch's bookkeeping: block tables, staged writes and model inputs.
 
-They run on every step over a handful of requests, where the price is the number of calls and not
-of elements. So they work on numpy views, which share memory with the tensors and are cheaper to
-index than those. Row strides that the kernels take as arguments are in the views already.
+They run on every step over a handful of requests, where the number of calls costs time and the
+number of elements hardly does. So they work on numpy views, which share memory with the tensors and
+are faster to index. Row strides that vLLM's kernels take as arguments are in the views already.
 """
 
 import ctypes
@@ -16,9 +16,9 @@ import torch
 
 @lru_cache(maxsize=1024)
 def _table_at(address: int, num_rows: int, num_cols: int) -> np.ndarray:
-    """View of the int32 table `[num_rows, num_cols]` at `address`.
+    """A view of the int32 table `[num_rows, num_cols]` at `address`.
 
-    The view owns nothing, so a cached one is as valid as the address it is asked for again with.
+    The view owns no memory, so a cached view is valid as long as the address is.
     """
     cells = (ctypes.c_int32 * (num_rows * num_cols)).from_address(address)
     return np.ctypeslib.as_array(cells).reshape(num_rows, num_cols)
@@ -39,10 +39,10 @@ def gather_block_tables(
     num_reqs: int,
     **_launch: Any,
 ) -> None:
-    """Stands for `block_table._gather_block_tables_kernel`.
+    """Stand-in for `block_table._gather_block_tables_kernel`.
 
-    All rows past the batch are zeroed: how many of them are padding is only in the launch grid,
-    which an override does not see.
+    All rows past the batch are zeroed: only the launch grid, which a stand-in does not see, tells
+    how many of them are padding.
     """
     idx = idx_mapping.numpy()
     blocks = num_blocks.numpy()
@@ -90,7 +90,7 @@ def compute_slot_mappings(
     PAD_ID: int,
     **_launch: Any,
 ) -> None:
-    """Stands for `block_table._compute_slot_mappings_kernel`."""
+    """Stand-in for `block_table._compute_slot_mappings_kernel`."""
     idx = idx_mapping.numpy()
     starts = query_start_loc.numpy()[: idx.size + 1]
     first, last = int(starts[0]), int(starts[-1])
@@ -121,7 +121,8 @@ def compute_slot_mappings(
                 positions, block_size, cp_rank, CP_SIZE, CP_INTERLEAVE
             )
         block, offset = np.divmod(local, block_size)
-        # Clipped, as the kernel would read whatever lies past the table.
+        # Clipped, because a position past the table would otherwise raise an error; vLLM's kernel
+        # reads whatever lies there.
         number = (
             _table_at(table_ptr, num_rows, num_cols)
             .reshape(-1)
@@ -169,7 +170,7 @@ def apply_write(
     MULTI_GROUP: bool,
     **_launch: Any,
 ) -> None:
-    """Stands for `buffer_utils._apply_write_kernel`."""
+    """Stand-in for `buffer_utils._apply_write_kernel`."""
     if MULTI_GROUP:
         assert isinstance(output_stride, torch.Tensor)
         assert write_group_ids is not None
@@ -204,7 +205,7 @@ def _apply_grouped_write(
     ends: list[int],
     group_ids: list[int],
 ) -> None:
-    """Writes into tables of several groups, of which only the addresses are known."""
+    """Write into the tables of several groups, of which only the addresses are known."""
     source = contents.data_ptr()
     item = contents.element_size()
     begin = 0
@@ -234,7 +235,7 @@ def prepare_prefill_inputs(
     num_computed_tokens: torch.Tensor,
     **_launch: Any,
 ) -> None:
-    """Stands for `input_batch._prepare_prefill_inputs_kernel`."""
+    """Stand-in for `input_batch._prepare_prefill_inputs_kernel`."""
     idx = idx_mapping.numpy()
     computed = num_computed_tokens.numpy().take(idx)
     prefill = prefill_lens.numpy().take(idx)
@@ -245,7 +246,7 @@ def prepare_prefill_inputs(
     ids = input_ids.numpy()
     tokens = all_token_ids.numpy()
     lookahead = next_prefill_tokens.numpy()
-    # A loop: every prompt chunk is one run of memory, and few requests are in their prompts.
+    # A loop is fast here: each prompt chunk is one stretch of memory, and few requests have one.
     for i in prefilling.tolist():
         row = tokens[idx[i]]
         begin, end = int(starts[i]), int(starts[i + 1])
@@ -271,7 +272,7 @@ def prepare_pos_seq_lens(
     max_num_reqs: int,
     **_launch: Any,
 ) -> None:
-    """Stands for `input_batch._prepare_pos_seq_lens_kernel`."""
+    """Stand-in for `input_batch._prepare_pos_seq_lens_kernel`."""
     idx = idx_mapping.numpy()
     starts = query_start_loc.numpy()[: idx.size + 1]
     counts = starts[1:] - starts[:-1]
@@ -306,7 +307,7 @@ def combine_sampled_and_draft_tokens(
     NUM_NEW_SAMPLED_TOKENS: int = 1,
     **_launch: Any,
 ) -> None:
-    """Stands for `input_batch._combine_sampled_and_draft_tokens_kernel`."""
+    """Stand-in for `input_batch._combine_sampled_and_draft_tokens_kernel`."""
     idx = idx_mapping.numpy()
     num_reqs = idx.size
     bounds = cu_num_logits.numpy()[: num_reqs + 1]
@@ -350,7 +351,7 @@ def get_num_sampled_and_rejected(
     prefill_len: torch.Tensor,
     **_launch: Any,
 ) -> None:
-    """Stands for `input_batch._get_num_sampled_and_rejected_kernel`."""
+    """Stand-in for `input_batch._get_num_sampled_and_rejected_kernel`."""
     idx = idx_mapping.numpy()
     num_reqs = idx.size
     generating = seq_lens.numpy()[:num_reqs] >= prefill_len.numpy().take(idx)
@@ -387,7 +388,7 @@ def post_update(
     total_len: torch.Tensor,
     **_launch: Any,
 ) -> None:
-    """Stands for `input_batch._post_update_kernel`."""
+    """Stand-in for `input_batch._post_update_kernel`."""
     idx = idx_mapping.numpy()
     num_reqs = idx.size
     counts = num_sampled.numpy()[:num_reqs]
@@ -409,7 +410,7 @@ def post_update(
     tokens = sampled[rows, cols]
     slots = idx.take(rows)
     all_token_ids.numpy()[slots, ends.take(rows) + cols] = tokens
-    # In order of columns within a request, so the last one stays.
+    # A request's tokens are in order, so its last one is what remains.
     last_sampled_tokens.numpy().reshape(-1)[slots] = tokens
     lens[idx] = ends + counts
     if output_bin_counts is not None:
@@ -425,7 +426,7 @@ def post_update_num_computed_tokens(
     query_start_loc: torch.Tensor,
     **_launch: Any,
 ) -> None:
-    """Stands for `input_batch._post_update_num_computed_tokens_kernel`."""
+    """Stand-in for `input_batch._post_update_num_computed_tokens_kernel`."""
     idx = idx_mapping.numpy()
     starts = query_start_loc.numpy()[: idx.size + 1]
     num_computed_tokens.numpy()[idx] += starts[1:] - starts[:-1]
@@ -442,7 +443,7 @@ def expand_idx_mapping(
     cu_num_logits: torch.Tensor,
     **_launch: Any,
 ) -> None:
-    """Stands for `input_batch._expand_idx_mapping_kernel`."""
+    """Stand-in for `input_batch._expand_idx_mapping_kernel`."""
     idx = idx_mapping.numpy()
     bounds = cu_num_logits.numpy()[: idx.size + 1]
     counts = bounds[1:] - bounds[:-1]

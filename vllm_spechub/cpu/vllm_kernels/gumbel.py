@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's seeded Gumbel noise: MurmurHash3 of (seed, position, token), bit for bit.
 
-The token is the last thing hashed in, so its own mixing is one table per vocabulary and the rest
-of the key is one number per row.
+The token is hashed last, so the mixed tokens are one table per vocabulary size, and the rest of the
+key is one number per row.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 DRAFT_NOISE_SALT = 1 << 30
-"""Added to a draft's positions: vLLM keeps draft and target noise apart."""
+"""What vLLM adds to a draft's positions, to keep the noise of draft and target apart."""
 
 _HIGH_WORD_DOMAIN = 0x9E3779B9
 _CHUNK_ELEMENTS = 1 << 16
@@ -27,10 +27,11 @@ def gumbel_noise(
     vocab_size: int,
     use_fp64: bool = False,
 ) -> torch.Tensor:
-    """Noise of every row and token, `[num_rows, vocab_size]`."""
+    """Gumbel noise for every row and token, `[num_rows, vocab_size]` fp32, or fp64 if asked for."""
     if use_fp64:
         return uniform64(seeds, positions, vocab_size).log_().neg_().log_().neg_()
-    # -log1p(-u) draws the large noise from u near 0, where fp32 is fine; u = 1 is a rounded value.
+    # -log1p(-u) takes large noise from u near 0, where fp32 is precise. A u that was rounded to 1
+    # is clamped, since log1p(-1) is infinite.
     uniform = uniform32(seeds, positions, vocab_size).clamp_(max=1 - 2**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
@@ -63,7 +64,7 @@ def uniform64(
     high_words = _hash_chunks(seeds, positions, vocab_size, _HIGH_WORD_DOMAIN)
     for (rows, low), (_, high) in zip(low_words, high_words, strict=True):
         bits = (high.astype(np.uint64) << np.uint64(32) | low) >> np.uint64(11)
-        # The largest midpoint rounds to 1, which has no logarithm of a logarithm.
+        # The largest value would round to 1, whose logarithm's logarithm does not exist.
         np.minimum((bits + 0.5) * 2.0**-53, 1 - 2.0**-53, out=uniform[rows])
     return torch.from_numpy(uniform)
 
@@ -76,9 +77,9 @@ def _hash_chunks(
     vocab_size: int,
     domain: int = 0,
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Slices of the rows, and their MurmurHash3 words, `[num_chunk_rows, vocab_size]` uint32.
+    """Yield slices of the rows with their MurmurHash3 words, `[num_chunk_rows, vocab_size]` uint32.
 
-    The next chunk overwrites the words.
+    Each chunk overwrites the words of the one before.
     """
     seed_words = seeds.numpy().astype(np.int64).view(np.uint64)
     position_words = positions.numpy().astype(np.int64).view(np.uint64)

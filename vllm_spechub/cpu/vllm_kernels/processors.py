@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host kernels of the logits processors: penalties, bias, bad words, budgets, grammars, replay.
+"""Host kernels of the logits processors: penalties, biases, bad words, thinking budgets, grammars.
 
-None of them runs unless a request asks for it. Where a token's history counts, drafted tokens
+Each of them runs only if a request asks for it. If a token's history counts, the drafted tokens
 before it are part of that history: `input_ids` holds them, laid out like the rows of logits, with
 the last committed token first.
 """
@@ -42,7 +42,7 @@ def penalties(
     vocab_size: int,
     **_launch: Any,
 ) -> None:
-    """Stands for `sample.penalties._penalties_kernel`."""
+    """Stand-in for `sample.penalties._penalties_kernel`."""
     idx = expanded_idx_mapping.long()
     repetition, frequency, presence = (
         penalty[idx] for penalty in (repetition_penalty, frequency_penalty, presence_penalty)
@@ -57,7 +57,7 @@ def penalties(
     drafted_rows, offsets = ragged_index(expanded_local_pos[rows].numpy())
     firsts = (rows - expanded_local_pos[rows]).numpy()
     drafted = token_ids.numpy()[firsts[drafted_rows] + offsets + 1]
-    # A placeholder draft is negative and no token.
+    # A placeholder for a draft is negative, and is not counted.
     known = (drafted >= 0) & (drafted < vocab_size)
     np.add.at(counts.numpy(), (drafted_rows[known], drafted[known]), 1)
 
@@ -99,7 +99,7 @@ def bincount(
     _output_bin_counts_stride: int,
     **_launch: Any,
 ) -> None:
-    """Stands for `sample.penalties._bincount_kernel`."""
+    """Stand-in for `sample.penalties._bincount_kernel`."""
     tokens = all_token_ids.numpy()
     masks = prompt_bin_mask.numpy().view(np.uint32)
     counts = output_bin_counts.numpy()
@@ -145,7 +145,7 @@ def bias(
     CHECK_ALL_MASKED_ROWS: bool,
     **_launch: Any,
 ) -> None:
-    """Stands for `sample.logit_bias._bias_kernel`."""
+    """Stand-in for `sample.logit_bias._bias_kernel`."""
     idx = expanded_idx_mapping.long()
 
     num_allowed = num_allowed_token_ids[idx]
@@ -168,7 +168,7 @@ def bias(
         before = logits[rows, tokens]
         logits[rows, tokens] = float("-inf")
         if CHECK_ALL_MASKED_ROWS:
-            # A grammar may leave nothing but the stop tokens; then they stay.
+            # If a grammar allows nothing but the stop tokens, they stay.
             stuck = (logits == float("-inf")).all(dim=-1) & (restore_when_all_masked[idx] != 0)
             restored = stuck[rows] & before.isfinite()
             logits[rows[restored], tokens[restored]] = before[restored]
@@ -182,7 +182,7 @@ def _listed(
     # [num_rows]
     counts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `counts` entries of each row's request: the rows they are for, and they."""
+    """The first `counts` entries of each row's request. Returns each entry's row, and the entry."""
     rows, cols = map(torch.from_numpy, ragged_index(counts.numpy()))
     return rows, table[idx[rows], cols]
 
@@ -214,7 +214,7 @@ def bad_words(
     expanded_local_pos: torch.Tensor,
     **_launch: Any,
 ) -> None:
-    """Stands for `sample.bad_words._bad_words_kernel`."""
+    """Stand-in for `sample.bad_words._bad_words_kernel`."""
     local = expanded_local_pos.tolist()
     for row, req in enumerate(expanded_idx_mapping.tolist()):
         num_words = int(num_bad_words[req])
@@ -223,7 +223,7 @@ def bad_words(
         offsets = bad_word_offsets[req, : num_words + 1].tolist()
         tokens = bad_word_token_ids[req, : offsets[-1]].tolist()
         words = [tokens[a:b] for a, b in pairwise(offsets)]
-        # As much of the output as the longest word needs; the prompt is no part of it.
+        # As much of the output as the longest word needs; a match must not reach into the prompt.
         end = int(total_len[req]) + local[row]
         begin = max(int(prompt_len[req]), end - max(map(len, words)) + 1)
         tail = _history(
@@ -244,8 +244,9 @@ def _history(
     begin: int,
     end: int,
 ) -> list[int]:
-    """Tokens at positions `begin` to `end` of a request: committed ones, then drafted ones."""
-    # The request's first row has its last committed token as input, the second its first draft.
+    """A request's tokens from position `begin` to before `end`, committed ones before drafted."""
+    # The input of the request's first row is its last committed token, of the second its first
+    # draft.
     first_draft = first_row + 1 - num_committed
     drafted_from = max(begin, num_committed)
     return (
@@ -279,7 +280,7 @@ def update_committed_marker_cache(
     MAX_LEN: int,
     BLOCK: int,
 ) -> None:
-    """Stands for `sample.thinking_budget._update_committed_marker_cache_kernel`."""
+    """Stand-in for `sample.thinking_budget._update_committed_marker_cache_kernel`."""
     start_marker = reasoning_start_token_ids.numpy()
     end_marker = natural_reasoning_end_token_ids.numpy()
     for req in req_ids.tolist():
@@ -293,7 +294,7 @@ def update_committed_marker_cache(
             scan_pos, last_start, last_end = 0, -1, -1
 
         if scan_pos == 0 and last_start < 0 and last_end < 0:
-            # Backwards, to the first block with a marker: only the later of the two matters.
+            # Search backwards to a block with a marker: only the later of the two markers matters.
             high = length
             while high > 0 and last_start < 0 and last_end < 0:
                 low = max(high - BLOCK, 0)
@@ -318,7 +319,7 @@ def _last_match(
     end: int,
     default: int,
 ) -> int:
-    """Where in `begin` to `end` the last `marker` in `tokens` starts, or `default`."""
+    """The last start of `marker` in `tokens` from `begin` to before `end`, or `default`."""
     end = min(end, tokens.size - marker.size + 1)
     if end <= begin:
         return default
@@ -358,7 +359,7 @@ def thinking_budget(
     NATURAL_END_LEN: int,
     END_LEN: int,
 ) -> None:
-    """Stands for `sample.thinking_budget._thinking_budget_kernel`."""
+    """Stand-in for `sample.thinking_budget._thinking_budget_kernel`."""
     start_marker = reasoning_start_token_ids.numpy()
     end_marker = natural_reasoning_end_token_ids.numpy()
     forced = reasoning_end_token_ids.tolist()
@@ -369,7 +370,7 @@ def thinking_budget(
             continue
         committed = int(total_len[req])
         length = committed + local[row]
-        # What the cache has not seen: markers that end in a drafted token, and the forced tail.
+        # The cache does not know markers that end in a drafted token, nor a begun forced end.
         begin = max(committed - max(START_LEN, NATURAL_END_LEN, END_LEN) + 1, 0)
         tail = _history(all_token_ids[req], committed, input_ids, row - local[row], begin, length)
         tokens = np.asarray(tail)
@@ -384,7 +385,7 @@ def thinking_budget(
             continue
         if length - (last_start + START_LEN) < budget:
             continue
-        # Goes on where a part of the forced end is already there.
+        # If a part of the forced end is already there, the next token of it is forced.
         done = max(
             size
             for size in range(min(END_LEN - 1, length) + 1)
@@ -408,7 +409,7 @@ def apply_grammar_bitmask(
     MASK_STRIDE: int,
     **_launch: Any,
 ) -> None:
-    """Stands for `structured_outputs._apply_grammar_bitmask_kernel`."""
+    """Stand-in for `structured_outputs._apply_grammar_bitmask_kernel`."""
     reqs, positions = np.divmod(logits_indices.numpy()[: bitmask.shape[0]], MASK_STRIDE)
     bounds = cu_num_logits.numpy()
     firsts = bounds[reqs]

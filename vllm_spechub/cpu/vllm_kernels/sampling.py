@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host kernels of the sampler: temperature, min-p, Gumbel sampling and logprobs.
 
-Their work is proportional to `[num_rows, vocab_size]`, so they are torch operations, which use all
-cores and know every logits dtype.
+Their work grows with `num_rows * vocab_size`, so they are torch operations, which use all cores and
+take logits of any dtype.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def temperature(
     _vocab_size: int,
     **_launch: Any,
 ) -> None:
-    """Stands for `sample.gumbel._temperature_kernel`."""
+    """Stand-in for `sample.gumbel._temperature_kernel`."""
     divisors = temperatures[expanded_idx_mapping].float()
     logits.div_(divisors.masked_fill_(divisors == 0, 1)[:, None])
 
@@ -65,7 +65,7 @@ def gumbel_sample(
     PER_TOKEN_COL: bool,
     **_launch: Any,
 ) -> None:
-    """Stands for `sample.gumbel._gumbel_sample_kernel`."""
+    """Stand-in for `sample.gumbel._gumbel_sample_kernel`."""
     num_rows, num_blocks = local_max.shape
     idx = expanded_idx_mapping.long()
     is_real = idx >= 0
@@ -74,12 +74,12 @@ def gumbel_sample(
     if logits_cache is not None:
         assert logits_cache_col is not None
         assert logits_cache_source is not None
-        # Before temperature, so that the cache may keep the model's dtype.
+        # Cached before temperature is applied, so that the cache can have the model's dtype.
         cols = logits_cache_col if PER_TOKEN_COL else logits_cache_col.expand(num_rows)
         cached = logits_cache_source[is_real, :vocab_size]
         logits_cache[idx[is_real], cols[is_real].long(), :vocab_size] = cached
 
-    # The last block is padded with what never wins.
+    # The last block is padded with -inf, which never wins.
     scores = logits.new_full((num_rows, num_blocks * BLOCK_SIZE), float("-inf"), dtype=torch.float)
     scores[:, :vocab_size] = logits[:, :vocab_size]
     if APPLY_TEMPERATURE:
@@ -108,7 +108,7 @@ def min_p(
     _vocab_size: int,
     **_launch: Any,
 ) -> None:
-    """Stands for `sample.min_p._min_p_kernel`."""
+    """Stand-in for `sample.min_p._min_p_kernel`."""
     # A min-p of 0 has a threshold of -inf, which masks nothing.
     thresholds = logits.amax(dim=-1).float() + min_ps[expanded_idx_mapping].float().log()
     logits.masked_fill_(logits < thresholds[:, None], float("-inf"))
@@ -127,7 +127,7 @@ def topk_log_softmax(
     _vocab_size: int,
     **_launch: Any,
 ) -> None:
-    """Stands for `sample.logprob._topk_log_softmax_kernel`."""
+    """Stand-in for `sample.logprob._topk_log_softmax_kernel`."""
     shifted = logits - logits.amax(dim=-1, keepdim=True).float()
     log_sum = shifted.exp().sum(dim=-1, keepdim=True).log_()
     output.copy_(shifted.gather(1, topk_ids[:, :topk]).sub_(log_sum))
@@ -144,7 +144,7 @@ def ranks(
     _vocab_size: int,
     **_launch: Any,
 ) -> None:
-    """Stands for `sample.logprob._ranks_kernel`."""
+    """Stand-in for `sample.logprob._ranks_kernel`."""
     chosen = logits.gather(1, token_ids.long()[:, None])
     output.copy_((logits >= chosen).sum(dim=-1))
 
@@ -171,7 +171,7 @@ def fill_logprob_token_ids(
     NUM_TOPK: int,
     **_launch: Any,
 ) -> None:
-    """Stands for `sample.logprob._fill_logprob_token_ids_kernel`."""
+    """Stand-in for `sample.logprob._fill_logprob_token_ids_kernel`."""
     token_ids, valid = out_token_ids.numpy(), out_valid_mask.numpy()
     token_ids[:, 0] = sampled_token_ids.numpy()
     valid[:, 0] = True
@@ -201,12 +201,12 @@ def prompt_logprobs_token_ids(
     _all_token_ids_stride: int,
     **_launch: Any,
 ) -> None:
-    """Stands for `sample.prompt_logprob._prompt_logprobs_token_ids_kernel`."""
+    """Stand-in for `sample.prompt_logprob._prompt_logprobs_token_ids_kernel`."""
     idx = idx_mapping.numpy()
     starts = query_start_loc.numpy()[: idx.size + 1]
     rows, offsets = ragged_index(starts[1:] - starts[:-1])
     targets = num_computed_tokens.numpy()[idx][rows] + 1 + offsets
-    # The token after a full context does not exist, and its logprob is dropped.
+    # A full context has no next token; vLLM drops the logprob of the one that is taken instead.
     np.minimum(targets, all_token_ids.shape[1] - 1, out=targets)
     token_ids.numpy()[starts[0] : starts[-1]] = all_token_ids.numpy()[idx[rows], targets]
 
@@ -220,5 +220,5 @@ def num_nans(
     _vocab_size: int,
     **_launch: Any,
 ) -> None:
-    """Stands for `metrics.logits._num_nans_kernel`."""
+    """Stand-in for `metrics.logits._num_nans_kernel`."""
     output.copy_(logits.isnan().sum(dim=-1))

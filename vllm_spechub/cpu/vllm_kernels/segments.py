@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Index arithmetic for ragged rows, which the kernels do with one program per row."""
+"""Index arithmetic for rows of different lengths; vLLM's kernels run a program per row instead."""
 
 import numpy as np
 
@@ -8,7 +8,10 @@ def ragged_index(
     # [num_rows]
     counts: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Row of every element and its offset in that row, rows laid end to end.
+    """The row of every element and its offset in that row, for rows laid end to end.
+
+    Returns:
+        [num_elements] each.
 
     Examples::
 

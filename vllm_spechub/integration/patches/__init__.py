@@ -11,9 +11,9 @@ EVERYWHERE: tuple[Patch, ...] = (
     *grammar.PATCHES,
     *metrics.PATCHES,
 )
-"""In every process, when vLLM loads its plugins."""
+"""Patches for every process, applied when vLLM loads its plugins."""
 WORKER: tuple[Patch, ...] = (*runner.PATCHES, *metrics.WORKER_PATCHES)
-"""In a worker that serves trees, before its model runner is built."""
+"""Patches for a worker that serves trees, applied before its model runner is built."""
 CPU_WORKER: tuple[Patch, ...] = cpu_platform.PATCHES
-"""In such a worker on the CPU, before its host kernels are registered."""
+"""Patches for such a worker on the CPU, applied before its host kernels are registered."""
 ALL = (*EVERYWHERE, *WORKER, *CPU_WORKER)

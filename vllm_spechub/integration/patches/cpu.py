@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of the CPU's configuration. Those of its worker belong to its platform."""
+"""Patches of the configuration on the CPU. Those of its worker are in `platforms.cpu`."""
 
 import functools
 

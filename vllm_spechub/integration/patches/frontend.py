@@ -10,13 +10,17 @@ from vllm_spechub.integration.patch import Patch, PatchMismatch
 from vllm_spechub.registry import METHOD
 
 HELP = (
-    " Method 'spechub' drafts trees: the word spechub with --spec-model DRAFT, or JSON such as "
+    " Method 'spechub' drafts trees: give the word spechub and --spec-model DRAFT, or JSON such as "
     '{"method": "spechub", "model": "DRAFT", "tree": "binary:3", "verification": "traversal"}.'
 )
 
 
 def parse_speculative_config(text: str) -> dict[str, Any] | None:
-    """The value of `--speculative-config`: JSON, or only the name of the method."""
+    """Parse the value of `--speculative-config`: JSON, or only the name of the method.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+    """
     if text == METHOD:
         return {"method": METHOD}
     try:
@@ -149,7 +153,7 @@ def _check_sizes(params) -> None:
     ):
         if size > limit:
             raise VLLMValidationError(
-                f"{name} with {size} {what} is not supported with spechub; at most {limit} are",
+                f"{name} has {size} {what}, allowed with spechub: at most {limit}",
                 parameter=name,
             )
 
@@ -236,7 +240,7 @@ _mismatch: PatchMismatch | None = None
 
 
 def refuse_spechub(mismatch: PatchMismatch) -> None:
-    """Leave vLLM as it is, and raise the mismatch for a spechub configuration."""
+    """Leave vLLM as it is, except that a spechub configuration raises the mismatch."""
     global _mismatch
     _mismatch = mismatch
     for patch in PATCHES[:2]:

@@ -29,7 +29,7 @@ def _grammar_bitmask(original):
 
         arguments = (self, requests, structured_output_request_ids, scheduled_spec_decode_tokens)
         if is_spechub(self.vllm_config):
-            trees = ScheduledDrafts.of(scheduled_spec_decode_tokens).trees()
+            trees = ScheduledDrafts.checked(scheduled_spec_decode_tokens).trees()
             return grammar.grammar_bitmask(*arguments, trees)
         return original(*arguments)
 

@@ -15,7 +15,7 @@ from vllm_spechub.integration.patch import Patch, PatchMismatch
 
 @dataclass(frozen=True)
 class FieldType(Patch):
-    """Another type for a dataclass's field, which decides how a message is decoded."""
+    """A replaced type of a dataclass's field, which decides how a message is decoded."""
 
     def _field(self) -> tuple[Any, str]:
         owner, attribute = self._resolve()
@@ -35,7 +35,7 @@ class FieldType(Patch):
 
 
 def _tree_config(speculative_config):
-    """The configuration, if it is one of trees."""
+    """The configuration if it is spechub's, else None."""
     from vllm_spechub.config import SpecHubConfig
 
     return speculative_config if isinstance(speculative_config, SpecHubConfig) else None
@@ -80,7 +80,7 @@ def _log_observe(original):
     def observe(self, spec_decoding_stats):
         from vllm_spechub.integration.tree_metrics import TreeDecodingStats, TreeLogging
 
-        # a chain's statistics decode as a tree's that no tree has filled
+        # Statistics of a chain are decoded as statistics of trees, too, but have no slots.
         if isinstance(spec_decoding_stats, TreeDecodingStats) and (
             spec_decoding_stats.accepted_by_slot
         ):
@@ -112,7 +112,7 @@ def _async_output_init(original):
         from vllm_spechub.engine.sampler import TreeSamplerOutput
 
         if isinstance(sampler_output, TreeSamplerOutput):
-            # queued before the original's event, so its synchronisation covers this copy too
+            # Queued before the original records its event, which then covers this copy, too.
             sampler_output.start_copy_to_host()
         original(self, model_runner_output, sampler_output, *args, **kwargs)
 
@@ -190,7 +190,7 @@ PATCHES = (
         replace=_log,
     ),
 )
-"""In every process: the frontend's."""
+"""Patches for every process; the frontend needs them."""
 
 WORKER_PATCHES = (
     Patch(
@@ -221,4 +221,4 @@ WORKER_PATCHES = (
         replace=_async_output_get,
     ),
 )
-"""In a worker that serves trees."""
+"""Patches for a worker that serves trees."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The platforms that trees run on, one record in one module each."""
+"""The platforms that trees run on, a module with a record for each."""
 
 from vllm_spechub.engine.platform import Platform
 from vllm_spechub.integration.platforms.cpu import CPU

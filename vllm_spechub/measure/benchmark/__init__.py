@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run several engines and compare them. Quickstart, `bench_e2e.py` and `tune` share this."""
+"""Run several engines and compare them. The quickstart, `bench_e2e.py` and `tune` share this."""

@@ -12,11 +12,11 @@ WARM_STEPS = 4
 WARM_TOKENS = 16
 """Tokens that we expect a request to have emitted by then."""
 ROOM = 4
-"""A measurement ends when a request has generated this many times the mean number of tokens."""
+"""A request may generate this many times the mean number of tokens; then the measurement ends."""
 
 
 def counters(llm: Any) -> tuple[int, int, list[int]]:
-    """The engine's total steps, verified drafts, and accepted drafts by depth."""
+    """The engine's counts since its start: steps, verified drafts, and accepted tokens by depth."""
     steps, drafts, accepted = 0, 0, []
     for metric in llm.get_metrics():
         if metric.name == "vllm:iteration_tokens_total":
@@ -29,7 +29,7 @@ def counters(llm: Any) -> tuple[int, int, list[int]]:
 
 
 def acceptance_length(drafts: int, accepted_by_depth: Iterable[int]) -> float:
-    """Mean tokens per verification, including the bonus token; 1 without drafts."""
+    """The mean number of tokens per verification, including the bonus token; 1 without drafts."""
     return 1 + sum(accepted_by_depth) / drafts if drafts else 1.0
 
 
@@ -66,12 +66,12 @@ class Decoded:
 
 
 def room(tokens: int) -> int:
-    """Most tokens that a request may generate if `tokens` are timed per request on average."""
+    """The most tokens that a request may generate if `tokens` are timed per request on average."""
     return ROOM * (WARM_TOKENS + tokens)
 
 
 def longest_request(prompts: Sequence[Sequence[int]], tokens: int) -> int:
-    """Most tokens of a request that `decode` creates, including a tree's nodes."""
+    """The most tokens that a request of `decode` may have, including a tree's nodes."""
     from vllm_spechub.trees.tree import MAX_NODES
 
     return max(map(len, prompts)) + room(tokens) + MAX_NODES + 1
@@ -116,7 +116,7 @@ def decode(
         emitted[str(number)] = 0
 
     def step() -> bool:
-        """Run one engine step. -> whether all requests are still decoding"""
+        """Run one engine step. Returns whether all requests are still decoding."""
         going = True
         for output in engine.step():
             emitted[output.request_id] += len(output.outputs[0].token_ids)
@@ -135,7 +135,7 @@ def decode(
     engine.abort_request(list(emitted))
     accepted = [a - b for a, b in zip(after[2], before[2] or [0] * len(after[2]), strict=True)]
     while accepted and accepted[-1] == 0:
-        accepted.pop()  # vLLM reports more positions than depths, or no draft was accepted so far
+        accepted.pop()  # vLLM reports more positions than depths, or none was accepted that deep
     return Decoded(
         batch, counted, seconds, after[0] - before[0], after[1] - before[1], tuple(accepted), memory
     )

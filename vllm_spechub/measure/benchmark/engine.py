@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine in a process of its own, so that several can be up at once and one may fail alone.
+"""An engine in its own process, so that several can run at the same time, and one can fail alone.
 
 `ProcessPoolExecutor` cannot do this job: it does not end its worker when the process that started
 it is killed, and it cannot kill what is left of an engine's process group after a time limit.

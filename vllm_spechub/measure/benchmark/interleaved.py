@@ -18,8 +18,10 @@ from vllm_spechub.measure.benchmark.methods import PLAIN, Method
 from vllm_spechub.trees.tree import MAX_NODES
 
 CUDA_RESIDENT = 3
-"""Engines at once on a GPU by default: an 8B target and its draft take a third of 80 GB."""
+"""The default number of engines that run on a GPU at the same time: an 8B target and its draft take
+a third of 80 GB."""
 CUDA_SHARE = 0.92
+"""The share of a GPU's memory that all of its engines may take together."""
 KV_BLOCK = 128
 """A request's KV cache is rounded up to this many tokens: the largest block of any platform."""
 MAX_PROMPT_TOKENS = 256
@@ -88,7 +90,8 @@ class Setup:
     tokens: int
     # further options of every engine
     engine: dict[str, Any] = field(default_factory=dict)
-    # engines at once; None means all on the CPU and `CUDA_RESIDENT` on a GPU
+    # number of engines that run at the same time; None means all on the CPU and `CUDA_RESIDENT` on
+    # a GPU
     resident: int | None = None
 
 
@@ -101,7 +104,7 @@ def encode(target: str, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def kv_bytes_per_token(config: Any, bytes_per_value: int) -> int:
-    """Bytes of KV cache that one token takes, from a model's Hugging Face configuration."""
+    """The bytes of KV cache that one token takes, from a model's Hugging Face configuration."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -155,7 +158,7 @@ class Interleaved:
     """The measurements of several methods, interleaved.
 
     Args:
-        setup: models, prompts and engine options.
+        setup: the models, prompts and engine options.
         methods: what to compare; the first must be plain vLLM.
         points: batches and temperatures.
         repetitions: numbers of the repetitions of every method at every point.

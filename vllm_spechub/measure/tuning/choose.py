@@ -20,6 +20,7 @@ from vllm_spechub.trees.tree import TokenTree
 MARGIN = 0.02
 """Another choice replaces a range's tree only if it is faster by at least this share."""
 DEEPEST = 10
+"""The largest depth of a candidate tree."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,10 @@ def draft_costs(chains: Mapping[int, Curve]) -> dict[int, float]:
 def candidate_trees(
     rates: Rates, node_counts: Sequence[int], costs: Sequence[float]
 ) -> list[TokenTree]:
-    """For each number of nodes and cost of a level, the tree that emits the most tokens per time.
+    """For each number of nodes and cost of a level, the tree that emits the most tokens per second.
 
-    A schedule needs trees with different numbers of nodes. If two would have the same number, the
-    later one gets fewer.
+    A schedule needs trees with different numbers of nodes. If two different trees would have the
+    same number, the later one gets fewer nodes.
 
     Args:
         rates: acceptance by number of children and slot.

@@ -38,7 +38,8 @@ def measure(request: TuningRequest, progress: Callable[[str, int, int], None]) -
 
     Args:
         request: what to measure.
-        progress: called with what is measured, the number of finished prompts, and of all prompts.
+        progress: called with what is measured, the number of finished prompts, and that of all
+            prompts.
 
     Raises:
         ValueError: the models do not fit together, or the prompts cannot be read.

@@ -151,7 +151,7 @@ class Tuning:
         self.state.write()
 
     def _try_chains(self) -> dict[int, Curve]:
-        """Measure plain vLLM and its chains. -> curves of all chain lengths up to the longest"""
+        """Measure plain vLLM and its chains. Returns curves of all lengths up to the longest."""
         chains = [methods.chain(self.request.draft, length) for length in self.request.chains]
         self._measure("plain vLLM and its chains", [methods.plain(), *chains], self.trying)
         curves = chain_curves(self._tried([c.name for c in chains]), self.request.chains)
@@ -160,7 +160,7 @@ class Tuning:
         return curves
 
     def _try_trees(self, trees: dict[str, TokenTree], rule: str) -> dict[str, Curve]:
-        """Measure all trees. -> curves of those that were measured at every batch"""
+        """Measure all trees. Returns curves of those that were measured at every batch."""
         tried = [
             methods.spechub(name, self.request.draft, verification=rule, tree=tree_spec(tree))
             for name, tree in trees.items()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens per step of rules and shapes for a pair of models, without an engine.
+"""Simulations of the tokens per step of rules and shapes for a pair of models, without an engine.
 
 `texts` samples texts from the target, `rows` reads both models' distributions at tree nodes in the
 middle of them, `drafts` draws the trees of many plans with common noise, `reach` turns a drafted

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pair and its prompts, ready for a study."""
+"""Load a pair of models and its prompts for a study."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_pair(target: str, draft: str, device: str | None, dtype: str) -> ModelPair:
-    """Both models on a device; None is CUDA if there is one.
+    """Load both models onto a device; None stands for CUDA if available, else the CPU.
 
     Raises:
         ValueError: an unknown dtype, or models of different vocabularies.
@@ -35,17 +35,21 @@ def load(
     device: str | None,
     dtype: str,
 ) -> tuple[ModelPair, list[torch.Tensor]]:
-    """Both models and the prompts, cut to what leaves room for texts and trees.
+    """Load both models and the prompts, of which the last tokens that leave room for texts remain.
+
+    Returns:
+        The models, and the tokenised prompts, [num_prompt_tokens] int64 each.
 
     Raises:
-        ValueError: as `load_pair` and `read_prompts`, or texts that are too long.
+        ValueError: as `load_pair` and `read_prompts` raise it, or the texts are too long.
     """
     read = read_prompts(prompts, limit)
     pair = load_pair(target, draft, device, dtype)
     room = pair.max_positions - sampling.tokens - depth
     if room < 1:
         raise ValueError(
-            f"--tokens {sampling.tokens} is too many: the models read {pair.max_positions}"
+            f"--tokens is {sampling.tokens}, allowed: less than {pair.max_positions - depth}: the "
+            f"models read {pair.max_positions} positions, of which trees take {depth}"
         )
     longest = min(room, sampling.max_prompt_tokens)
     return pair, [pair.encode(prompt, longest) for prompt in read]

@@ -31,7 +31,7 @@ def by_setting(rows: Sequence[Row]) -> dict[tuple[float, int], dict[tuple[str, s
 
 
 def terminal_tables(study: Study) -> list[Table]:
-    """One table of tokens per step for each temperature."""
+    """Make one table of tokens per step for each temperature."""
     tables = []
     settings = by_setting(study.rows)
     kinds = list(dict.fromkeys(row.kind for row in study.rows))
@@ -52,7 +52,7 @@ def terminal_tables(study: Study) -> list[Table]:
 
 
 def yardstick_table(yardsticks: Sequence[Yardstick]) -> Table:
-    """Acceptance beside its optimum."""
+    """Make the table of acceptance beside its optimum."""
     table = Table(title="acceptance at one node, 8 tokens, and the optimum for its drafts")
     for column in ("T", "rule", "children", "acceptance", "optimum", "roots"):
         table.add_column(column, justify="left" if column == "rule" else "right")
@@ -65,7 +65,7 @@ def yardstick_table(yardsticks: Sequence[Yardstick]) -> Table:
 
 
 def write_csv(records: Sequence, path: Path) -> None:
-    """One line for each record; tuples as JSON, floats with 5 digits."""
+    """Write one line for each record; tuples as JSON, floats with 5 digits."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         names = [field.name for field in fields(records[0])]
@@ -79,7 +79,7 @@ def write_csv(records: Sequence, path: Path) -> None:
 
 
 def read_csv(kind: type, path: Path) -> list:
-    """What `write_csv` wrote."""
+    """Read the records of a dataclass that `write_csv` wrote."""
     convert = get_type_hints(kind)
     records = []
     with path.open(newline="", encoding="utf-8") as file:
@@ -114,8 +114,8 @@ def save(study: Study, yardsticks: Sequence[Yardstick], settings: dict, folder: 
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Tokens per step over nodes, a line for each rule: a column of panels for each temperature, a
-    row for each kind of shape."""
+    """Plot tokens per step over nodes: a line for each rule, a column of panels for each
+    temperature, and a row of panels for each kind of shape."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -10,9 +10,13 @@ from vllm_spechub.offline.simulation.texts import Roots
 class TreeRows:
     """Reads trees level by level: one forward pass per level, for all roots at once.
 
-    Every root has a row of the batch, with its text's keys and values behind it. Nodes see the
-    text before their root, the root (which is a node, too) and their ancestors, by a
-    four-dimensional attention mask; their position is the root's plus their depth.
+    Every root has a row of the batch, with its text's keys and values in the cache. Nodes (here the
+    root is one, too) see the text before their root and their ancestors, by a four-dimensional
+    attention mask; their position is the root's plus their depth.
+
+    Args:
+        model: the model that reads.
+        roots: where the trees begin.
     """
 
     @torch.inference_mode()
@@ -38,11 +42,15 @@ class TreeRows:
         # [num_roots, num_new]
         parents: torch.Tensor,
     ) -> torch.Tensor:
-        """Logits [num_roots, num_new, vocab_size] of the next level's nodes.
+        """Read the next level's nodes; the first call reads the roots.
 
         Args:
-            tokens: any token where a root has fewer new nodes than others.
-            parents: columns of earlier calls, counted from 0; not read for the roots themselves.
+            tokens: the nodes' tokens; any token where a root has fewer new nodes than others.
+            parents: each node's parent, as a column over all earlier calls, counted from 0. Not
+                read in the first call.
+
+        Returns:
+            The nodes' logits, [num_roots, num_new, vocab_size].
         """
         num_roots, num_new = tokens.shape
         before = self._seen.shape[2]

@@ -15,22 +15,24 @@ from vllm_spechub.trees.tree import TokenTree
 
 BASELINES = ("rrs", "rrsw", "ordered")
 PROBE_DEPTH = {2: 4, 3: 3, 4: 2}
-"""Depth of the complete tree on which nodes with k children are measured."""
-ROWS = 1 << 27
-"""Most elements of the rows kept for one batch of roots, at `NODES_PER_ROOT` nodes a root."""
+"""By k: the depth of the complete tree on which nodes with k children are measured."""
+MAX_ELEMENTS = 1 << 27
+"""About the most logits that are kept for one batch of roots."""
 NODES_PER_ROOT = 256
+"""How many nodes per root we expect all plans together to have."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is measured, how many prompts are done, and how many there are."""
+"""A function that is called with what is measured, how many prompts are done, and how many there
+are."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How texts are sampled from the target and roots chosen in them."""
+    """How texts are sampled from the target, and roots are chosen in them."""
 
-    # of each prompt
+    # number of texts per prompt
     texts: int = 40
-    # of each text
+    # number of sampled tokens and of roots per text
     tokens: int = 48
     roots: int = 4
     max_prompt_tokens: int = 256
@@ -44,7 +46,7 @@ class Measured:
     # [num_roots] each: tokens per step, and the number of the root's prompt
     tokens: np.ndarray
     prompts: np.ndarray
-    # [num_nodes + 1]: mean probability that a node is accepted
+    # [num_nodes + 1]: the mean probability that a node is accepted, 1 for the root
     reach: np.ndarray
 
 
@@ -58,7 +60,7 @@ def measure(
     progress: Progress | None = None,
     label: str = "",
 ) -> dict[Plan, Measured]:
-    """Tokens per step of every plan at the same roots, with common noise.
+    """Measure the tokens per step of every plan at the same roots, with common noise.
 
     Args:
         pair: both models.
@@ -67,14 +69,17 @@ def measure(
         temperature: of the target and the draft.
         sampling: how many texts and roots.
         phase: texts of different phases are independent.
-        progress: told about every prompt.
-        label: what `progress` is told.
+        progress: called after every prompt.
+        label: what `progress` is told that is measured.
+
+    Raises:
+        ValueError: every sampled text ended before a root.
     """
     plans = list(dict.fromkeys(plans))
     tokens: dict[Plan, list[np.ndarray]] = {plan: [] for plan in plans}
     reached: dict[Plan, list[np.ndarray]] = {plan: [] for plan in plans}
     of_prompt: list[np.ndarray] = []
-    batch = max(1, min(64, ROWS // (pair.vocab_size * NODES_PER_ROOT)))
+    batch = max(1, min(64, MAX_ELEMENTS // (pair.vocab_size * NODES_PER_ROOT)))
     device = pair.target.device
     for number, prompt in enumerate(prompts):
         generator = torch.Generator(device).manual_seed(
@@ -108,12 +113,12 @@ def measure(
 
 
 def best_kind(max_depth: int) -> str:
-    """What rows of a rule's own best shape under a depth cap are called."""
+    """The `kind` of rows that measure a rule's own best shape of at most this depth."""
     return f"best, depth <= {max_depth}"
 
 
 def probe_plans(variant: Variant, max_depth: int) -> list[Plan]:
-    """Complete trees whose nodes have 1, 2, 3 and 4 children, as far as the rule takes them."""
+    """Complete trees whose nodes have 1, 2, 3 and 4 children, as far as the rule allows them."""
     return [Plan(variant, TokenTree.chain(max_depth))] + [
         Plan(variant, TokenTree.complete(k, min(depth, max_depth)))
         for k, depth in PROBE_DEPTH.items()
@@ -125,8 +130,8 @@ def slot_rates(measured: dict[Plan, Measured], variant: Variant, max_depth: int)
     """`rates[k][slot]`: of the steps that reach a node with k children, the share that accept the
     child in that slot, pooled over the nodes of the probe trees.
 
-    A traversal accepts a child more often the more hangs below it, so its rates hold for subtrees
-    like the probes'.
+    `traversal` accepts a child more often the larger the child's subtree is, so its rates hold for
+    subtrees like those of the probe trees.
     """
     rates = {}
     for plan in probe_plans(variant, max_depth):
@@ -143,15 +148,20 @@ class Row:
     """One plan's tokens per step, with the half width of its 95% confidence interval."""
 
     temperature: float
+    # the largest number of drafted nodes
     budget: int
+    # "complete", or what `best_kind` returns
     kind: str
     rule: str
+    # of the tree: drafted nodes, and depth
     nodes: int
     depth: int
     tokens_per_step: float
     ci: float
+    # how many were measured
     roots: int
     prompts: int
+    # the tree's parents
     tree: tuple[int, ...]
 
 
@@ -179,8 +189,8 @@ class Study:
 
 
 def complete_tree(variant: Variant, budget: int) -> TokenTree:
-    """The largest complete binary tree within the budget; for rules that take one child per node, a
-    chain of its depth."""
+    """The largest complete binary tree with at most `budget` drafted nodes; for rules that allow
+    one child per node, the chain of the same depth."""
     depth = max(1, (budget + 2).bit_length() - 2)
     return TokenTree.complete(min(2, variant.verification.max_children), depth)
 
@@ -193,8 +203,8 @@ def mean_and_ci(
 ) -> tuple[float, float]:
     """The mean and the half width of its 95% confidence interval.
 
-    Roots of one prompt are not independent, so the interval is Student's t over prompts; NaN with
-    fewer than two.
+    Roots of one prompt are not independent, so the interval is Student's t over prompts, which are
+    the clusters; it is NaN with fewer than two.
     """
     from scipy.stats import t
 
@@ -216,7 +226,11 @@ def measure_rates(
     max_depth: int,
     progress: Progress | None = None,
 ) -> dict[Variant, Rates]:
-    """Acceptance by slot of every rule."""
+    """Measure the acceptance by slot of every rule. Arguments as `measure`.
+
+    Args:
+        max_depth: the largest depth of the probe trees.
+    """
     probes = [plan for variant in variants for plan in probe_plans(variant, max_depth)]
     label = f"T={temperature:g}: acceptance by slot"
     measured = measure(pair, prompts, probes, temperature, sampling, 1, progress, label)
@@ -232,7 +246,12 @@ def pick_tree(
     sampling: Sampling,
     progress: Progress | None = None,
 ) -> tuple[TokenTree, float]:
-    """The tree with the most tokens per step in a simulation, and how many, over temperatures."""
+    """Simulate trees with one rule.
+
+    Returns:
+        The tree with the most tokens per step, and their number, both on average over the
+        temperatures.
+    """
     plans = [Plan(variant, tree) for tree in trees]
     tokens = dict.fromkeys(plans, 0.0)
     for temperature in temperatures:
@@ -254,11 +273,15 @@ def run_study(
     sampling: Sampling,
     progress: Progress | None = None,
 ) -> Study:
-    """Tokens per step of every rule on complete trees and on its own best shapes.
+    """Measure the tokens per step of every rule on complete trees and on its own best shapes.
 
-    The shapes to choose from are those that dynamic programming gives for any rule's rates, and
-    the complete tree. Under each depth cap a rule takes the one that does best in a simulation on
-    texts of their own; what is reported is measured on fresh texts.
+    The candidates for a best shape are the shapes that dynamic programming finds for any rule's
+    rates, and the complete tree. For each largest depth, a rule gets the candidate with the most
+    tokens per step in a simulation; what is reported is then measured on new texts.
+
+    Args:
+        budgets: the largest numbers of drafted nodes.
+        max_depths: the largest depths of the best shapes.
     """
     study = Study()
     trial = replace(sampling, texts=max(1, sampling.texts // 4))
@@ -326,10 +349,11 @@ def run_study(
 def _candidates(
     variant: Variant, budget: int, rates: dict[Variant, Rates], max_depth: int
 ) -> list[TokenTree]:
+    """The trees from which the best shape of a rule is chosen."""
     most = variant.verification.max_children
     if most == 1:
         return [best_shape(rates[variant], budget, max_depth).tree]
-    # rates for chains only make no trees
+    # Rates of rules for chains only would make chains.
     trees = [
         best_shape({k: slots for k, slots in by_slot.items() if k <= most}, budget, max_depth).tree
         for other, by_slot in rates.items()

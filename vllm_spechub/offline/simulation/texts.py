@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pair of models, the prompts, and texts sampled from the target."""
+"""The pair of models, the prompts, and texts that are sampled from the target."""
 
 import json
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class ModelPair:
 
     @property
     def max_positions(self) -> int:
-        """Positions that both models read."""
+        """The number of positions that both models can read."""
         configs = (model.config.get_text_config() for model in (self.target, self.draft))
         return min(getattr(config, "max_position_embeddings", 1 << 30) for config in configs)
 
@@ -59,11 +59,11 @@ class ModelPair:
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
-    """Prompts from a file: JSON lines as in Spec-Bench (`turns`, of which the first counts, or
-    `prompt`), or plain text with one prompt per line.
+    """Read prompts from a file: JSON lines as in Spec-Bench (`prompt`, or `turns`, of which the
+    first is used) if its name ends in .jsonl or .json, else text with one prompt per line.
 
     Raises:
-        ValueError: no prompts, or a line that is neither.
+        ValueError: there are no prompts, or a JSON line has neither `turns` nor `prompt`.
     """
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     prompts = []
@@ -86,7 +86,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
 
 @dataclass(frozen=True)
 class Roots:
-    """Places in sampled texts where a step may begin: the root is the last token emitted."""
+    """Places in sampled texts where a step may begin; the root is the last emitted token."""
 
     # [num_texts, length]
     texts: torch.Tensor
@@ -106,9 +106,9 @@ def sample_roots(
     roots_per_text: int,
     generator: torch.Generator,
 ) -> Roots:
-    """Sample texts from the target and choose roots in them, one in each equal stretch.
+    """Sample texts from the target, divide each into equal parts, and choose a root in each part.
 
-    Roots lie on sampled tokens, before the first end of text.
+    Roots are sampled tokens; those from the first end of text on are left out.
     """
     tokens = prompt.expand(num_texts, -1)
     cache, step = None, tokens

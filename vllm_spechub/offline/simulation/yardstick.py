@@ -16,13 +16,15 @@ from vllm_spechub.trees.tree import TokenTree
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Means over roots."""
+    """A rule's acceptance at one node and the optimum for its drafts, as means over roots."""
 
     temperature: float
     rule: str
+    # number of children of the node
     children: int
     acceptance: float
     optimum: float
+    # number of roots
     roots: int
 
 
@@ -33,8 +35,8 @@ def small_pairs(
     sampling: Sampling,
     vocab_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both distributions at one root of each prompt and text, cut down to the tokens with the most
-    mass under both together and normalised again. [num_roots, vocab_size] float64 each"""
+    """Both models' distributions at one root of each text, cut down to the `vocab_size` tokens with
+    the most mass in both together, and normalised again. [num_roots, vocab_size] float64 each"""
     plan = Plan(Variant("chain"), TokenTree.chain(1))
     targets, drafts = [], []
     for number, prompt in enumerate(prompts):
@@ -62,7 +64,17 @@ def run_yardstick(
     vocab_size: int = 8,
     num_children: Sequence[int] = (2, 3),
 ) -> list[Yardstick]:
-    """Acceptance and optimum of every rule at the same small distributions."""
+    """Compute acceptance and optimum of every rule at the same small distributions.
+
+    Args:
+        pair: both models.
+        prompts: tokenised prompts. [num_prompt_tokens] each
+        variants: the rules.
+        temperature: of the target and the draft.
+        sampling: how texts are sampled; at most 8 texts per prompt are.
+        vocab_size: the number of tokens that are kept, since the optimum is a linear program.
+        num_children: how many children the node has, for rules that allow more than one.
+    """
     p, q = small_pairs(pair, prompts, temperature, sampling, vocab_size)
     results = []
     for variant in variants:
