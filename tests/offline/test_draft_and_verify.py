@@ -132,6 +132,39 @@ def test_prefixes_are_the_tokens_on_the_way():
     assert torch.equal(seen[2][:, 0], draft.tokens[:, 1])
 
 
+@pytest.mark.parametrize(
+    ("rule", "where_confident", "where_flat"),
+    [
+        ("traversal", 0b100, 0b001),
+        ("ordered", 0b100, 0b001),
+        ("mixed", 0b110, 0b101),
+        ("unordered", 0b100, 0b100),
+        ("rrs", 0b111, 0b111),
+        ("rrsw", 0b111, 0b111),
+        ("match", 0b000, 0b000),
+    ],
+)
+def test_slots_are_known_before_anything_is_drawn(rule, where_confident, where_flat):
+    """Which slots hold samples, and which tokens are hubs, follows from q alone. Expected
+    acceptances: hubs .6 and .2 against .18 (`mixed`: .6 against .33 and .04) where q is confident,
+    .22 and .2 against .43 (.22 against .51 and .09) where it is flat."""
+    for probs, bits in (
+        ([0.6, 0.2, 0.1, 0.05, 0.05], where_confident),
+        ([0.22, 0.2, 0.2, 0.19, 0.19], where_flat),
+    ):
+        q = torch.tensor(probs)
+        draft = draft_tree(
+            TokenTree.complete(3, 1),
+            lambda prefixes, q=q: q.expand(len(prefixes), -1),
+            300,
+            rule=rule,
+        )
+        assert draft.sampled.unique().tolist() == [bits]
+        for slot in range(3):
+            drawn = bits >> slot & 1
+            assert (len(draft.tokens[:, slot].unique()) > 1) == bool(drawn)
+
+
 def test_a_draft_that_is_the_target_is_accepted_whole():
     table = markov(1)
     draft = draft_tree(CHAIN, lambda t: after(table, t), 500, rule="chain")
