@@ -1,0 +1,79 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Pool the differences between rules over the best trees that a study chose.
+
+The script reads the trees of `vllm-spechub simulate --out FOLDER`, measures them again on that
+study's last texts, and takes the mean over trees at every place before it forms intervals. Writes
+FOLDER/pooled.csv.
+"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from vllm_spechub.offline.simulation.drafts import Plan, Variant
+from vllm_spechub.offline.simulation.load import load
+from vllm_spechub.offline.simulation.report import ROWS_CSV, STUDY_JSON, read_csv
+from vllm_spechub.offline.simulation.study import Row, Sampling, mean_and_ci, measure
+from vllm_spechub.trees.tree import TokenTree
+
+POOLED_CSV = "pooled.csv"
+LAST_PHASE = 3
+"""The study's phase whose texts its tables are measured on."""
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="The study's folder.", file_okay=False)],
+    temperature: Annotated[float, typer.Option("--temperature", "-T")] = 1.0,
+    budget: Annotated[
+        list[int], typer.Option("--nodes", "-n", help="Drafted nodes of the trees to pool.")
+    ] = [14, 30],  # noqa: B006
+    prompts: Annotated[Path, typer.Option(dir_okay=False, exists=True)] = Path(
+        "scripts/demo_pair/prompts.jsonl"
+    ),
+) -> None:
+    """Pool differences over trees of several sizes and depths."""
+    settings = json.loads((folder / STUDY_JSON).read_text(encoding="utf-8"))["settings"]
+    sampling = Sampling(
+        texts=settings["texts"],
+        tokens=settings["tokens"],
+        roots=settings["roots_per_text"],
+        seed=settings["seed"],
+    )
+    depth = max(settings["depth"])
+    torch.set_num_threads(1)
+    pair, encoded = load(
+        settings["target"], settings["draft"], prompts, None, sampling, depth, None, "float32"
+    )
+    # by rule: the plan of every setting
+    plans: dict[str, dict[tuple[int, str], Plan]] = {}
+    for row in read_csv(Row, folder / ROWS_CSV):
+        chosen = row.temperature == temperature and row.budget in budget
+        if chosen and row.kind.startswith("best"):
+            plan = Plan(Variant.parse(row.rule), TokenTree(row.tree))
+            plans.setdefault(row.rule, {})[row.budget, row.kind] = plan
+    every = [plan for by_setting in plans.values() for plan in by_setting.values()]
+    found = measure(pair, encoded, every, temperature, sampling, LAST_PHASE)
+    means = {
+        rule: np.mean([found[plan].tokens for plan in by_setting.values()], axis=0)
+        for rule, by_setting in plans.items()
+    }
+    places = found[every[0]].prompts
+    with (folder / POOLED_CSV).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["temperature", "rule", "baseline", "difference", "ci", "trees", "places"])
+        for rule in means:
+            for baseline in means:
+                if baseline != rule:
+                    mean, ci = mean_and_ci(means[rule] - means[baseline], places)
+                    numbers = f"{mean:.4f}", f"{ci:.4f}", len(plans[rule]), len(places)
+                    writer.writerow([f"{temperature:g}", rule, baseline, *numbers])
+
+
+if __name__ == "__main__":
+    typer.run(main)
