@@ -108,7 +108,7 @@ def test_models_exist(tmp_path, arguments):
 def test_prompts_and_engine_options_are_read(tmp_path, arguments):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "?"}\n')
-    assert_refused([str(bad) if a == PROMPTS else a for a in arguments], "prompt 1: no `turns`")
+    assert_refused([str(bad) if a == PROMPTS else a for a in arguments], "line 1: no `turns`")
     for engine, message in (
         ("dtype=float32", "--engine must be a JSON object"),
         ("[1]", "--engine must be a JSON object"),

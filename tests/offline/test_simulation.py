@@ -280,18 +280,74 @@ def test_prompts_are_asked_for(folders):
     assert "--prompts" in done.output
 
 
-def test_prompt_files(tmp_path):
-    plain = tmp_path / "prompts.txt"
-    plain.write_text("one\n\ntwo\n")
-    assert read_prompts(plain) == ["one", "two"]
-    assert read_prompts(plain, limit=1) == ["one"]
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"turns": ["fine"]}\n{"question": "?"}\n')
-    with pytest.raises(ValueError, match="prompt 2: no `turns`"):
-        read_prompts(bad)
-    plain.write_text("\n")
-    with pytest.raises(ValueError, match="has no prompts"):
-        read_prompts(plain)
+RECORDS = b'{"prompt": "def f(x):"}\n{"turns": ["class A:", "more"]}\n'
+BOTH = ["def f(x):", "class A:"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "prompts"),
+    [
+        ("text.txt", b"one\n\ntwo\n", ["one", "two"]),
+        ("crlf.txt", b"one\r\n\r\ntwo", ["one", "two"]),
+        ("mark.txt", b"\xef\xbb\xbfone\n", ["one"]),
+        ("blank.txt", b" \t\none\n", ["one"]),
+        # what `str.splitlines` takes for the end of a line
+        (
+            "form.txt",
+            b"one\x0ctwo\x0b\x1c\x1d\x1e\nthree\n",
+            ["one\x0ctwo\x0b\x1c\x1d\x1e", "three"],
+        ),
+        ("cr.txt", b"one\rtwo\n", ["one\rtwo"]),
+        ("separators.txt", "1\x852\u20283\u20294\n".encode(), ["1\x852\u20283\u20294"]),
+        ("lines.jsonl", RECORDS, BOTH),
+        ("lines.json", RECORDS, BOTH),
+        ("lines.NDJSON", RECORDS, BOTH),
+        ("crlf.jsonl", RECORDS.replace(b"\n", b"\r\n"), BOTH),
+        ("mark.jsonl", b"\xef\xbb\xbf" + RECORDS, BOTH),
+        (
+            "separators.jsonl",
+            '{"prompt": "1\x852\u20283\u20294"}\n\n{"prompt": "\\u2028"}'.encode(),
+            ["1\x852\u20283\u20294", "\u2028"],
+        ),
+        ("pair.jsonl", b'{"prompt": "\\ud83d\\ude00"}', ["\U0001f600"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_prompt_files(tmp_path, name, data, prompts):
+    file = tmp_path / name
+    file.write_bytes(data)
+    assert read_prompts(file) == prompts
+    assert read_prompts(file, limit=1) == prompts[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("empty.txt", b"\n", " has no prompts"),
+        ("latin.txt", b"one\ncaf\xe9\n", ", line 2: not UTF-8 "),
+        ("utf16.txt", "one".encode("utf-16"), ", line 1: not UTF-8 "),
+        ("utf16.txt", "one".encode("utf-16-le"), ", line 1: a NUL character"),
+        ("question.jsonl", b'{"turns": ["fine"]}\n\n{"question": "?"}\n', ", line 3: no `turns` a"),
+        ("latin.jsonl", RECORDS + b'{"prompt": "caf\xe9"}', ", line 3: not UTF-8 "),
+        ("array.json", b'[{"prompt": "x"}]', ", line 1: no JSON object; JSON Lines"),
+        ("array.json", b'[\n {"prompt": "x"}\n]', ", line 1: no JSON object; JSON Lines"),
+        ("object.json", b'{\n "prompt": "x"\n}', ", line 1: no JSON object; JSON Lines"),
+        ("text.jsonl", b"def f(x):\n", ", line 1: no JSON object; JSON Lines"),
+        ("deep.jsonl", b"[" * 10**5, ", line 1: no JSON object; JSON Lines"),
+        ("string.jsonl", b'{"turns": "def f(x):"}', ", line 1: `turns` is not a list of strings"),
+        ("none.jsonl", b'{"turns": []}', ", line 1: `turns` is not a list of strings"),
+        ("number.jsonl", b'{"turns": ["x", 2]}', ", line 1: `turns` is not a list of strings"),
+        ("list.jsonl", b'{"prompt": ["x"]}', ", line 1: `prompt` is not a string"),
+        ("half.jsonl", b'{"prompt": "\\ud83d"}', ", line 1: half of a surrogate pair"),
+    ],
+)
+def test_prompt_files_that_are_refused(tmp_path, name, data, message):
+    file = tmp_path / name
+    file.write_bytes(data)
+    with pytest.raises(ValueError) as refused:
+        read_prompts(file)
+    assert str(refused.value).startswith(f"{file}{message}")
+    assert len(str(refused.value).splitlines()) == 1
 
 
 def test_csv_round_trip(tmp_path):

@@ -58,30 +58,70 @@ class ModelPair:
         return torch.tensor(ids, device=self.target.device)
 
 
+JSON_LINES = (".jsonl", ".json", ".ndjson")
+"""Files of prompts that are read as JSON Lines; any other is text."""
+
+
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
-    """Prompts from a file: JSON lines as in Spec-Bench (`turns`, of which the first counts, or
-    `prompt`), or plain text with one prompt per line.
+    """Prompts from a file in UTF-8, with or without a byte-order mark.
+
+    Either JSON Lines as in Spec-Bench (`turns`, of which the first counts, or `prompt`), or text
+    with one prompt per line. Lines end with LF or CRLF and nothing else; blank lines are skipped.
 
     Raises:
-        ValueError: no prompts, or a line that is neither.
+        ValueError: no prompts, or a line that is neither; it names the file and the line.
     """
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
+    is_json = path.suffix.lower() in JSON_LINES
     prompts = []
-    for number, line in enumerate(lines, start=1):
-        if path.suffix not in (".jsonl", ".json"):
-            prompts.append(line)
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if not line.strip(" \t\r"):
             continue
         try:
-            record = json.loads(line)
-            prompt = record["turns"][0] if "turns" in record else record["prompt"]
-        except (ValueError, KeyError, IndexError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str):
-            raise ValueError(f"{path}, prompt {number}: no `turns` and no `prompt` in it")
-        prompts.append(prompt)
+            prompts.append(_prompt_of_record(line) if is_json else _prompt_of_text(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
     if not prompts:
         raise ValueError(f"{path} has no prompts")
     return prompts[:limit]
+
+
+def _prompt_of_text(line: str) -> str:
+    if "\0" in line:
+        raise ValueError("a NUL character in it; text must be UTF-8, not UTF-16")
+    return line
+
+
+def _prompt_of_record(line: str) -> str:
+    """Raises: ValueError, for what is no record of a prompt."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError("no JSON object; JSON Lines have one in every line, and no list around")
+    if "turns" in record:
+        turns = record["turns"]
+        if not (isinstance(turns, list) and turns and all(isinstance(t, str) for t in turns)):
+            raise ValueError("`turns` is not a list of strings")
+        prompt = turns[0]
+    elif "prompt" in record:
+        prompt = record["prompt"]
+        if not isinstance(prompt, str):
+            raise ValueError("`prompt` is not a string")
+    else:
+        raise ValueError("no `turns` and no `prompt` in it")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair in it, which no UTF-8 has") from None
+    return prompt
 
 
 @dataclass(frozen=True)
