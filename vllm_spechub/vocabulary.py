@@ -50,7 +50,7 @@ def check_vocabularies(
         made_up = [
             name
             for name, tokenizer in (("draft", draft_tokenizer), ("target", target_tokenizer))
-            if _is_made_up(tokenizer)
+            if is_made_up(tokenizer)
         ]
         unknown = f"the {made_up[0]} has no tokenizer" if made_up else None
     if unknown is not None:
@@ -81,7 +81,7 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(" :") or type(error).__name__
 
 
-def _is_made_up(tokenizer: Tokenizer) -> bool:
+def is_made_up(tokenizer: Tokenizer) -> bool:
     """Whether it has special tokens only: transformers makes up such a one for some models that
     have no files of a tokenizer."""
     return tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys()

@@ -3,6 +3,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -255,12 +256,49 @@ def test_shape_prints_a_tree(folders, tmp_path):
     assert run("shape", folders, options).stdout == done.stdout
 
 
+@pytest.mark.parametrize("padded", ["target", "draft"])
+def test_vocabularies_that_differ_by_padding(folders, tmp_path, padded):
+    """As in the engine: what one of the two pads is cut off, or never drafted."""
+    for name in ("target", "draft"):
+        shutil.copytree(folders / name, tmp_path / name)
+    model = LlamaForCausalLM.from_pretrained(folders / padded)
+    model.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+    model.save_pretrained(tmp_path / padded)
+    pair = ModelPair.load(str(tmp_path / "target"), str(tmp_path / "draft"), "cpu", torch.float32)
+    assert pair.vocab_size == model.config.vocab_size - 8 * (padded == "draft")
+    tokens = torch.randint(VOCAB, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        own = LlamaForCausalLM.from_pretrained(folders / "draft")(tokens).logits
+        read = pair.draft(input_ids=tokens).logits
+        wanted = pair.target(input_ids=tokens).logits
+        torch.testing.assert_close(read[..., :VOCAB], own)
+        assert read.shape == wanted.shape
+        if padded == "target":
+            assert (read[..., VOCAB:] == -torch.inf).all()
+            # what the target emits, the draft reads
+            assert pair.draft(input_ids=torch.full((1, 3), VOCAB + 7)).logits.isfinite().any()
+    roots = sample_roots(
+        pair, pair.encode("a b c d", 64), 1.0, 6, 12, 3, torch.Generator().manual_seed(0)
+    )
+    for rule in RULES:
+        tree = parse_tree("chain:3", rule) if rule == "chain" else TREE
+        plan = Plan(Variant(rule), tree)
+        drafted = draft_plans(pair, roots, [plan], 1.0, seed=1)
+        assert reach(drafted, plan).isfinite().all()
+        for kind in drafted.children.values():
+            assert (kind.tokens < VOCAB).all()
+    # and a command to its end
+    shutil.copy(folders / "prompts.jsonl", tmp_path)
+    done = run("shape", tmp_path, "--texts 2 --tokens 8 --nodes 4")
+    assert done.exit_code == 0, done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--rule best", "rule is 'best', allowed: ordered"),
         ("--rule rrs@2", "sharpening must be 1 with rule 'rrs'"),
-        ("--rule ordered@x", "could not convert"),
+        ("--rule ordered@x", "sharpening is 'x', allowed"),
         ("--nodes 64", "--nodes"),
         ("--tokens 500", "--tokens 500 is too many"),
         ("--dtype int8", "--dtype must be one of"),
