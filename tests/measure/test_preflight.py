@@ -165,7 +165,7 @@ def test_the_device_is_there(arguments, device):
 def test_sharpening_is_a_number(arguments, sharpening):
     assert_refused(
         [*arguments, "--rule", f"ordered@{sharpening}"],
-        f"--rule: 'ordered@{sharpening}': sharpening is {sharpening!r}, allowed: RULE@SHARPENING with",
+        f"--rule: 'ordered@{sharpening}': sharpening is {sharpening!r}, allowed: RULE@SHARPENING",
     )
 
 

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which drafts the proposer takes, by their configuration and tokenizer; no weights are loaded."""
 
+import json
+from pathlib import Path
+
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
@@ -152,3 +157,92 @@ def test_another_tokenizer_of_the_targets(tmp_path):
     foreign = folder_with(tmp_path / "foreign", exchange)
     assert_refused(DIFFERS, foreign, bare, tokenizer=TARGET)
     configured(foreign, bare, tokenizer=str(foreign))
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["eagle-draft", "Qwen_eagle3/draft", "dflash", "dspark_7b", "EAGLE-1B", "medusa", "mtp"],
+)
+def test_a_path_decides_nothing(tmp_path, folder):
+    """vLLM takes a draft for EAGLE's and others by a word in its path."""
+    draft = folder_with(tmp_path / folder)
+    ours, plain = configured(draft), configured(DRAFT)
+    assert ours.method == plain.method == "draft_model"
+    for one, other in ((ours, plain), (ours.draft_model_config, plain.draft_model_config)):
+        same = {"model", "served_model_name", "draft_model_config", "target_model_config"}
+        same |= {"hf_config", "hf_text_config", "model_weights"}
+        named = vars(one).keys() - same
+        assert {key: vars(one)[key] for key in named if vars(one)[key] != vars(other)[key]} == {}
+    for config in (ours, plain):
+        assert config.draft_model_config.hf_config.architectures == ["LlamaForCausalLM"]
+
+
+def test_a_hub_name_decides_nothing(hub, tmp_path):
+    draft = vocabularies.in_cache(hub, f"eagle-lab/dflash-{tmp_path.name}", main=[])
+    assert configured(draft).draft_model_config.architectures == ["LlamaForCausalLM"]
+
+
+def rename_weights(folder, name, form):
+    """Keep one tensor, under another name, in one of two kinds of file."""
+    file = folder / "model.safetensors"
+    weights = {name: next(iter(load_file(file).values()))}
+    file.unlink()
+    if form == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        save_file(weights, file, {"format": "pt"})
+
+
+HEAD = (
+    r"drafts from the target's hidden states \({}.*\), but proposer 'draft_model' needs a model th"
+)
+READS = "vLLM reads its configuration as "
+SPECULATORS = {
+    "architectures": ["Eagle3Speculator"],
+    "model_type": "speculators",
+    "speculators_model_type": "eagle3",
+    "draft_vocab_size": 2048,
+    "transformer_layer_config": json.loads((Path(DRAFT) / "config.json").read_text()),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sign"),
+    [
+        ({"architectures": ["LlamaForCausalLMEagle3"]}, READS + "LlamaForCausalLMEagle3"),
+        ({"architectures": ["EagleLlamaForCausalLM"]}, READS + "EagleLlamaForCausalLM"),
+        ({"architectures": ["DFlashDraftModel"]}, READS + "DFlashDraftModel"),
+        ({"architectures": ["Qwen3DSparkModel"]}, READS + "Qwen3DSparkModel"),
+        ({"model_type": "medusa"}, "its configuration has model_type='medusa'"),
+        (SPECULATORS, READS + "Eagle3LlamaForCausalLM"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("folder", ["draft", "eagle3"])
+def test_a_head_is_refused_by_its_configuration(tmp_path, folder, changes, sign):
+    """Before the target is loaded, whatever its folder is called."""
+    head = folder_with(tmp_path / folder, drop, **changes)
+    assert_refused(HEAD.format(sign), head)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("named", ["folder", "hub"])
+def test_a_head_that_calls_itself_a_model_is_refused(hub, tmp_path, named, form):
+    """As the first EAGLE heads do. Its weights tell."""
+
+    def fuse(folder):
+        rename_weights(folder, "fc.weight", form)
+
+    if named == "folder":
+        head = folder_with(tmp_path / "eagle", fuse)
+    else:
+        head = vocabularies.in_cache(hub, f"made/{tmp_path.name}", v2=[fuse])
+    options = {"more": {"revision": "v2"}} if named == "hub" else {}
+    assert_refused(HEAD.format("its weights have the layer 'fc.weight'"), head, **options)
+
+
+def test_weights_that_cannot_be_read_decide_nothing(tmp_path):
+    draft = folder_with(tmp_path / "draft")
+    (draft / "model.safetensors").write_bytes(b"")
+    (draft / "pytorch_model.bin").write_bytes(b"x")
+    configured(draft)

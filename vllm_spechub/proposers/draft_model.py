@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneAR
 
 from vllm_spechub.config import SpecHubConfig
 from vllm_spechub.proposers.base import DraftStep
+from vllm_spechub.proposers.heads import sign_of_a_head
 from vllm_spechub.proposers.model_proposer import ModelProposer
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
 from vllm_spechub.vocabulary import check_vocabularies, first_line
@@ -42,6 +43,13 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     @classmethod
     def check_config(cls, config: SpecHubConfig) -> None:
         draft, target = config.draft_model_config, config.target_model_config
+        sign = sign_of_a_head(draft)
+        if sign is not None:
+            raise ValueError(
+                f"speculative_config['model']: {draft.model!r} drafts from the target's hidden "
+                f"states ({sign}), but proposer {config.proposer!r} needs a model that runs by "
+                "itself; choose another draft"
+            )
         if draft.max_model_len < target.max_model_len:
             raise ValueError(
                 f"speculative_config['model']: the draft reads {draft.max_model_len} positions, "
