@@ -182,8 +182,9 @@ def main(
         elif draft is None or prompts is None:
             raise ValueError("a TARGET of your own needs --draft and --prompts")
         preflight.check_models({"TARGET": target, "--draft": draft})
-        from vllm_spechub.offline.simulation.texts import read_prompts
+        from vllm_spechub.offline.simulation.texts import PairDescription, read_prompts
 
+        PairDescription.read(target, draft, "--draft")
         encoded = encode(target, read_prompts(prompts))
         setup = Setup(target, draft, encoded, tokens, options, resident)
         points = [Point(b, t) for t in temperature for b in batch]

@@ -428,11 +428,6 @@ def test_a_proposer_without_a_model(install, tmp_path, monkeypatch):
     assert found == TreeSchedule.parse(ranges, "traversal")
 
 
-def test_a_draft_that_vllm_takes_for_another_method(tmp_path):
-    with pytest.raises(ValueError, match="for a draft of method 'medusa', but proposer 'draft_m"):
-        configured({"model": edited_draft(tmp_path / "draft", model_type="medusa")})
-
-
 @pytest.mark.parametrize(
     "spec",
     [

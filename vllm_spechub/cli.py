@@ -285,12 +285,17 @@ def explain(
         preflight.check_models({"TARGET": target, "DRAFT": draft})
         _parse_rules([rule])
         from vllm_spechub.offline import explain
-        from vllm_spechub.offline.simulation.load import load_pair
+        from vllm_spechub.offline.simulation.load import placement
+        from vllm_spechub.offline.simulation.texts import PairDescription
         from vllm_spechub.trees.best_tree import parse_tree
 
         parsed = parse_tree(json.loads(tree) if tree.startswith("[") else tree, rule)
-        pair = load_pair(target, draft, device, dtype)
-        encoded = pair.encode(prompt, pair.max_positions)
+        where = placement(device, dtype)
+        description = PairDescription.read(target, draft)
+        limit = description.max_positions
+        explain.check_length(len(description.encode(prompt, limit)), parsed, steps, limit)
+        pair = description.load(*where)
+        encoded = pair.encode(prompt, limit)
         trace = explain.trace(pair, encoded, parsed, rule, temperature, steps, seed)
         if out is None:
             explain.render(trace, output)
@@ -369,7 +374,10 @@ def tune(
         from vllm_spechub.measure.tuning.request import TuningRequest
         from vllm_spechub.measure.tuning.run import Tuning
         from vllm_spechub.measure.tuning.state import State
+        from vllm_spechub.offline.simulation.texts import PairDescription
         from vllm_spechub.trees import measured_schedule
+
+        PairDescription.read(target, draft, "--draft")
 
         preflight.check_output_folder("VLLM_CACHE_ROOT:", measured_schedule.folder())
         request = TuningRequest(
@@ -411,9 +419,12 @@ def _parse_rules(texts: Sequence[str] | None) -> "list[Variant]":
     from vllm_spechub.offline.simulation.drafts import Variant
     from vllm_spechub.rules.base import check_rule
 
-    variants = [Variant.parse(text) for text in texts or RULES]
-    for variant in variants:
-        check_rule(variant.rule, variant.sharpening)
+    try:
+        variants = [Variant.parse(text) for text in texts or RULES]
+        for variant in variants:
+            check_rule(variant.rule, variant.sharpening)
+    except ValueError as error:
+        raise ValueError(f"--rule: {error}") from None
     return list(dict.fromkeys(variants))
 
 

@@ -123,6 +123,12 @@ class SpecHubConfig(SpeculativeConfig):
         """The tree with the most nodes, which buffers are sized for."""
         return self.schedule.trees[0]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field, except `method`, which the proposer decides: vLLM would replace it by what
+        it guesses from words in the draft's path."""
+        if name != "method":
+            super().__setattr__(name, value)
+
     def verify_equal_vocab_size_if_draft_model(self) -> None:
         """Do nothing: the proposer compares vocabularies, and lets them differ by padding."""
 
@@ -190,13 +196,6 @@ def create_config(
     except (OSError, ValueError) as error:
         message = str(error).strip() or repr(error)
         raise ValueError(f"speculative_config: {message.splitlines()[0]}") from error
-    if spechub.method != proposer.vllm_method:
-        raise ValueError(
-            f"speculative_config['model']: by its name or configuration, vLLM takes "
-            f"{given.model!r} for a draft of method {spechub.method!r}, but proposer "
-            f"{given.proposer!r} needs one of method {proposer.vllm_method!r}; rename the folder "
-            "or choose another draft"
-        )
     try:
         rule = RULES.load(spechub.verification)
         rule.check(spechub.verification, spechub.sharpening, spechub.schedule.trees)

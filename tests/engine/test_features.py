@@ -155,6 +155,17 @@ def test_fp8_cache(target, draft):
         assert all(row == pytest.approx(plain, abs=1e-3) for row, plain in rows)
 
 
+def test_a_draft_whose_path_names_a_head(tmp_path):
+    """vLLM would load it as EAGLE's, for a word in its path."""
+    draft = models.edited(tmp_path / "eagle3-and-dspark", DRAFT)
+    params = [TO_THE_END] * len(PROMPTS)
+    with engine("binary:3", draft=draft) as llm:
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+        metrics = spec_metrics(llm)
+    assert metrics["num_accepted_tokens"] > 0.3 * metrics["num_drafts"]
+    assert_greedy(outputs, TARGET)
+
+
 def test_a_draft_of_another_family_and_padding(tmp_path, nodes):
     """Padding that the target emits and the draft has no row for; then the other way round."""
     long, short = (

@@ -2,6 +2,7 @@
 """Long commands check everything they need before a model is loaded or an engine starts."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,10 +11,13 @@ from pathlib import Path
 import bench_e2e
 import bench_kernels
 import pytest
+import torch
 import transformers
 import typer
 from typer.testing import CliRunner
 
+from helpers import vocabularies
+from helpers.models import edited
 from helpers.pair import DRAFT, PAIR, TARGET
 from vllm_spechub.cli import _parse_tree_rules, app
 from vllm_spechub.measure.benchmark import interleaved
@@ -29,6 +33,9 @@ EXPLAIN = ["explain", TARGET, DRAFT, "--prompt", "x"]
 TUNE = ["tune", TARGET, "--draft", DRAFT, "--prompts", PROMPTS]
 BENCH_E2E = ["bench_e2e", TARGET, "--draft", DRAFT, "--prompts", PROMPTS]
 BENCH_KERNELS = ["bench_kernels", "--quick"]
+COMMANDS = pytest.mark.parametrize(
+    "arguments", [SIMULATE, SHAPE, EXPLAIN, TUNE, BENCH_E2E], ids=lambda a: a[0]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -95,9 +102,7 @@ def test_an_output_file_has_a_folder(arguments, option, file):
     assert_refused([*arguments, option, f"missing/{file}"], f"{option} missing/{file} cannot")
 
 
-@pytest.mark.parametrize(
-    "arguments", [SIMULATE, SHAPE, EXPLAIN, TUNE, BENCH_E2E], ids=lambda a: a[0]
-)
+@COMMANDS
 def test_models_exist(tmp_path, arguments):
     no_model = [str(tmp_path) if argument == DRAFT else argument for argument in arguments]
     assert_refused(no_model, f"{str(tmp_path)!r} has no model")
@@ -105,11 +110,71 @@ def test_models_exist(tmp_path, arguments):
     assert_refused(no_folder, "TARGET './gone' has no model: there is no such folder")
 
 
+@COMMANDS
+def test_the_target_has_a_tokenizer(tmp_path, arguments):
+    bare = Path(edited(tmp_path / "target", TARGET))
+    vocabularies.drop(bare)
+    without = [str(bare) if argument == TARGET else argument for argument in arguments]
+    assert_refused(without, f"TARGET {str(bare)!r} has no tokenizer: Couldn't")
+    shutil.rmtree(bare)
+    # transformers makes up a tokenizer of one token
+    edited(bare, TARGET, model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+    vocabularies.drop(bare)
+    assert_refused(without, f"TARGET {str(bare)!r} has no tokenizer")
+
+
+@COMMANDS
+@pytest.mark.parametrize("edit", [vocabularies.exchange, vocabularies.add])
+def test_the_pair_has_one_vocabulary(tmp_path, arguments, edit):
+    """The engine would refuse it, after hours of `tune`."""
+    foreign = Path(edited(tmp_path / "draft", DRAFT))
+    edit(foreign)
+    option = "--draft" if "--draft" in arguments else "DRAFT"
+    arguments = [str(foreign) if argument == DRAFT else argument for argument in arguments]
+    assert_refused(arguments, f"error: {option}: the draft's tokenizer differs from the target's")
+
+
+@COMMANDS
+def test_vocabularies_differ_by_padding_only(tmp_path, arguments):
+    short = edited(tmp_path / "draft", DRAFT, vocab_size=1024)
+    arguments = [short if argument == DRAFT else argument for argument in arguments]
+    assert_refused(arguments, "the tokenizer's ids go up to 2047")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*SIMULATE, "--tokens", "5000"], "--tokens 5000 is too many: the models read 1024"),
+        ([*SHAPE, "--tokens", "5000"], "--tokens 5000 is too many: the models read 1024"),
+        ([*EXPLAIN, "--steps", "9999"], "9999 steps need 39997 positions, the models read 1024"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_lengths_are_compared_with_the_configurations(arguments, message):
+    assert_refused(arguments, message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it is there")
+@pytest.mark.parametrize("arguments", [SIMULATE, SHAPE, EXPLAIN], ids=lambda a: a[0])
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "gpu", "meta", "privateuseone"])
+def test_the_device_is_there(arguments, device):
+    assert_refused([*arguments, "--device", device], f"--device {device!r} cannot be used: ")
+
+
+@pytest.mark.parametrize("sharpening", ["x", "", "1@2"])
+@pytest.mark.parametrize("arguments", [SIMULATE, SHAPE, EXPLAIN, TUNE], ids=lambda a: a[0])
+def test_sharpening_is_a_number(arguments, sharpening):
+    assert_refused(
+        [*arguments, "--rule", f"ordered@{sharpening}"],
+        f"--rule: 'ordered@{sharpening}': sharpening is {sharpening!r}, allowed: RULE@SHARPENING",
+    )
+
+
 @pytest.mark.parametrize("arguments", [TUNE, BENCH_E2E], ids=lambda a: a[0])
 def test_prompts_and_engine_options_are_read(tmp_path, arguments):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "?"}\n')
-    assert_refused([str(bad) if a == PROMPTS else a for a in arguments], "prompt 1: no `turns`")
+    assert_refused([str(bad) if a == PROMPTS else a for a in arguments], "line 1: no `turns`")
     for engine, message in (
         ("dtype=float32", "--engine must be a JSON object"),
         ("[1]", "--engine must be a JSON object"),
@@ -121,7 +186,7 @@ def test_prompts_and_engine_options_are_read(tmp_path, arguments):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("best", "rule is 'best', allowed: traversal"),
+        ("best", "--rule: rule is 'best', allowed: traversal"),
         ("chain", "--rule is 'chain', allowed: traversal"),
         ("ordered@2", "--rule is 'ordered@2', allowed: traversal"),
     ],

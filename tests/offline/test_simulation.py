@@ -3,6 +3,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -256,12 +257,49 @@ def test_shape_prints_a_tree(folders, tmp_path):
     assert run("shape", folders, options).stdout == done.stdout
 
 
+@pytest.mark.parametrize("padded", ["target", "draft"])
+def test_vocabularies_that_differ_by_padding(folders, tmp_path, padded):
+    """As in the engine: what one of the two pads is cut off, or never drafted."""
+    for name in ("target", "draft"):
+        shutil.copytree(folders / name, tmp_path / name)
+    model = LlamaForCausalLM.from_pretrained(folders / padded)
+    model.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+    model.save_pretrained(tmp_path / padded)
+    pair = ModelPair.load(str(tmp_path / "target"), str(tmp_path / "draft"), "cpu", torch.float32)
+    assert pair.vocab_size == model.config.vocab_size - 8 * (padded == "draft")
+    tokens = torch.randint(VOCAB, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        own = LlamaForCausalLM.from_pretrained(folders / "draft")(tokens).logits
+        read = pair.draft(input_ids=tokens).logits
+        wanted = pair.target(input_ids=tokens).logits
+        torch.testing.assert_close(read[..., :VOCAB], own)
+        assert read.shape == wanted.shape
+        if padded == "target":
+            assert (read[..., VOCAB:] == -torch.inf).all()
+            # what the target emits, the draft reads
+            assert pair.draft(input_ids=torch.full((1, 3), VOCAB + 7)).logits.isfinite().any()
+    roots = sample_roots(
+        pair, pair.encode("a b c d", 64), 1.0, 6, 12, 3, torch.Generator().manual_seed(0)
+    )
+    for rule in RULES:
+        tree = parse_tree("chain:3", rule) if rule == "chain" else TREE
+        plan = Plan(Variant(rule), tree)
+        drafted = draft_plans(pair, roots, [plan], 1.0, seed=1)
+        assert reach(drafted, plan).isfinite().all()
+        for kind in drafted.children.values():
+            assert (kind.tokens < VOCAB).all()
+    # and a command to its end
+    shutil.copy(folders / "prompts.jsonl", tmp_path)
+    done = run("shape", tmp_path, "--texts 2 --tokens 8 --nodes 4")
+    assert done.exit_code == 0, done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--rule best", "rule is 'best', allowed: traversal"),
         ("--rule rrs@2", "sharpening must be 1 with rule 'rrs'"),
-        ("--rule ordered@x", "could not convert"),
+        ("--rule ordered@x", "sharpening is 'x', allowed"),
         ("--nodes 64", "--nodes"),
         ("--tokens 500", "--tokens 500 is too many"),
         ("--dtype int8", "--dtype must be one of"),
@@ -281,18 +319,74 @@ def test_prompts_are_asked_for(folders):
     assert "--prompts" in done.output
 
 
-def test_prompt_files(tmp_path):
-    plain = tmp_path / "prompts.txt"
-    plain.write_text("one\n\ntwo\n")
-    assert read_prompts(plain) == ["one", "two"]
-    assert read_prompts(plain, limit=1) == ["one"]
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"turns": ["fine"]}\n{"question": "?"}\n')
-    with pytest.raises(ValueError, match="prompt 2: no `turns`"):
-        read_prompts(bad)
-    plain.write_text("\n")
-    with pytest.raises(ValueError, match="has no prompts"):
-        read_prompts(plain)
+RECORDS = b'{"prompt": "def f(x):"}\n{"turns": ["class A:", "more"]}\n'
+BOTH = ["def f(x):", "class A:"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "prompts"),
+    [
+        ("text.txt", b"one\n\ntwo\n", ["one", "two"]),
+        ("crlf.txt", b"one\r\n\r\ntwo", ["one", "two"]),
+        ("mark.txt", b"\xef\xbb\xbfone\n", ["one"]),
+        ("blank.txt", b" \t\none\n", ["one"]),
+        # what `str.splitlines` takes for the end of a line
+        (
+            "form.txt",
+            b"one\x0ctwo\x0b\x1c\x1d\x1e\nthree\n",
+            ["one\x0ctwo\x0b\x1c\x1d\x1e", "three"],
+        ),
+        ("cr.txt", b"one\rtwo\n", ["one\rtwo"]),
+        ("separators.txt", "1\x852\u20283\u20294\n".encode(), ["1\x852\u20283\u20294"]),
+        ("lines.jsonl", RECORDS, BOTH),
+        ("lines.json", RECORDS, BOTH),
+        ("lines.NDJSON", RECORDS, BOTH),
+        ("crlf.jsonl", RECORDS.replace(b"\n", b"\r\n"), BOTH),
+        ("mark.jsonl", b"\xef\xbb\xbf" + RECORDS, BOTH),
+        (
+            "separators.jsonl",
+            '{"prompt": "1\x852\u20283\u20294"}\n\n{"prompt": "\\u2028"}'.encode(),
+            ["1\x852\u20283\u20294", "\u2028"],
+        ),
+        ("pair.jsonl", b'{"prompt": "\\ud83d\\ude00"}', ["\U0001f600"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_prompt_files(tmp_path, name, data, prompts):
+    file = tmp_path / name
+    file.write_bytes(data)
+    assert read_prompts(file) == prompts
+    assert read_prompts(file, limit=1) == prompts[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("empty.txt", b"\n", " has no prompts"),
+        ("latin.txt", b"one\ncaf\xe9\n", ", line 2: not UTF-8 "),
+        ("utf16.txt", "one".encode("utf-16"), ", line 1: not UTF-8 "),
+        ("utf16.txt", "one".encode("utf-16-le"), ", line 1: a NUL character"),
+        ("question.jsonl", b'{"turns": ["fine"]}\n\n{"question": "?"}\n', ", line 3: no `turns` a"),
+        ("latin.jsonl", RECORDS + b'{"prompt": "caf\xe9"}', ", line 3: not UTF-8 "),
+        ("array.json", b'[{"prompt": "x"}]', ", line 1: no JSON object; JSON Lines"),
+        ("array.json", b'[\n {"prompt": "x"}\n]', ", line 1: no JSON object; JSON Lines"),
+        ("object.json", b'{\n "prompt": "x"\n}', ", line 1: no JSON object; JSON Lines"),
+        ("text.jsonl", b"def f(x):\n", ", line 1: no JSON object; JSON Lines"),
+        ("deep.jsonl", b"[" * 10**5, ", line 1: no JSON object; JSON Lines"),
+        ("string.jsonl", b'{"turns": "def f(x):"}', ", line 1: `turns` is not a list of strings"),
+        ("none.jsonl", b'{"turns": []}', ", line 1: `turns` is not a list of strings"),
+        ("number.jsonl", b'{"turns": ["x", 2]}', ", line 1: `turns` is not a list of strings"),
+        ("list.jsonl", b'{"prompt": ["x"]}', ", line 1: `prompt` is not a string"),
+        ("half.jsonl", b'{"prompt": "\\ud83d"}', ", line 1: half of a surrogate pair"),
+    ],
+)
+def test_prompt_files_that_are_refused(tmp_path, name, data, message):
+    file = tmp_path / name
+    file.write_bytes(data)
+    with pytest.raises(ValueError) as refused:
+        read_prompts(file)
+    assert str(refused.value).startswith(f"{file}{message}")
+    assert len(str(refused.value).splitlines()) == 1
 
 
 def test_csv_round_trip(tmp_path):

@@ -68,12 +68,7 @@ def trace(
     Raises:
         ValueError: the models cannot read as many tokens, or `draft_tree` refuses the rule or tree.
     """
-    longest = len(prompt) + num_steps * (tree.depth + 1)
-    if longest > pair.max_positions:
-        raise ValueError(
-            f"the prompt's {len(prompt)} tokens and {num_steps} steps need {longest} positions, "
-            f"the models read {pair.max_positions}"
-        )
+    check_length(len(prompt), tree, num_steps, pair.max_positions)
     generator = torch.Generator().manual_seed(seed)
     steps, text = [], prompt
     for _ in range(num_steps):
@@ -81,6 +76,16 @@ def trace(
         steps.append(step)
         text = torch.cat([text, emitted])
     return steps
+
+
+def check_length(num_prompt_tokens: int, tree: TokenTree, num_steps: int, limit: int) -> None:
+    """Raises: ValueError, if the prompt and the steps are longer than the models read."""
+    longest = num_prompt_tokens + num_steps * (tree.depth + 1)
+    if longest > limit:
+        raise ValueError(
+            f"the prompt's {num_prompt_tokens} tokens and {num_steps} steps need {longest} "
+            f"positions, the models read {limit}"
+        )
 
 
 def shown(pair: ModelPair, token: int) -> str:

@@ -9,13 +9,13 @@ reads what it missed when the schedule asks for trees again.
 """
 
 from copy import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import replace
-from vllm.tokenizers import get_tokenizer
+from vllm.config import ModelConfig, replace
+from vllm.tokenizers import cached_tokenizer_from_config, get_tokenizer
+from vllm.tokenizers.registry import tokenizer_args_from_config
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -25,8 +25,10 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneAR
 
 from vllm_spechub.config import SpecHubConfig
 from vllm_spechub.proposers.base import DraftStep
+from vllm_spechub.proposers.heads import sign_of_a_head
 from vllm_spechub.proposers.model_proposer import ModelProposer
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
+from vllm_spechub.vocabulary import check_vocabularies, first_line
 
 
 class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
@@ -41,33 +43,52 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     @classmethod
     def check_config(cls, config: SpecHubConfig) -> None:
         draft, target = config.draft_model_config, config.target_model_config
+        sign = sign_of_a_head(draft)
+        if sign is not None:
+            raise ValueError(
+                f"speculative_config['model']: {draft.model!r} drafts from the target's hidden "
+                f"states ({sign}), but proposer {config.proposer!r} needs a model that runs by "
+                "itself; choose another draft"
+            )
         if draft.max_model_len < target.max_model_len:
             raise ValueError(
                 f"speculative_config['model']: the draft reads {draft.max_model_len} positions, "
                 f"the target {target.max_model_len}; set max_model_len to at most "
                 f"{draft.max_model_len}"
             )
-        sizes = draft.get_vocab_size(), target.get_vocab_size()
-        if not (Path(draft.model) / "tokenizer.json").is_file() and sizes[0] == sizes[1]:
+        cls.check_tokenizers(draft, target)
+
+    @staticmethod
+    def check_tokenizers(draft: ModelConfig, target: ModelConfig) -> None:
+        """Compare the tokenizers, unless the user says that there is none.
+
+        Raises:
+            ValueError: one line that names the key and what is needed.
+        """
+        try:
+            target_tokenizer = cached_tokenizer_from_config(target)  # the one that requests get
+        except Exception as error:
+            raise ValueError(
+                f"tokenizer: {target.tokenizer!r} has none that can be loaded "
+                f"({first_line(error)}); with skip_tokenizer_init=True the engine takes token ids"
+            ) from error
+        if target_tokenizer is None:
             return
-        shared = get_tokenizer(
-            target.tokenizer,
-            tokenizer_mode=target.tokenizer_mode,
-            revision=target.tokenizer_revision,
-            trust_remote_code=target.trust_remote_code,
-        ).get_vocab()
-        own = get_tokenizer(draft.model, tokenizer_mode=target.tokenizer_mode).get_vocab()
-        if own != shared:
-            raise ValueError(
-                "speculative_config['model']: the draft's tokenizer differs from the "
-                "target's; draft and target must share one vocabulary"
-            )
-        if max(shared.values()) >= min(sizes) and sizes[0] != sizes[1]:
-            raise ValueError(
-                f"speculative_config['model']: the draft's vocab_size={sizes[0]} and the target's "
-                f"vocab_size={sizes[1]} may differ by padding only, but the tokenizer's ids go up "
-                f"to {max(shared.values())}"
-            )
+        # in the target's format: one repository may hold Mistral's and Hugging Face's
+        mode, *_ = tokenizer_args_from_config(target)
+        options = {} if draft.code_revision is None else {"code_revision": draft.code_revision}
+        check_vocabularies(
+            "speculative_config['model']",
+            (draft.get_vocab_size(), target.get_vocab_size()),
+            lambda: get_tokenizer(
+                draft.model,
+                tokenizer_mode=mode,
+                revision=draft.revision,
+                trust_remote_code=draft.trust_remote_code,
+                **options,
+            ),
+            target_tokenizer,
+        )
 
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]

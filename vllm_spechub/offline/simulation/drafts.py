@@ -37,9 +37,19 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> "Variant":
-        """ "RULE" or "RULE@SHARPENING"."""
-        rule, _, sharpening = text.partition("@")
-        return cls(rule, float(sharpening) if sharpening else 1.0)
+        """ "RULE" or "RULE@SHARPENING".
+
+        Raises:
+            ValueError: SHARPENING is no number.
+        """
+        rule, at, sharpening = text.partition("@")
+        try:
+            return cls(rule, float(sharpening) if at else 1.0)
+        except ValueError:
+            raise ValueError(
+                f"{text!r}: sharpening is {sharpening!r}, allowed: RULE@SHARPENING with a number "
+                "above 0"
+            ) from None
 
     @cached_property
     def verification(self) -> VerificationRule:

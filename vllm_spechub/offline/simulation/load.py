@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a pair of models and its prompts for a study."""
+"""Load a pair of models and its prompts for a study; everything is checked before weights are read."""
 
 from pathlib import Path
 
@@ -7,22 +7,27 @@ import torch
 from transformers.utils import logging
 
 from vllm_spechub.offline.simulation.study import Sampling
-from vllm_spechub.offline.simulation.texts import ModelPair, read_prompts
+from vllm_spechub.offline.simulation.texts import ModelPair, PairDescription, read_prompts
+from vllm_spechub.vocabulary import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_pair(target: str, draft: str, device: str | None, dtype: str) -> ModelPair:
-    """Load both models onto a device; None stands for CUDA if available, else the CPU.
+def placement(device: str | None, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Where models are loaded, and as what; None stands for CUDA if available, else the CPU.
 
     Raises:
-        ValueError: an unknown dtype, or models of different vocabularies.
+        ValueError: an unknown dtype, or a device that is not there.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return ModelPair.load(target, draft, device, DTYPES[dtype])
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = first_line(error).partition(". ")[0]
+        raise ValueError(f"--device {name!r} cannot be used: {reason}") from error
+    return torch.device(name), DTYPES[dtype]
 
 
 def load(
@@ -41,15 +46,19 @@ def load(
         The models, and the tokenised prompts, [num_prompt_tokens] int64 each.
 
     Raises:
-        ValueError: as `load_pair` and `read_prompts` raise it, or the texts are too long.
+        ValueError: as `placement`, `read_prompts` and `PairDescription.read` raise it, or the texts
+            are too long.
     """
+    where = placement(device, dtype)
     read = read_prompts(prompts, limit)
-    pair = load_pair(target, draft, device, dtype)
-    room = pair.max_positions - sampling.tokens - depth
+    description = PairDescription.read(target, draft)
+    room = description.max_positions - sampling.tokens - depth
     if room < 1:
         raise ValueError(
-            f"--tokens is {sampling.tokens}, allowed: less than {pair.max_positions - depth}: the "
-            f"models read {pair.max_positions} positions, of which trees take {depth}"
+            f"--tokens is {sampling.tokens}, allowed: less than {description.max_positions - depth}: "
+            f"the models read {description.max_positions} positions, of which trees take {depth}"
         )
     longest = min(room, sampling.max_prompt_tokens)
+    logging.disable_progress_bar()
+    pair = description.load(*where)
     return pair, [pair.encode(prompt, longest) for prompt in read]

@@ -6,82 +6,200 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from vllm_spechub.vocabulary import check_vocabularies, first_line, is_made_up
+
+UNLIMITED = 1 << 30
+"""The positions that a model reads whose configuration names no number."""
 
 
 @dataclass(frozen=True)
-class ModelPair:
-    """A target and a draft over one vocabulary."""
+class PairDescription:
+    """What is known of a pair before weights are loaded."""
 
-    target: PreTrainedModel
-    draft: PreTrainedModel
+    target: str
+    draft: str
+    # of the target
     tokenizer: PreTrainedTokenizerBase
+    draft_vocab_size: int
+    vocab_size: int
+    # positions that both models read
+    max_positions: int
 
     @classmethod
-    def load(cls, target: str, draft: str, device: str, dtype: torch.dtype) -> "ModelPair":
-        """Load both from Hugging Face folders or names.
+    def read(cls, target: str, draft: str, draft_option: str = "DRAFT") -> "PairDescription":
+        """Read configurations and tokenizers from Hugging Face folders or names.
+
+        Args:
+            target: the target.
+            draft: the draft.
+            draft_option: what named the draft, for messages.
 
         Raises:
-            ValueError: the vocabularies differ in size.
+            ValueError: the target has no tokenizer, or the draft another vocabulary.
         """
+        configs = [AutoConfig.from_pretrained(name).get_text_config() for name in (target, draft)]
+        vocab_size, draft_vocab_size = (config.vocab_size for config in configs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(target)
+        except Exception as error:  # each kind of tokenizer has its own
+            raise ValueError(f"TARGET {target!r} has no tokenizer: {first_line(error)}") from error
+        if is_made_up(tokenizer):
+            raise ValueError(f"TARGET {target!r} has no tokenizer")
+        check_vocabularies(
+            draft_option,
+            (draft_vocab_size, vocab_size),
+            lambda: AutoTokenizer.from_pretrained(draft),
+            tokenizer,
+        )
+        lengths = (getattr(config, "max_position_embeddings", None) for config in configs)
+        longest = min(length or UNLIMITED for length in lengths)
+        return cls(target, draft, tokenizer, draft_vocab_size, vocab_size, longest)
+
+    def encode(self, prompt: str, max_tokens: int) -> torch.Tensor:
+        """The prompt's last `max_tokens` tokens, at least one. [num_tokens] int64, on the CPU"""
+        ids = self.tokenizer(prompt)["input_ids"][-max_tokens:]
+        if not ids:
+            ids = [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id or 0]
+        return torch.tensor(ids)
+
+    def load(self, device: str | torch.device, dtype: torch.dtype) -> "ModelPair":
+        """Load both models' weights."""
 
         def load(name: str) -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
             torch.nn.Module.to(model, device)
             return model.eval()
 
-        models = load(target), load(draft)
-        sizes = [model.config.get_text_config().vocab_size for model in models]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"DRAFT has vocab_size={sizes[1]}, TARGET has {sizes[0]}: they must be the same"
-            )
-        return cls(*models, AutoTokenizer.from_pretrained(target))
+        target, draft = load(self.target), load(self.draft)
+        if self.draft_vocab_size != self.vocab_size:
+            _fit_vocabulary(draft, self.draft_vocab_size, self.vocab_size)
+        return ModelPair(target, draft, self)
+
+
+def _fit_vocabulary(draft: PreTrainedModel, own_size: int, size: int) -> None:
+    """Make a draft take and give `size` tokens, as the engine does: what it pads beyond them is cut
+    off, and what it lacks is read as its last token and never drafted."""
+
+    def read(model, args, kwargs):
+        return args, kwargs | {"input_ids": kwargs["input_ids"].clamp(max=own_size - 1)}
+
+    def give(model, args, output):
+        output.logits = torch.nn.functional.pad(
+            output.logits, (0, size - own_size), value=-torch.inf
+        )
+        return output
+
+    draft.register_forward_pre_hook(read, with_kwargs=True)
+    draft.register_forward_hook(give)
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """A target and a draft over one vocabulary. Called with `input_ids` by name, each gives logits
+    [num_rows, num_tokens, vocab_size]."""
+
+    target: PreTrainedModel
+    draft: PreTrainedModel
+    description: PairDescription
+
+    @classmethod
+    def load(
+        cls, target: str, draft: str, device: str | torch.device, dtype: torch.dtype
+    ) -> "ModelPair":
+        """Check and load both from Hugging Face folders or names.
+
+        Raises:
+            ValueError: as `PairDescription.read`.
+        """
+        return PairDescription.read(target, draft).load(device, dtype)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The target's."""
+        return self.description.tokenizer
 
     @property
     def vocab_size(self) -> int:
-        return self.target.config.get_text_config().vocab_size
+        return self.description.vocab_size
 
     @property
     def max_positions(self) -> int:
         """The number of positions that both models can read."""
-        configs = (model.config.get_text_config() for model in (self.target, self.draft))
-        return min(getattr(config, "max_position_embeddings", 1 << 30) for config in configs)
+        return self.description.max_positions
 
     def encode(self, prompt: str, max_tokens: int) -> torch.Tensor:
-        """The prompt's last `max_tokens` tokens. [num_tokens] int64"""
-        ids = self.tokenizer(prompt)["input_ids"][-max_tokens:]
-        if not ids:
-            start = self.tokenizer.bos_token_id or self.tokenizer.eos_token_id or 0
-            ids = [start]
-        return torch.tensor(ids, device=self.target.device)
+        """The prompt's last `max_tokens` tokens, at least one. [num_tokens] int64"""
+        return self.description.encode(prompt, max_tokens).to(self.target.device)
+
+
+JSON_LINES = (".jsonl", ".json", ".ndjson")
+"""Files of prompts that are read as JSON Lines; any other is text."""
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
-    """Read prompts from a file: JSON lines as in Spec-Bench (`prompt`, or `turns`, of which the
-    first is used) if its name ends in .jsonl or .json, else text with one prompt per line.
+    """Read prompts from a file in UTF-8, with or without a byte-order mark.
+
+    If its name ends in .jsonl, .json or .ndjson, it holds JSON Lines as in Spec-Bench (`prompt`, or
+    `turns`, of which the first is used), else text with one prompt per line. Lines end with LF or
+    CRLF and nothing else. Blank lines are skipped.
 
     Raises:
-        ValueError: there are no prompts, or a JSON line has neither `turns` nor `prompt`.
+        ValueError: there are no prompts, or a line holds none; the message names file and line.
     """
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
+    is_json = path.suffix.lower() in JSON_LINES
     prompts = []
-    for number, line in enumerate(lines, start=1):
-        if path.suffix not in (".jsonl", ".json"):
-            prompts.append(line)
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if not line.strip(" \t\r"):
             continue
         try:
-            record = json.loads(line)
-            prompt = record["turns"][0] if "turns" in record else record["prompt"]
-        except (ValueError, KeyError, IndexError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str):
-            raise ValueError(f"{path}, prompt {number}: no `turns` and no `prompt` in it")
-        prompts.append(prompt)
+            prompts.append(_prompt_of_record(line) if is_json else _prompt_of_text(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
     if not prompts:
         raise ValueError(f"{path} has no prompts")
     return prompts[:limit]
+
+
+def _prompt_of_text(line: str) -> str:
+    if "\0" in line:
+        raise ValueError("a NUL character in it; text must be UTF-8, not UTF-16")
+    return line
+
+
+def _prompt_of_record(line: str) -> str:
+    """Raises: ValueError, for what is no record of a prompt."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError("no JSON object; JSON Lines have one in every line, and no list around")
+    if "turns" in record:
+        turns = record["turns"]
+        if not (isinstance(turns, list) and turns and all(isinstance(t, str) for t in turns)):
+            raise ValueError("`turns` is not a list of strings")
+        prompt = turns[0]
+    elif "prompt" in record:
+        prompt = record["prompt"]
+        if not isinstance(prompt, str):
+            raise ValueError("`prompt` is not a string")
+    else:
+        raise ValueError("no `turns` and no `prompt` in it")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair in it, which no UTF-8 has") from None
+    return prompt
 
 
 @dataclass(frozen=True)
