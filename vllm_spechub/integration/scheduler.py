@@ -74,6 +74,16 @@ class TreeScheduler(Scheduler):
             self.fallbacks = self._count_fallbacks(scheduler_output.num_scheduled_tokens)
         return super().update_from_output(scheduler_output, model_runner_output)
 
+    def _handle_stopped_request(self, request: Request) -> bool:
+        """A session goes on after the last token that it has kept.
+
+        What the stop has cut off from an accepted path counts as computed, but its KV belongs to
+        the tokens that were dropped.
+        """
+        kept = request.num_tokens - 1 + request.num_output_placeholders
+        request.num_computed_tokens = min(request.num_computed_tokens, kept)
+        return super()._handle_stopped_request(request)
+
     def _count_fallbacks(self, num_scheduled_tokens: dict[str, int]) -> Counter[str]:
         """Decoding requests of this step that had no tree, by reason."""
         fallbacks: Counter[str] = Counter()
