@@ -18,7 +18,7 @@ STOPS = [
 
 
 def session(llm, name, stop) -> list[list[int]]:
-    """The tokens of every turn. Each is asked as `AsyncLLM` asks it, when the one before is over."""
+    """The tokens of every turn, each asked as `AsyncLLM` does when the one before is over."""
     params = SamplingParams(temperature=0, **stop)
     processor, core = llm.llm_engine.input_processor, llm.llm_engine.engine_core
     answers = []

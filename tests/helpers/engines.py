@@ -30,17 +30,7 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
     """
     from vllm import LLM
     from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
-    from vllm.v1.attention import selector
-    from vllm.v1.attention.backends import registry
 
-    from vllm_spechub.integration import patches as ledger
-    from vllm_spechub.integration.patch import apply_all
-
-    # A test that is collected may import Numba, over which a plain engine's start would stumble.
-    apply_all(ledger.CPU_WORKER)
-    # Plain vLLM runs on its own backend, whatever engine ran here before.
-    registry._ATTN_OVERRIDES.pop(registry.AttentionBackendEnum.CPU_ATTN, None)
-    selector._cached_get_attn_backend.cache_clear()
     settings = DEFAULTS | {"model": model}
     if tree is not None:
         settings["speculative_config"] = {

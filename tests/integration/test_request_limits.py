@@ -140,7 +140,7 @@ def test_refused(llm, plain, name):
 @pytest.mark.parametrize("priority", [2**63, -(2**70), 1.5])
 def test_priorities(plain, priority):
     with engine("binary:3", **OPTIONS, scheduling_policy="priority") as llm:
-        with pytest.raises(VLLMValidationError, match=r"priority=\S+ is not supported with spechub"):
+        with pytest.raises(VLLMValidationError, match=r"priority=\S+ is not supported"):
             llm.generate(PROMPTS[0], greedy(), use_tqdm=False, priority=[priority])
         assert ask(llm, greedy()) == plain[""]
         outputs = llm.generate(PROMPTS[0], greedy(), use_tqdm=False, priority=[2**63 - 1])

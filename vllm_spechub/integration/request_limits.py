@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine can hold of a request's numbers and lists, checked when the request comes in.
 
-vLLM's V2 runner keeps requests in arrays of fixed types and sizes, and the engine's process receives
-no integer above 64 bits. What does not fit would stop the engine, and every request on it.
+vLLM's V2 runner keeps requests in arrays of fixed types and sizes, and the engine's process
+receives no integer above 64 bits. What does not fit would stop the engine, and every request on it.
 """
 
 import math
@@ -29,7 +29,7 @@ CLAMPED_REPETITION = ("max_pattern_size", "min_pattern_size", "min_count")
 """The same of `repetition_detection`."""
 
 TOKEN_LISTS = ("allowed_token_ids", "logprob_token_ids")
-"""Token ids of which vLLM checks that they are in the vocabulary, but not that they are integers."""
+"""Token ids, which vLLM holds against the vocabulary, but which need not be integers for it."""
 
 
 class Number(NamedTuple):

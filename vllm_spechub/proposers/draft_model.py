@@ -8,13 +8,14 @@ While a schedule asks for no trees the draft sits out the steps in which every r
 reads what it missed when trees are asked for again.
 """
 
+from bisect import bisect_left
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import replace
+from vllm.config import ModelConfig, replace
 from vllm.tokenizers import get_tokenizer
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -29,6 +30,22 @@ from vllm_spechub.proposers.model_proposer import ModelProposer
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
 
 
+def _reads(draft: ModelConfig, length: int) -> bool:
+    """Whether vLLM would serve the model with so long a context. Its `max_model_len` does not say
+    so: for some scaled position embeddings (LongRoPE) that is the length before they are scaled.
+    """
+    try:
+        draft.get_and_verify_max_len(length)
+    except ValueError:
+        return False
+    return True
+
+
+def _longest(draft: ModelConfig, too_long: int) -> int:
+    """The longest context that vLLM would serve the model with, below one that is too long."""
+    return bisect_left(range(too_long), True, lo=1, key=lambda n: not _reads(draft, n + 1))
+
+
 class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     """Drafts with a smaller model of the same vocabulary.
 
@@ -41,11 +58,12 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     @classmethod
     def check_config(cls, config: SpecHubConfig) -> None:
         draft, target = config.draft_model_config, config.target_model_config
-        if draft.max_model_len < target.max_model_len:
+        if not _reads(draft, target.max_model_len):
+            most = _longest(draft, target.max_model_len)
             raise ValueError(
-                f"speculative_config['model']: the draft reads {draft.max_model_len} positions, "
-                f"the target {target.max_model_len}; set max_model_len to at most "
-                f"{draft.max_model_len}"
+                f"speculative_config['model']: the draft reads {most} positions, the target "
+                f"{target.max_model_len}; set max_model_len to at most {most}, or lengthen both "
+                "with hf_overrides as a function, which vLLM applies to the draft too"
             )
         sizes = draft.get_vocab_size(), target.get_vocab_size()
         if not (Path(draft.model) / "tokenizer.json").is_file() and sizes[0] == sizes[1]:

@@ -194,10 +194,10 @@ PATCHES = (
             "session_id",
             "kv_hints",
         ),
-        why="Where a request's numbers or lists do not fit into the V2 runner's buffers, its worker "
-        "raises an error that stops the engine.",
-        how="Calls the original, then clamps what changes nothing in a request to a spechub engine, "
-        "and refuses what does not fit.",
+        why="Where a request's numbers or lists do not fit into the V2 runner's buffers, its "
+        "worker raises an error that stops the engine.",
+        how="Calls the original, then clamps what changes nothing in a request to a spechub "
+        "engine, and refuses what does not fit.",
         upstream="none yet",
         until="vLLM checks these sizes when a request comes in",
         replace=_process_inputs,
