@@ -59,8 +59,9 @@ SAMPLING_PARAMETERS = (
         ("seed",),
         "works",
         "the same seed gives the same tokens regardless of the batch, unless the token budget or "
-        "preemption truncates a tree",
+        "preemption truncates a tree; 64 bits with sign, others are refused",
         (
+            "integration/test_request_limits.py::test_refused",
             "engine/test_parameters.py::test_a_seed_fixes_the_answer_in_any_batch",
             "engine/test_faults.py::test_a_seed_holds_beside_other_requests",
         ),
@@ -118,20 +119,24 @@ SAMPLING_PARAMETERS = (
             "spaces_between_special_tokens",
         ),
         "works",
-        "",
-        MIXED,
+        "numbers of any size",
+        (*MIXED, "integration/test_request_limits.py::test_answered_as_plain_vllm_does"),
     ),
     Row(
         ("logprobs", "prompt_logprobs", "flat_logprobs", "logprob_token_ids"),
         "works",
-        "raw and processed",
-        LOGPROBS,
+        "raw and processed; those of the prompt are refused on the CPU with `enable_lora`, where "
+        "they stop plain vLLM",
+        (*LOGPROBS, "integration/test_request_limits.py::test_adapters"),
     ),
     Row(
         ("prompt_logprob_token_ids", "prompt_logprob_start"),
         "works",
-        "",
-        ("engine/test_parameters.py::test_scored_prompt_tokens",),
+        "refused on the CPU with `enable_lora`",
+        (
+            "engine/test_parameters.py::test_scored_prompt_tokens",
+            "integration/test_request_limits.py::test_adapters",
+        ),
     ),
     Row(
         ("output_kind", "stream_interval"),
@@ -232,6 +237,13 @@ FEATURES = (
         ("integration/test_serve.py::test_streaming_equals_the_whole_answer",),
     ),
     Row(
+        ("streaming input",),
+        "works",
+        "with and without asynchronous scheduling, where vLLM's own chain goes on with the KV of "
+        "tokens that a stop has dropped",
+        ("engine/test_streaming_sessions.py::test_turns_equal_plain_vllm",),
+    ),
+    Row(
         ("priority scheduling",),
         "works",
         "",
@@ -271,7 +283,8 @@ FEATURES = (
     Row(
         ("LoRA",),
         "works",
-        "on the target, its output matrix included; the draft has no adapter",
+        "on the target, its output matrix included; the draft has no adapter; on the CPU requests "
+        "without an adapter need `max_loras` above the number of adapters, as in plain vLLM",
         ("engine/test_features.py::test_lora_adapters_on_the_target",),
     ),
     Row(
@@ -293,10 +306,26 @@ FEATURES = (
         ),
     ),
     Row(
+        ("layers that share a KV cache",),
+        "works",
+        "Gemma 3n and Gemma 4 as text models",
+        (
+            "engine/test_families.py::test_layers_that_share_a_cache",
+            "cpu/tree_kernels/test_compaction.py::test_a_cache_that_layers_share_moves_once",
+        ),
+    ),
+    Row(
+        ("plain engines in the same process",),
+        "works",
+        "find vLLM as it was",
+        ("integration/test_leftovers.py::test_plain_vllm_after_trees",),
+    ),
+    Row(
         ("drafts of another family", "vocabulary sizes that differ by padding", "untied models"),
         "works",
         "with the target's tokenizer",
         (
+            "engine/test_families.py::test_drafts_with_layers_that_are_not_partitioned",
             "engine/test_features.py::test_a_draft_of_another_family_and_padding",
             "engine/test_features.py::test_lora_adapters_on_the_target",
         ),
@@ -309,6 +338,15 @@ FEATURES = (
             "test_config.py::test_a_draft_with_another_vocabulary_size",
             "test_config.py::test_a_draft_with_another_tokenizer",
             "test_config.py::test_refused_options_take_one_line",
+        ),
+    ),
+    Row(
+        ("drafts that read less than the target",),
+        "refused",
+        "unless vLLM would serve the draft with the target's `max_model_len`",
+        (
+            "test_config.py::test_a_draft_that_reads_less_than_the_target",
+            "test_config.py::test_a_draft_whose_positions_are_scaled",
         ),
     ),
     Row(
