@@ -62,13 +62,14 @@ SAMPLING_PARAMETERS = (
         "speculation, up to ties in floating point, whatever the batch, `tree_by_batch_size`, the "
         "token budget and preemption are; with the other rules, the same seed gives the same "
         "tokens regardless of the batch, unless the tree follows the load, or the token budget or "
-        "preemption truncates a tree",
+        "preemption truncates a tree; 64 bits with sign, others are refused",
         (
             "engine/test_match.py::test_static_trees",
             "engine/test_match.py::test_beside_others_under_a_schedule",
             "engine/test_match.py::test_tight_budgets",
             "engine/test_match.py::test_preemption_under_a_schedule",
             "engine/test_parameters.py::test_match_answers_as_plain_decoding",
+            "integration/test_request_limits.py::test_refused",
             "engine/test_parameters.py::test_a_seed_fixes_the_answer_in_any_batch",
             "engine/test_faults.py::test_a_seed_holds_beside_other_requests",
         ),
@@ -126,20 +127,24 @@ SAMPLING_PARAMETERS = (
             "spaces_between_special_tokens",
         ),
         "works",
-        "",
-        MIXED,
+        "numbers of any size",
+        (*MIXED, "integration/test_request_limits.py::test_answered_as_plain_vllm_does"),
     ),
     Row(
         ("logprobs", "prompt_logprobs", "flat_logprobs", "logprob_token_ids"),
         "works",
-        "raw and processed",
-        LOGPROBS,
+        "raw and processed; those of the prompt are refused on the CPU with `enable_lora`, where "
+        "they stop plain vLLM",
+        (*LOGPROBS, "integration/test_request_limits.py::test_adapters"),
     ),
     Row(
         ("prompt_logprob_token_ids", "prompt_logprob_start"),
         "works",
-        "",
-        ("engine/test_parameters.py::test_scored_prompt_tokens",),
+        "refused on the CPU with `enable_lora`",
+        (
+            "engine/test_parameters.py::test_scored_prompt_tokens",
+            "integration/test_request_limits.py::test_adapters",
+        ),
     ),
     Row(
         ("output_kind", "stream_interval"),
@@ -240,6 +245,13 @@ FEATURES = (
         ("integration/test_serve.py::test_streaming_equals_the_whole_answer",),
     ),
     Row(
+        ("streaming input",),
+        "works",
+        "with and without asynchronous scheduling, where vLLM's own chain goes on with the KV of "
+        "tokens that a stop has dropped",
+        ("engine/test_streaming_sessions.py::test_turns_equal_plain_vllm",),
+    ),
+    Row(
         ("priority scheduling",),
         "works",
         "",
@@ -279,7 +291,9 @@ FEATURES = (
     Row(
         ("LoRA",),
         "works",
-        "on the target, including its output matrix; the draft runs without an adapter",
+        "on the target, including its output matrix; the draft runs without an adapter; on the "
+        "CPU, requests without an adapter need `max_loras` above the number of adapters, as in "
+        "plain vLLM",
         ("engine/test_features.py::test_lora_adapters_on_the_target",),
     ),
     Row(
@@ -302,6 +316,21 @@ FEATURES = (
         ),
     ),
     Row(
+        ("layers that share a KV cache",),
+        "works",
+        "Gemma 3n and Gemma 4 as text models",
+        (
+            "engine/test_families.py::test_layers_that_share_a_cache",
+            "cpu/tree_kernels/test_compaction.py::test_a_cache_that_layers_share_moves_once",
+        ),
+    ),
+    Row(
+        ("plain engines in the same process",),
+        "works",
+        "they find vLLM as it was",
+        ("integration/test_leftovers.py::test_plain_vllm_after_trees",),
+    ),
+    Row(
         (
             "drafts of another model family",
             "vocabulary sizes that differ by padding",
@@ -310,6 +339,7 @@ FEATURES = (
         "works",
         "if the draft has the target's tokenizer",
         (
+            "engine/test_families.py::test_drafts_with_layers_that_are_not_partitioned",
             "engine/test_features.py::test_a_draft_of_another_family_and_padding",
             "engine/test_features.py::test_lora_adapters_on_the_target",
         ),
@@ -325,7 +355,22 @@ FEATURES = (
         ),
     ),
     Row(
-        ("a dying worker", "a draft folder that disappears", "NaN", "oversized requests"),
+        ("drafts that read fewer positions than the target",),
+        "refused",
+        "unless vLLM would serve the draft with the target's `max_model_len`",
+        (
+            "test_config.py::test_a_draft_that_reads_less_than_the_target",
+            "test_config.py::test_a_draft_whose_positions_are_scaled",
+        ),
+    ),
+    Row(
+        (
+            "a dying worker",
+            "a draft folder that disappears",
+            "NaN",
+            "statistics that fail",
+            "oversized requests",
+        ),
         "as in plain vLLM",
         "a NaN affects only its own request",
         (

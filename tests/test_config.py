@@ -296,6 +296,51 @@ def test_a_draft_that_reads_less_than_the_target(tmp_path):
     configured({"model": draft}, max_model_len=128)
 
 
+def test_a_draft_whose_positions_are_scaled(tmp_path):
+    """The lengths that vLLM takes for the same draft: LongRoPE counts with its scaling."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 16,
+        "long_factor": [4.0] * 16,
+        "original_max_position_embeddings": 64,
+    }
+    draft = edited_draft(
+        tmp_path / "long", rope_parameters=rope, original_max_position_embeddings=64
+    )
+    config = configured({"model": draft}).speculative_config
+    assert config.draft_model_config.max_model_len == 64  # what vLLM serves if nobody asks
+    draft = edited_draft(
+        tmp_path / "short",
+        rope_parameters=rope,
+        original_max_position_embeddings=64,
+        max_position_embeddings=200,
+    )
+    with pytest.raises(ValueError, match=r"the draft reads 200 positions, the target 256; set max"):
+        configured({"model": draft})
+    configured({"model": draft}, max_model_len=200)
+    linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    draft = edited_draft(tmp_path / "linear", rope_parameters=linear, max_position_embeddings=128)
+    configured({"model": draft})
+
+
+def test_a_target_that_is_lengthened(tmp_path, monkeypatch):
+    """Overrides that are a dictionary are the target's alone; a function lengthens both."""
+    longer = {"max_position_embeddings": 2048}
+
+    def lengthen(config):
+        config.max_position_embeddings = 2048
+        return config
+
+    with pytest.raises(ValueError, match=r"reads 1024 positions, the target 2048; .*as a function"):
+        configured({"model": DRAFT}, max_model_len=2048, hf_overrides=longer)
+    configured({"model": DRAFT}, max_model_len=1024, hf_overrides=longer)
+    configured({"model": DRAFT}, max_model_len=2048, hf_overrides=lengthen)
+    # the user takes the risk
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    configured({"model": DRAFT}, max_model_len=2048, hf_overrides=longer)
+
+
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(ValueError, match="speculative_config: ") as caught:
         configured({"model": str(tmp_path)})

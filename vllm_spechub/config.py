@@ -50,8 +50,8 @@ class Options(BaseModel):
     """The name of the verification rule. It stands before the trees, which may depend on it."""
     tree: TokenTree = TokenTree.parse(DEFAULT_TREE)
     """The draft tree: a family ("binary:3", "kary:4:2", "chain:5", "caterpillar:5:3"), the list of
-    its drafted nodes' parents in breadth-first order, where 0 is the root, or
-    "auto[:NODES[:DEPTH]]"."""
+    its drafted nodes' parents in breadth-first order, where 0 is the root, the list of its drafted
+    nodes' paths ([[0], [1], [0, 0]]), or "auto[:NODES[:DEPTH]]"."""
     tree_by_batch_size: TreeSchedule | Literal["auto"] | None = None
     """Instead of `tree`, the trees to draft by the number of running requests: [[first, last,
     tree], ...], or "auto" for the schedule that `vllm-spechub tune` measured on this machine."""

@@ -75,13 +75,8 @@ def llm():
         yield llm
 
 
-def test_trees_after_plain_vllm_in_one_process(monkeypatch):
+def test_trees_after_plain_vllm_in_one_process():
     """vLLM remembers which attention backend it chose; plain vLLM's sees no trees."""
-    from vllm.v1.attention import selector
-    from vllm.v1.attention.backends import registry
-
-    monkeypatch.delitem(registry._ATTN_OVERRIDES, registry.AttentionBackendEnum.CPU_ATTN, False)
-    selector._cached_get_attn_backend.cache_clear()
     with engine() as llm:
         expected = token_ids(ask(llm, [greedy_params()] * len(PROMPTS)))
     with engine(TREE) as llm:

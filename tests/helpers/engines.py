@@ -30,17 +30,7 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
     """
     from vllm import LLM
     from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
-    from vllm.v1.attention import selector
-    from vllm.v1.attention.backends import registry
 
-    from vllm_spechub.integration import patches as ledger
-    from vllm_spechub.integration.patch import apply_all
-
-    # A collected test may have imported Numba, with which a plain engine cannot start unpatched.
-    apply_all(ledger.CPU_WORKER)
-    # Plain vLLM must run on its own backend, even if a spechub engine ran here before.
-    registry._ATTN_OVERRIDES.pop(registry.AttentionBackendEnum.CPU_ATTN, None)
-    selector._cached_get_attn_backend.cache_clear()
     settings = DEFAULTS | {"model": model}
     if tree is not None:
         settings["speculative_config"] = {

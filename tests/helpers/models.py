@@ -152,3 +152,77 @@ def gemma3_pair(folder: Path, window: int) -> tuple[str, str]:
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(Path(TARGET) / file, folder / name)
     return str(folder / "target"), str(folder / "draft")
+
+
+def family(folder: Path, kind: str) -> str:
+    """A tiny random model of a family, with the demo pair's tokenizer: "opt-350m" (with projections
+    into and out of its layers), "qwen3-moe", "gemma3n" or "gemma4" (whose last layers use the
+    caches of layers before them)."""
+    import transformers
+
+    common = {
+        "vocab_size": 2048,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    heads = {"num_key_value_heads": 1, "head_dim": 32, "pad_token_id": 0}
+    gemma = {
+        "vocab_size_per_layer_input": 2048,
+        "hidden_size_per_layer_input": 16,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "initializer_range": 0.15,
+    }
+    model_cls, config_cls, options = {
+        "opt-350m": (
+            "OPTForCausalLM",
+            "OPTConfig",
+            {
+                "num_hidden_layers": 2,
+                "ffn_dim": 96,
+                "word_embed_proj_dim": 32,
+                "do_layer_norm_before": False,
+                "pad_token_id": 1,
+            },
+        ),
+        "qwen3-moe": (
+            "Qwen3MoeForCausalLM",
+            "Qwen3MoeConfig",
+            heads
+            | {
+                "intermediate_size": 64,
+                "moe_intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+            },
+        ),
+        "gemma3n": (
+            "Gemma3nForCausalLM",
+            "Gemma3nTextConfig",
+            heads
+            | gemma
+            | {
+                "activation_sparsity_pattern": [0.0] * 4,
+                "laurel_rank": 8,
+                "altup_num_inputs": 2,
+            },
+        ),
+        "gemma4": (
+            "Gemma4ForCausalLM",
+            "Gemma4TextConfig",
+            heads | gemma | {"global_head_dim": 32},
+        ),
+    }[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_cls)(**common | options)
+    getattr(transformers, model_cls)(config).float().save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(TARGET) / file, folder)
+    return str(folder)

@@ -11,12 +11,12 @@ from vllm.config import ECTransferConfig, KVTransferConfig, ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from helpers.pair import DRAFT, TARGET
 from vllm_spechub.integration.platforms import PLATFORMS
 from vllm_spechub.integration.refusals import Unsupported
-from vllm_spechub.integration.select import prepare_engine
+from vllm_spechub.integration.select import attention_backend, prepare_engine
 
 
 def configured(model=TARGET, draft=DRAFT, tree_by_batch_size=None, **options):
@@ -127,7 +127,17 @@ def test_a_platform_is_one_record(accepted, monkeypatch):
     prepare_engine(config)
     assert config.parallel_config.worker_cls == "vllm_spechub.integration.worker.SpecHubWorker"
     assert config.attention_config.backend is AttentionBackendEnum.CUSTOM
-    assert AttentionBackendEnum.CUSTOM.get_path() == PLATFORMS["cuda"].attention_backend
+    assert not AttentionBackendEnum.CUSTOM.is_overridden()  # a user's own, if there is one
+    with attention_backend(PLATFORMS["cuda"]):
+        assert AttentionBackendEnum.CUSTOM.get_path() == PLATFORMS["cuda"].attention_backend
+    assert not AttentionBackendEnum.CUSTOM.is_overridden()
+    register_backend(AttentionBackendEnum.CUSTOM, "users.own.Backend")
+    try:
+        with attention_backend(PLATFORMS["cuda"]):
+            pass
+        assert AttentionBackendEnum.CUSTOM.get_path() == "users.own.Backend"
+    finally:
+        AttentionBackendEnum.CUSTOM.clear_override()
     prepare_engine(config)  # vLLM validates a configuration more than once
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,6 +75,13 @@ def fetch(url, timeout=10):
         return answer.read().decode()
 
 
+def fetch_json(url, question):
+    """The answer to a question that is posted as JSON."""
+    body = json.dumps(question).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    return json.loads(fetch(request, timeout=60))
+
+
 @pytest.fixture(scope="module")
 def server(plain, tmp_path_factory):
     """The server's address; its whole process group is gone afterwards."""
@@ -86,6 +94,7 @@ def server(plain, tmp_path_factory):
     command += ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"]
     command += ["--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20)]
     command += ["--structured-outputs-config", json.dumps(GRAMMARS)]
+    command += ["--enable-scale-out"]  # for /inference/v1/generate
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
     for_tests = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
     env = {k: v for k, v in os.environ.items() if k not in for_tests}
@@ -248,11 +257,41 @@ def test_what_vllm_refuses_under_speculation(client):
         ({"top_p": 3}, "top_p"),
         ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias with 1025 tokens"),
         ({"extra_body": {"structured_outputs": {"regex": "(["}}}, "(?i)regex|grammar"),
+        ({"seed": 2**63}, "seed"),
+        ({"temperature": 1, "seed": 2**63 - 1, "n": 2}, "seed=9223372036854775808 is not"),
+        ({"extra_body": {"priority": 2**70}}, "priority"),
     ],
 )
 def test_refusals(client, plain, options, message):
     with pytest.raises(openai.BadRequestError, match=message):
         complete(client, **options)
+    assert complete(client).choices[0].text == plain[0]
+
+
+def test_numbers_of_any_size(client, server, plain):
+    """The route that hands sampling parameters on as they are: answered, or refused in a line."""
+    ids = fetch_json(f"{server}/tokenize", {"model": "demo", "prompt": PROMPTS[0]})["tokens"]
+
+    def generate(**params):
+        params = {"temperature": 0, "max_tokens": 4, "ignore_eos": True} | params
+        request = {"model": "demo", "token_ids": ids, "sampling_params": params}
+        return fetch_json(f"{server}/inference/v1/generate", request)
+
+    def answer(**params):
+        return generate(**params)["choices"][0]["token_ids"]
+
+    whole = answer(max_tokens=256 - len(ids))
+    assert len(whole) == 256 - len(ids)
+    for size in (2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**70):
+        assert answer(max_tokens=size) == whole
+        assert answer(top_k=size) == whole[:4]
+        if size < 2**63:
+            assert answer(seed=size) == whole[:4]
+        else:
+            with pytest.raises(urllib.error.HTTPError) as error:
+                generate(seed=size)
+            assert error.value.code == 400
+            assert f"seed={size} is not supported" in error.value.read().decode()
     assert complete(client).choices[0].text == plain[0]
 
 

@@ -84,3 +84,42 @@ def test_str_is_readable():
     assert str(TokenTree.parse("binary:3")) == "binary:3"
     assert str(TokenTree.parse("chain:4")) == "chain:4"
     assert str(TokenTree((0, 0, 1))) == "[0, 0, 1]"
+
+
+def test_lists_of_paths():
+    """As Medusa and EAGLE give them: in any order, best child first."""
+    paths = [[1], [0, 0], [0], [0, 1], [1, 0], [2], [0, 0, 0]]
+    tree = TokenTree.parse(paths)
+    assert tree == TokenTree((0, 0, 0, 1, 1, 2, 4))
+    assert tree == TokenTree.from_paths([tuple(path) for path in reversed(paths)])
+    # and back: every node's slots among its siblings
+    slots = np.arange(1, tree.num_nodes + 1) - tree.first_child[list(tree.parents)]
+    found = [[int(slots[node - 1]) for node in path[1:]] for path in tree.paths[1:]]
+    assert found == sorted(paths, key=lambda path: (len(path), path))
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ([[0], [0, 0, 0]], r"paths\[1\] = \[0, 0, 0\] needs \[0, 0\], which is not there"),
+        ([[0], [2]], r"paths\[1\] = \[2\] needs \[1\], which is not there"),
+        ([[1]], r"paths\[0\] = \[1\] needs \[0\], which"),
+        ([[0], [1], [0, 1]], r"paths\[2\] = \[0, 1\] needs \[0, 0\]"),
+        ([[0], [1], (0,)], r"paths\[2\] = \(0,\) is there twice"),
+        ([[0], []], r"paths\[1\] = \[\] is no path"),
+        ([[0], 1], r"paths\[1\] = 1 is no path"),
+        ([[0], [0.0]], r"paths\[1\] = \[0.0\] is no path"),
+        ([[0], [-1]], r"paths\[1\] = \[-1\] is no path"),
+        ([[0], [True]], r"paths\[1\] = \[True\] is no path"),
+        ([[i] for i in range(9)], "node 0 has 9 children, at most 4 allowed"),
+    ],
+)
+def test_lists_of_paths_that_are_no_tree(paths, message):
+    with pytest.raises(ValueError, match=message):
+        TokenTree.parse(paths)
+
+
+def test_paths_in_the_place_of_parents():
+    for parents in ([(0,), (0, 0)], [0, 0.0], ["0"]):
+        with pytest.raises(ValueError, match=r"parents\[\d\] = .* is no node's number"):
+            TokenTree(parents)

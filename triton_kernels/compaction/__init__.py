@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .reference import as_raw_bits, compact_reference
+from .reference import compact_reference, raw_bits_once
 
 __all__ = ["KVCompactor", "compact_reference"]
 
@@ -25,7 +25,8 @@ class KVCompactor:
     Args:
         kv_views: per tensor to compact (a layer's keys, its values, or both side by side in the
             last dimension) a view [num_blocks, block_size, num_kv_heads, content] with any
-            strides and any dtype. The memory must stay where it is while this object is used.
+            strides and any dtype. Layers that share a cache give the same view, which moves once.
+            The memory must stay where it is while this object is used.
 
     Raises:
         ValueError: no view, a view that is not 4-D, or views that disagree on block size or device.
@@ -45,7 +46,7 @@ class KVCompactor:
             if view.shape[1] != first.shape[1] or view.device != first.device:
                 raise ValueError("kv_views: views differ in block size or device")
         # This also keeps the memory alive that the device pointers of `plan_launches` point to.
-        self.kv_views = [as_raw_bits(view) for view in kv_views]
+        self.kv_views = raw_bits_once(kv_views)
         self.launches = []
         if first.is_cuda:
             from .kernel import plan_launches

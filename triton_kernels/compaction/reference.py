@@ -16,6 +16,17 @@ def as_raw_bits(
     return tensor.view(_INTEGER_OF_SIZE[tensor.element_size()])
 
 
+def raw_bits_once(
+    # each [num_blocks, block_size, num_kv_heads, content]
+    kv_views: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """The views as integers, without those of memory that is already among them: layers may share
+    a cache, and a path must move once."""
+    views = [as_raw_bits(view) for view in kv_views]
+    once = {(view.data_ptr(), view.shape, view.stride(), view.dtype): view for view in views}
+    return list(once.values())
+
+
 def compact_reference(
     # each [num_blocks, block_size, num_kv_heads, content]
     kv_views: Sequence[torch.Tensor],

@@ -49,15 +49,12 @@ class Platform:
         worker: path of our worker's class, as vLLM imports it.
         vllm_worker: path of vLLM's class, which our worker replaces.
         attention_backend: path of our attention backend's class.
-        backend_entry: the entry of vLLM's registry in which a worker puts our backend.
+        backend_entry: the entry of vLLM's registry that names our backend while layers choose it.
         names_backend: whether the engine's configuration must name the entry; otherwise vLLM
             chooses it by itself on this platform.
         cache_kernels: views of KV caches in our backend's layout, and their compactor.
         tree_kernels: the functions that draw children and verify trees.
-        prepare_process: patches vLLM in every process that checks an engine's configuration or
-            holds a worker.
-        prepare_worker: prepares a worker's process, after `prepare_process` and before its device
-            is set up.
+        prepare_worker: prepares a worker's process, before its device is set up.
     """
 
     worker: str
@@ -67,5 +64,4 @@ class Platform:
     names_backend: bool
     cache_kernels: Callable[[], CacheKernels]
     tree_kernels: Callable[[], TreeKernels]
-    prepare_process: Callable[[], None] = _nothing
     prepare_worker: Callable[[], None] = _nothing

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory that speculation adds: weights, buffers, logits to verify, a share of the KV cache."""
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,12 +37,20 @@ def weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
     return total
 
 
-def kv_cache_share(kv_cache_config: "KVCacheConfig", layer_names: set[str]) -> float:
-    """The share of every KV cache block that the named layers take, from 0 to 1."""
+def kv_cache_share(
+    kv_cache_config: "KVCacheConfig",
+    layer_names: set[str],
+    sharing: Collection[str] = (),
+) -> float:
+    """The share of every KV cache block that the named layers take, from 0 to 1.
+
+    Args:
+        sharing: layers that use another layer's cache and have none.
+    """
     ours = total = 0
     for group in kv_cache_config.kv_cache_groups:
         per_layer = getattr(group.kv_cache_spec, "kv_cache_specs", {})
-        for name in group.layer_names:
+        for name in set(group.layer_names).difference(sharing):
             size = per_layer.get(name, group.kv_cache_spec).page_size_bytes
             total += size
             ours += size * (name in layer_names)

@@ -17,11 +17,14 @@ from vllm.v1.request import Request
 from vllm_spechub.config import spechub_config
 from vllm_spechub.engine.grammar import unseen_drafts
 from vllm_spechub.integration.messages import ScheduledDrafts, TreeRunnerOutput
+from vllm_spechub.integration.reporting import reporting
 from vllm_spechub.integration.tree_metrics import (
     StepObserver,
     TreeDecodingStats,
     TreeRequestMetrics,
 )
+
+REQUEST_METRICS = "metrics of requests"
 
 
 class TreeScheduler(Scheduler):
@@ -45,10 +48,10 @@ class TreeScheduler(Scheduler):
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
-        if request.spec_decode_metrics is not None and not isinstance(
-            request.spec_decode_metrics, TreeRequestMetrics
-        ):
-            request.spec_decode_metrics = TreeRequestMetrics.for_observer(self.observer)
+        metrics = request.spec_decode_metrics
+        if metrics is not None and not isinstance(metrics, TreeRequestMetrics):
+            with reporting(REQUEST_METRICS):
+                request.spec_decode_metrics = TreeRequestMetrics.for_observer(self.observer)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         scheduled = scheduler_output.num_scheduled_tokens
@@ -69,10 +72,22 @@ class TreeScheduler(Scheduler):
     ) -> dict[int, EngineCoreOutputs]:
         self.step_drafts = ScheduledDrafts.checked(scheduler_output.scheduled_spec_decode_tokens)
         self.step_output = model_runner_output
-        self._tell_request_metrics()
+        with reporting(REQUEST_METRICS):
+            self._tell_request_metrics()
         if self.log_stats:
-            self.fallbacks = self._count_fallbacks(scheduler_output.num_scheduled_tokens)
+            with reporting("statistics of steps without a tree"):
+                self.fallbacks = self._count_fallbacks(scheduler_output.num_scheduled_tokens)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _handle_stopped_request(self, request: Request) -> bool:
+        """A session goes on after the last token that it has kept.
+
+        What the stop has cut off from an accepted path counts as computed, but its KV belongs to
+        the tokens that were dropped.
+        """
+        kept = request.num_tokens - 1 + request.num_output_placeholders
+        request.num_computed_tokens = min(request.num_computed_tokens, kept)
+        return super()._handle_stopped_request(request)
 
     def _count_fallbacks(self, num_scheduled_tokens: dict[str, int]) -> Counter[str]:
         """The number of decoding requests of this step that had no tree, by reason."""
@@ -123,14 +138,16 @@ class TreeScheduler(Scheduler):
         if num_invalid_spec_tokens and request_id in num_invalid_spec_tokens:
             self.fallbacks["grammar"] += 1
             return spec_decoding_stats
-        assert isinstance(self.step_output, TreeRunnerOutput)
-        return self.observer.add_tree(
-            spec_decoding_stats,
-            self.step_drafts.drafted_index(request_id),
-            num_draft_tokens,
-            num_accepted_tokens,
-            self.step_output.accepted_paths[self.step_output.req_id_to_index[request_id]],
-        )
+        with reporting("statistics of verified trees"):
+            assert isinstance(self.step_output, TreeRunnerOutput)
+            return self.observer.add_tree(
+                spec_decoding_stats,
+                self.step_drafts.drafted_index(request_id),
+                num_draft_tokens,
+                num_accepted_tokens,
+                self.step_output.accepted_paths[self.step_output.req_id_to_index[request_id]],
+            )
+        return spec_decoding_stats
 
     def make_stats(
         self, spec_decoding_stats: TreeDecodingStats | None = None, *args: Any, **kwargs: Any

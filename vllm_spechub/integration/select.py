@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chooses the platform, and names our classes in a spechub configuration."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vllm.platforms import current_platform
@@ -46,12 +48,10 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
     raise_first(engine_refusals(vllm_config, ours))
     raise_first(model_refusals(vllm_config.model_config))
     raise_first(model_refusals(spechub_config(vllm_config).draft_model_config))
-    ours.prepare_process()  # the worker may live in this process
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
     parallel.worker_cls = ours.worker
     if ours.names_backend:
-        register_attention_backend(ours)
         vllm_config.attention_config.backend = ours.backend_entry
     if parallel.distributed_executor_backend == "ray":
         # Imports Ray, which is installed if the executor is Ray's.
@@ -60,8 +60,22 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
         parallel.distributed_executor_backend = SpecHubRayExecutor
 
 
-def register_attention_backend(platform: Platform) -> None:
-    """Put our attention backend into vLLM's registry, of which every process has its own."""
-    register_backend(platform.backend_entry, platform.attention_backend)
-    # An earlier engine of this process may have made vLLM cache the choice of its own backend.
+@contextmanager
+def attention_backend(platform: Platform) -> Iterator[None]:
+    """Within, attention layers that are built choose our backend, and remember it themselves.
+
+    Afterwards vLLM's registry is as it was. Whatever engine loads next in this process makes its
+    own choice.
+    """
+    entry = platform.backend_entry
+    overridden_by = entry.get_path() if entry.is_overridden() else None
+    register_backend(entry, platform.attention_backend)
+    # an engine before this one in the same process may have chosen vLLM's own
     selector._cached_get_attn_backend.cache_clear()
+    try:
+        yield
+    finally:
+        entry.clear_override()
+        if overridden_by is not None:
+            register_backend(entry, overridden_by)
+        selector._cached_get_attn_backend.cache_clear()

@@ -36,7 +36,12 @@ def summarize(
     model = getattr(proposer, "model", None)
     weights = weight_bytes(model, config.draft_model_config.dtype) if model is not None else 0
     sharpened = f", sharpening {config.sharpening:g}" if config.sharpening != 1 else ""
-    share = kv_cache_share(kv_cache_config, getattr(proposer, "draft_attn_layer_names", set()))
+    layers = vllm_config.compilation_config.static_forward_context
+    share = kv_cache_share(
+        kv_cache_config,
+        getattr(proposer, "draft_attn_layer_names", set()),
+        [name for name in layers if getattr(layers[name], "kv_sharing_target_layer_name", None)],
+    )
     off = switched_off(vllm_config)
     rows = [
         ("draft", f"{config.model} ({config.proposer})" if model else config.proposer),

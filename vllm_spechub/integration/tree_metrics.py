@@ -16,6 +16,7 @@ import prometheus_client
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_spechub.integration.reporting import reporting
 from vllm_spechub.trees.schedule import TreeSchedule
 from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
 
@@ -113,7 +114,8 @@ class TreeRequestMetrics(RequestSpecDecodeMetrics):
         return cast(TreeRequestMetrics, cls.new(observer.depth))
 
     def observe(self, num_draft_tokens: int, num_accepted: int, detailed: bool = False) -> None:
-        super().observe(self.depths[num_draft_tokens], num_accepted, detailed)
+        with reporting("metrics of requests"):
+            super().observe(self.depths[num_draft_tokens], num_accepted, detailed)
 
 
 class TreeMetrics:

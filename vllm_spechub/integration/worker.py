@@ -10,7 +10,8 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_spechub.integration import patches
 from vllm_spechub.integration.memory import verification_bytes
 from vllm_spechub.integration.patch import apply_all
-from vllm_spechub.integration.select import platform, register_attention_backend
+from vllm_spechub.integration.reporting import reporting
+from vllm_spechub.integration.select import attention_backend, platform
 from vllm_spechub.integration.startup_summary import summarize
 
 logger = logging.getLogger("vllm.spechub")
@@ -25,15 +26,13 @@ class SpecHubWorker(Worker):
         return self.model_runner
 
     def init_device(self) -> None:
-        ours = platform()
-        ours.prepare_process()
-        register_attention_backend(ours)
-        ours.prepare_worker()
+        platform().prepare_worker()
         apply_all(patches.WORKER)
         super().init_device()
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        super().load_model(load_dummy_weights=load_dummy_weights)
+        with attention_backend(platform()):
+            super().load_model(load_dummy_weights=load_dummy_weights)
         # vLLM connects the two only if the speculator has a model of its own.
         self._v2_runner.speculator.bind(self._v2_runner.model_state)
 
@@ -48,7 +47,10 @@ class SpecHubWorker(Worker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
         if self.is_driver_worker:
-            logger.info(summarize(self.vllm_config, self._v2_runner.speculator, kv_cache_config))
+            with reporting("the start-up summary"):
+                logger.info(
+                    summarize(self.vllm_config, self._v2_runner.speculator, kv_cache_config)
+                )
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         super().wake_up(tags)

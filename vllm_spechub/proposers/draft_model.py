@@ -8,6 +8,7 @@ While a schedule asks for no tree, the draft skips the steps in which every requ
 reads what it missed when the schedule asks for trees again.
 """
 
+from bisect import bisect_left
 from copy import copy
 from typing import Any
 
@@ -31,6 +32,22 @@ from vllm_spechub.rules.draft_state import DraftLevel, DraftState
 from vllm_spechub.vocabulary import check_vocabularies, first_line
 
 
+def _reads(draft: ModelConfig, length: int) -> bool:
+    """Whether vLLM would serve the model with so long a context. Its `max_model_len` does not say
+    so: for some scaled position embeddings (LongRoPE) that is the length before they are scaled.
+    """
+    try:
+        draft.get_and_verify_max_len(length)
+    except ValueError:
+        return False
+    return True
+
+
+def _longest(draft: ModelConfig, too_long: int) -> int:
+    """The longest context that vLLM would serve the model with, below one that is too long."""
+    return bisect_left(range(too_long), True, lo=1, key=lambda n: not _reads(draft, n + 1))
+
+
 class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     """Drafts with a smaller model of the same vocabulary.
 
@@ -50,11 +67,12 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
                 f"states ({sign}), but proposer {config.proposer!r} needs a model that runs by "
                 "itself; choose another draft"
             )
-        if draft.max_model_len < target.max_model_len:
+        if not _reads(draft, target.max_model_len):
+            most = _longest(draft, target.max_model_len)
             raise ValueError(
-                f"speculative_config['model']: the draft reads {draft.max_model_len} positions, "
-                f"the target {target.max_model_len}; set max_model_len to at most "
-                f"{draft.max_model_len}"
+                f"speculative_config['model']: the draft reads {most} positions, the target "
+                f"{target.max_model_len}; set max_model_len to at most {most}, or lengthen both "
+                "with hf_overrides as a function, which vLLM applies to the draft too"
             )
         cls.check_tokenizers(draft, target)
 
@@ -76,7 +94,9 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
             return
         # in the target's format: one repository may hold Mistral's and Hugging Face's
         mode, *_ = tokenizer_args_from_config(target)
-        options = {} if draft.code_revision is None else {"code_revision": draft.code_revision}
+        options: dict[str, Any] = {}
+        if draft.code_revision is not None:
+            options["code_revision"] = draft.code_revision
         check_vocabularies(
             "speculative_config['model']",
             (draft.get_vocab_size(), target.get_vocab_size()),

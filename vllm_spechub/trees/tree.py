@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -19,7 +21,17 @@ MAX_NODES = 63
 """The largest number of drafted nodes: with the root they fill one 64-bit ancestor mask."""
 
 FAMILIES = "binary:DEPTH, kary:BRANCHING:DEPTH, chain:DEPTH, caterpillar:DEPTH[:BRANCHING]"
+LISTS = "a list of parents such as [0, 0, 1], or a list of paths such as [[0], [1], [0, 0]]"
 _FAMILY = re.compile(r"(binary|kary|chain|caterpillar)((?::\d+)+)")
+
+
+def _parent(place: int, parent: SupportsIndex) -> int:
+    try:
+        return index(parent)
+    except TypeError:
+        raise ValueError(
+            f"parents[{place}] = {parent!r} is no node's number; TokenTree.from_paths takes paths"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,8 @@ class TokenTree:
     parents: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parents", tuple(int(parent) for parent in self.parents))
+        parents = tuple(_parent(place, parent) for place, parent in enumerate(self.parents))
+        object.__setattr__(self, "parents", parents)
         if not 1 <= self.num_nodes <= MAX_NODES:
             raise ValueError(f"a tree has 1 to {MAX_NODES} drafted nodes, got {self.num_nodes}")
         for node, parent in enumerate(self.parents, start=1):
@@ -107,20 +120,19 @@ class TokenTree:
         return cls(tuple(parents))
 
     @classmethod
-    def parse(cls, spec: "str | Sequence[int] | TokenTree") -> "TokenTree":
-        """Parse a tree's configuration: a family such as "binary:3", or a list of parents.
+    def parse(cls, spec: "str | Sequence[object] | TokenTree") -> "TokenTree":
+        """Parse a tree's configuration: a family such as "binary:3", a list of parents, or a list
+        of paths as `from_paths` takes it.
 
         Raises:
-            ValueError: an unknown family, or anything the constructor refuses.
+            ValueError: an unknown family, or anything the constructor or `from_paths` refuses.
         """
         if isinstance(spec, TokenTree):
             return spec
         if isinstance(spec, str):
             match = _FAMILY.fullmatch(spec.strip())
             if match is None:
-                raise ValueError(
-                    f"{spec!r} is not a tree, allowed: {FAMILIES}, or a list of parents"
-                )
+                raise ValueError(f"{spec!r} is not a tree, allowed: {FAMILIES}, {LISTS}")
             family, numbers = match[1], [int(n) for n in match[2].split(":")[1:]]
             builders = {
                 ("binary", 1): lambda depth: cls.complete(2, depth),
@@ -133,9 +145,51 @@ class TokenTree:
             if build is None or min(numbers) < 1:
                 raise ValueError(f"{spec!r} is not a tree, allowed: {FAMILIES} (numbers from 1)")
             return build(*numbers)
-        if isinstance(spec, Sequence) and all(type(parent) is int for parent in spec):
-            return cls(tuple(spec))
-        raise ValueError(f"{spec!r} is not a tree, allowed: {FAMILIES}, or a list of parents")
+        if isinstance(spec, Sequence):
+            parents = [parent for parent in spec if type(parent) is int]
+            if len(parents) == len(spec):
+                return cls(tuple(parents))
+            if any(isinstance(path, list | tuple) for path in spec):
+                return cls.from_paths(spec)
+        raise ValueError(f"{spec!r} is not a tree, allowed: {FAMILIES}, {LISTS}")
+
+    @classmethod
+    def from_paths(cls, paths: Sequence[object]) -> "TokenTree":
+        """A tree from a list with one path for each drafted node, in any order, as Medusa and EAGLE
+        describe trees: the indices of the children from the root to the node, best child first.
+
+        Raises:
+            ValueError: names the first entry that is no path, or whose parent or better sibling is
+                missing; or anything the constructor refuses.
+
+        Examples::
+
+            >>> TokenTree.from_paths([[0], [1], [0, 0]]).parents
+            (0, 0, 1)
+        """
+        places: dict[tuple[int, ...], int] = {}
+        for place, path in enumerate(paths):
+            if (
+                not isinstance(path, list | tuple)
+                or not path
+                or any(type(child) is not int or child < 0 for child in path)
+            ):
+                raise ValueError(
+                    f"paths[{place}] = {path!r} is no path: a list of child indices from 0"
+                )
+            if places.setdefault(tuple(path), place) != place:
+                raise ValueError(f"paths[{place}] = {path!r} is there twice")
+        # breadth-first, and siblings by their indices
+        nodes = sorted(places, key=lambda path: (len(path), path))
+        numbers = {(): 0} | {path: number for number, path in enumerate(nodes, start=1)}
+        for path, place in places.items():
+            *above, last = path
+            for needed in (tuple(above), *([(*above, last - 1)] if last else ())):
+                if needed not in numbers:
+                    raise ValueError(
+                        f"paths[{place}] = {list(path)} needs {list(needed)}, which is not there"
+                    )
+        return cls(tuple(numbers[path[:-1]] for path in nodes))
 
     @property
     def num_nodes(self) -> int:

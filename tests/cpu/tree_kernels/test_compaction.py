@@ -6,7 +6,7 @@ import torch
 
 from vllm_spechub.attention.cpu_backend import cache_views
 from vllm_spechub.cpu.tree_kernels.compaction import HostKVCompactor
-from vllm_spechub.triton_kernels.compaction import compact_reference
+from vllm_spechub.triton_kernels.compaction import KVCompactor, compact_reference
 from vllm_spechub.triton_kernels.compaction.reference import as_raw_bits
 
 # node ids by depth, -1 past the end
@@ -38,3 +38,21 @@ def test_moves_the_path_as_the_reference_does(dtype):
     for cache, want, before in zip(caches, expected, untouched, strict=True):
         assert torch.equal(as_raw_bits(cache), as_raw_bits(want))
         assert not torch.equal(as_raw_bits(cache), as_raw_bits(before))
+
+
+@pytest.mark.parametrize("compactor", [HostKVCompactor, KVCompactor])
+def test_a_cache_that_layers_share_moves_once(compactor):
+    torch.manual_seed(0)
+    caches = [torch.randn(4, 2, 16, 8) for _ in range(2)]
+    path = torch.tensor([[0, 2, 5, 12]], dtype=torch.int32)
+    places = torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([3]), path
+    expected = [cache.clone() for cache in caches]
+    for depth, node in enumerate(path[0].tolist()):
+        for moved, cache in zip(expected, caches, strict=True):
+            moved[1, :, 3 + depth] = cache[1, :, 3 + node]
+
+    layers = [caches[0], caches[1], caches[0], caches[1], caches[1]]
+    compact = compactor([cache.transpose(1, 2) for cache in layers])
+    assert len(compact.kv_views) == 2
+    compact(*places)
+    assert torch.equal(torch.stack(caches), torch.stack(expected))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from vllm_spechub.cpu.tree_kernels.vector_math import jit
-from vllm_spechub.triton_kernels.compaction.reference import as_raw_bits
+from vllm_spechub.triton_kernels.compaction.reference import raw_bits_once
 
 
 @jit
@@ -51,7 +51,7 @@ class HostKVCompactor:
         # each [num_blocks, block_size, num_kv_heads, content]
         kv_views: Sequence[torch.Tensor],
     ) -> None:
-        self.kv_views = [as_raw_bits(view) for view in kv_views]
+        self.kv_views = raw_bits_once(kv_views)
         # Layers that have the same shape and type share a call.
         kinds: dict[tuple, list] = {}
         for view in self.kv_views:

@@ -3,7 +3,6 @@
 
 from vllm_spechub.integration.patch import Patch
 from vllm_spechub.integration.patches import cpu, frontend, grammar, metrics, runner
-from vllm_spechub.integration.platforms import cpu as cpu_platform
 
 EVERYWHERE: tuple[Patch, ...] = (
     *frontend.PATCHES,
@@ -14,6 +13,4 @@ EVERYWHERE: tuple[Patch, ...] = (
 """Patches for every process, applied when vLLM loads its plugins."""
 WORKER: tuple[Patch, ...] = (*runner.PATCHES, *metrics.WORKER_PATCHES)
 """Patches for a worker that serves trees, applied before its model runner is built."""
-CPU_WORKER: tuple[Patch, ...] = cpu_platform.PATCHES
-"""Patches for such a worker on the CPU, applied before its host kernels are registered."""
-ALL = (*EVERYWHERE, *WORKER, *CPU_WORKER)
+ALL = (*EVERYWHERE, *WORKER)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of the configuration on the CPU. Those of its worker are in `platforms.cpu`."""
+"""Patches for the CPU, applied in every process."""
 
 import functools
+import sys
 
 from vllm_spechub.integration.patch import Patch
 
@@ -20,6 +21,18 @@ def _check_and_update_config(original):
     return check_and_update_config
 
 
+def _rebind_kernels(original):
+    @functools.wraps(original)
+    def rebind_kernels(overrides):
+        hidden = {name: sys.modules.pop(name) for name in [*sys.modules] if "llvmlite" in name}
+        try:
+            original(overrides)
+        finally:
+            sys.modules.update(hidden)
+
+    return rebind_kernels
+
+
 PATCHES = (
     Patch(
         symbol="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
@@ -32,5 +45,15 @@ PATCHES = (
         upstream="none yet",
         until="vLLM keeps the configured choice",
         replace=_check_and_update_config,
+    ),
+    Patch(
+        symbol="vllm.triton_utils.dispatcher:_rebind_kernels",
+        parameters=("overrides",),
+        why="It inspects every attribute of every module and stops at llvmlite's library object, "
+        "whose `__dict__` is no mapping. Our compiled kernels import Numba and so llvmlite.",
+        how="Hides llvmlite's modules, which hold no kernels, while the original runs.",
+        upstream="none yet",
+        until="vLLM guards that look-up",
+        replace=_rebind_kernels,
     ),
 )

@@ -121,41 +121,14 @@ def _process_inputs(original):
         from vllm_spechub.config import is_spechub
 
         request = original(self, *args, **kwargs)
-        if request.sampling_params is not None and is_spechub(self.vllm_config):
-            _check_sizes(request.sampling_params)
+        if is_spechub(self.vllm_config):
+            # costly to import, and only needed here
+            from vllm_spechub.integration.request_limits import hold_to_limits
+
+            hold_to_limits(request, self.vllm_config)
         return request
 
     return process_inputs
-
-
-def _check_sizes(params) -> None:
-    """Refuse what the V2 runner's buffers cannot hold, which would stop the whole engine.
-
-    Raises:
-        VLLMValidationError: one line that names the parameter and the largest size.
-    """
-    import vllm.envs as envs
-    from vllm.exceptions import VLLMValidationError
-    from vllm.v1.worker.gpu.sample import logit_bias as limits
-
-    stop_tokens = params.all_stop_token_ids if params.min_tokens > 0 else ()
-    bad_words = params.bad_words_token_ids or ()
-    for name, what, size, limit in (
-        (
-            "allowed_token_ids",
-            "tokens",
-            len(params.allowed_token_ids or ()),
-            limits.MAX_NUM_ALLOWED_TOKEN_IDS,
-        ),
-        ("logit_bias", "tokens", len(params.logit_bias or ()), limits.MAX_NUM_LOGIT_BIAS_TOKENS),
-        ("min_tokens", "stop tokens", len(stop_tokens), limits.MAX_NUM_STOP_TOKEN_IDS),
-        ("bad_words", "tokens", sum(map(len, bad_words)), envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS),
-    ):
-        if size > limit:
-            raise VLLMValidationError(
-                f"{name} has {size} {what}, allowed with spechub: at most {limit}",
-                parameter=name,
-            )
 
 
 PATCHES = (
@@ -227,9 +200,10 @@ PATCHES = (
             "session_id",
             "kv_hints",
         ),
-        why="If a request's lists are longer than the V2 runner's buffers, the worker raises an "
-        "error that stops the whole engine.",
-        how="Calls the original; on a spechub engine, then rejects such a request with an error.",
+        why="If a request's numbers or lists do not fit into the V2 runner's buffers, the worker "
+        "raises an error that stops the whole engine.",
+        how="Calls the original; on a spechub engine, then clamps numbers where that changes "
+        "nothing, and rejects a request that does not fit.",
         upstream="none yet",
         until="vLLM checks these sizes when it receives a request",
         replace=_process_inputs,

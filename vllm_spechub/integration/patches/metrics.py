@@ -11,6 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_spechub.integration.patch import Patch, PatchMismatch
+from vllm_spechub.integration.reporting import reporting
+
+PROMETHEUS = "metrics for Prometheus"
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,10 @@ def _prom_init(original):
         if config is not None:
             from vllm_spechub.integration.tree_metrics import TreeMetrics
 
-            self.spechub = TreeMetrics(
-                config.schedule, labelnames, per_engine_labelvalues, self._counter_cls
-            )
+            with reporting(PROMETHEUS):
+                self.spechub = TreeMetrics(
+                    config.schedule, labelnames, per_engine_labelvalues, self._counter_cls
+                )
 
     return __init__
 
@@ -70,7 +74,8 @@ def _prom_observe(original):
     def observe(self, spec_decoding_stats, engine_idx=0):
         original(self, spec_decoding_stats, engine_idx)
         if self.spechub is not None:
-            self.spechub.observe(spec_decoding_stats, engine_idx)
+            with reporting(PROMETHEUS):
+                self.spechub.observe(spec_decoding_stats, engine_idx)
 
     return observe
 
@@ -101,7 +106,8 @@ def _log(original):
     def log(self, log_fn=logger.info):
         original(self, log_fn)
         if getattr(self, "spechub", None) is not None:
-            self.spechub.log(log_fn)
+            with reporting("the periodic log line"):
+                self.spechub.log(log_fn)
 
     return log
 

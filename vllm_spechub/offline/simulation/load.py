@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a pair of models and its prompts for a study; everything is checked before weights are read."""
+"""Load a pair of models and its prompts for a study, after checks that need no weights."""
 
 from pathlib import Path
 
@@ -55,8 +55,9 @@ def load(
     room = description.max_positions - sampling.tokens - depth
     if room < 1:
         raise ValueError(
-            f"--tokens is {sampling.tokens}, allowed: less than {description.max_positions - depth}: "
-            f"the models read {description.max_positions} positions, of which trees take {depth}"
+            f"--tokens is {sampling.tokens}, allowed: less than "
+            f"{description.max_positions - depth}, as the models read {description.max_positions} "
+            f"positions and a tree takes {depth}"
         )
     longest = min(room, sampling.max_prompt_tokens)
     logging.disable_progress_bar()

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a spechub engine leaves behind in its process: nothing that a plain engine would notice."""
+
+import json
+import subprocess
+import sys
+
+from helpers.pair import ROOT
+
+HARMLESS = (
+    # the V2 runner's kernels and hooks: without Triton vLLM refuses that runner to anyone else,
+    # and the hooks hand every other configuration to the original
+    "vllm.v1.worker.gpu.",
+    # what those kernels' launchers compute block sizes with
+    "vllm.triton_utils.importing:TritonPlaceholder.next_power_of_2",
+)
+"""Where names may change, by their beginnings."""
+
+PROGRAM = """
+import json, os, sys
+import conftest
+from helpers.engines import engine, greedy_params, model_runner, token_ids
+from helpers.pair import PROMPTS
+
+
+def names():
+    # every name of vLLM's modules, and of the classes that they define
+    found = {f"environ:{name}": value for name, value in os.environ.items()}
+    for module in [*sys.modules.values()]:
+        path = getattr(module, "__name__", "")
+        if path != "vllm" and not path.startswith("vllm."):
+            continue
+        for name, value in [*vars(module).items()]:
+            found[f"{path}:{name}"] = id(value)
+            if isinstance(value, type) and value.__module__ == path:
+                found |= {f"{path}:{name}.{k}": id(v) for k, v in vars(value).items()}
+                found[f"{path}:{name}.__bases__"] = value.__bases__
+    return found
+
+
+def plain():
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends import registry
+
+    with engine() as llm:
+        layers = model_runner(llm).compilation_config.static_forward_context.values()
+        # ALiBi, which trees refuse
+        implementation = next(iter(layers)).get_attn_backend().get_impl_cls()
+        implementation(2, 32, 1.0, 1, [0.5, 0.25], None, "auto")
+        return {
+            "tokens": token_ids(llm.generate(PROMPTS, greedy_params(12), use_tqdm=False)),
+            "worker": str(type(model_runner(llm))),
+            "backends": sorted({layer.get_attn_backend().__module__ for layer in layers}),
+            "chosen": selector._cached_get_attn_backend.cache_info().currsize,
+            "overrides": [str(key) for key in registry._ATTN_OVERRIDES],
+        }
+
+
+expected = plain()
+before = names()
+with engine("binary:3", verification="spechub") as llm:
+    llm.generate(PROMPTS, greedy_params(12), use_tqdm=False)
+after = names()
+changed = sorted(name for name in before if before[name] != after.get(name))
+print(json.dumps([[expected, plain()], changed]))
+"""
+
+
+def test_plain_vllm_after_trees():
+    """In a process of its own: the same backend, worker and answers, and vLLM's names as before."""
+    path = [str(ROOT), str(ROOT / "tests")]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{PROGRAM}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (before, after), changed = json.loads(done.stdout.splitlines()[-1])
+    assert before == after
+    assert before["backends"] == ["vllm.v1.attention.backends.cpu_attn"]
+    assert before["overrides"] == []
+    assert [name for name in changed if not name.startswith(HARMLESS)] == []
