@@ -22,8 +22,8 @@ from vllm_spechub.trees.tree import TokenTree
 FIGURES = Path(__file__).parents[1] / "docs" / "verification"
 PAIRS = (
     ("ordered", "rrs"),
-    ("ordered", "rrsw"),
     ("traversal", "ordered"),
+    ("traversal", "rrs"),
     ("traversal", "rrsw"),
 )
 
@@ -70,6 +70,19 @@ def differences() -> str:
         lines.append([f"{temperature:g}", str(budget + 1), kind, *texts])
     names = [f"{rule} - {other}" for rule, other in PAIRS]
     return table(["T", "nodes", "shape", *names], lines)
+
+
+def pooled() -> str:
+    """The differences from `traversal` that `pooled_differences.py` wrote."""
+    with (FIGURES / "pooled.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["rule"] == "traversal"]
+    return table(
+        ["`traversal` minus", "tokens per step", "places"],
+        [
+            [f"`{r['baseline']}`", cell(float(r["difference"]), float(r["ci"]), "+"), r["places"]]
+            for r in rows
+        ],
+    )
 
 
 def slots() -> str:
