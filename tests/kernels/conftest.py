@@ -12,6 +12,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    from helpers import quick_interpreter
+
+    quick_interpreter.install()
 
 import pytest
 
