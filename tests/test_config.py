@@ -159,7 +159,7 @@ def test_survives_pickling_into_a_fresh_process():
             {"sharpening": 2, "verification": "rrsw"},
             "speculative_config: sharpening must be 1 with rule 'rrsw', allowed with: traversal",
         ),
-        ({"verification": "chain"}, "speculative_config: tree is binary:3, but rule 'chain' takes"),
+        ({"verification": "chain"}, "speculative_config: tree is binary:3, but rule 'chain' tak"),
         ({"proposer": "oracle"}, "speculative_config['proposer'] is 'oracle', allowed: draft_mo"),
         (
             {"use_heterogeneous_vocab": True},

@@ -83,7 +83,7 @@ def test_greedy_tokens_are_plain_vllms(accepted):
     assert metrics["num_accepted_tokens"] > 0.3 * metrics["num_drafts"]
 
 
-@pytest.mark.usefixtures("async_scheduling", "accepted")
+@pytest.mark.usefixtures("accepted")
 def test_a_schedule_and_sampling_parameters():
     """Trees come and go, rows are truncated, and requests end at the end of the context."""
     schedule = [[1, 2, "binary:3"], [3, 4, "chain:2"], [5, None, None]]
@@ -91,7 +91,7 @@ def test_a_schedule_and_sampling_parameters():
         SamplingParams(temperature=0.8, top_k=20, seed=5, max_tokens=length, ignore_eos=True)
         for length in (8, 14, 20, 26, 34, 200)
     ]
-    with engine(schedule, max_model_len=192, **OWN_TEXT) as llm:
+    with engine(schedule, max_model_len=192, async_scheduling=True, **OWN_TEXT) as llm:
         together = llm.generate(PROMPTS, params, use_tqdm=False)
         metrics = spec_metrics(llm)
     assert together[-1].outputs[0].finish_reason == "length"

@@ -121,9 +121,9 @@ def test_the_command_line_takes_it(rule, tmp_path):
 def test_tuning_measures_it(rule):
     prompts = PAIR / "prompts.jsonl"
     models = str(PAIR / "target"), str(PAIR / "draft")
-    request = TuningRequest(*models, prompts, 1, (rule,), 1.0, (2,), (1,), (1,), 1, 8, 1, {})
-    by_slot, simulated = rates.measure(request, lambda *_: None)
-    assert set(by_slot) == set(simulated) == {rule}
+    request = TuningRequest(*models, prompts, 1, (rule,), 1.0, (6,), (2,), (1,), 1, 8, 1, {})
+    by_slot, tokens_per_step = rates.measure(request, lambda *_: None)
+    assert set(by_slot) == set(tokens_per_step) == {rule}
     assert rates.rates_for_trees(by_slot, rule)[1][0] > 0
 
 
