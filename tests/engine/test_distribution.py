@@ -117,7 +117,7 @@ def test_truncated_drafts_follow_the_target(verification, chosen):
 def test_trees_cut_by_a_budget_follow_the_target(verification):
     """Many trees lose some of a node's children, and all that comes after."""
     prompt = [5, 6, 7]  # short, so that more requests start than have room for their trees
-    params = SamplingParams(n=1000, max_tokens=LENGTHS[-1], ignore_eos=True, temperature=0.8)
+    params = SamplingParams(n=500, max_tokens=LENGTHS[-1], ignore_eos=True, temperature=0.8)
     drafted: list[int] = []
     original = TreeRejectionSampler.__call__
 
@@ -130,7 +130,7 @@ def test_trees_cut_by_a_budget_follow_the_target(verification):
         patch.setattr(TreeRejectionSampler, "__call__", spy)
         with engine(WIDE, verification=verification, **options) as llm:
             output = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0]
-    assert sum(0 < count < 8 for count in drafted) > 150
+    assert sum(0 < count < 8 for count in drafted) > 100
     assert_prefixes_follow(output, prompt, params)
 
 
