@@ -12,6 +12,9 @@ def register() -> None:
     With another vLLM than the supported one nothing changes for other users: the error is kept
     for whoever asks for spechub.
     """
+    from vllm_spechub.integration.import_path import leave_triton_kernels_to_others
+
+    leave_triton_kernels_to_others()
     from vllm_spechub.integration import patches
     from vllm_spechub.integration.patch import PatchMismatch, apply_all
     from vllm_spechub.integration.patches import frontend
