@@ -71,20 +71,6 @@ def in_fresh_process(program: str, **env: str) -> list[str]:
     return done.stdout.strip().splitlines()
 
 
-def test_no_top_level_triton_kernels():
-    """vLLM would take it for OpenAI's package and break MXFP4 models."""
-    program = (
-        "from importlib.util import find_spec; print(find_spec('triton_kernels')); "
-        "import vllm_spechub.triton_kernels; print(find_spec('triton_kernels')); "
-        "from vllm.plugins import load_general_plugins; load_general_plugins(); "
-        "from vllm.utils.import_utils import has_triton_kernels; print(has_triton_kernels())"
-    )
-    with_plugin = in_fresh_process(program)
-    without = in_fresh_process(program, VLLM_PLUGINS="")
-    assert with_plugin[:2] == ["None", "None"]
-    assert with_plugin[2] == without[2]
-
-
 def test_without_a_spechub_config_nothing_changes():
     """The same engine configuration, runner, worker, backend and kernels with and without it."""
     target = str(PAIR / "target")

@@ -12,6 +12,9 @@ def register() -> None:
     If the installed vLLM is not the supported version, this logs a warning and leaves vLLM as it
     is, except that a configuration that asks for spechub fails with the reason.
     """
+    from vllm_spechub.integration.import_path import leave_triton_kernels_to_others
+
+    leave_triton_kernels_to_others()
     from vllm_spechub.integration import patches
     from vllm_spechub.integration.patch import PatchMismatch, apply_all
     from vllm_spechub.integration.patches import frontend
