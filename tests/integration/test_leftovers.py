@@ -39,6 +39,7 @@ def names():
 
 
 def plain():
+    from vllm.config import set_current_vllm_config
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends import registry
 
@@ -46,7 +47,8 @@ def plain():
         layers = model_runner(llm).compilation_config.static_forward_context.values()
         # ALiBi, which trees refuse
         implementation = next(iter(layers)).get_attn_backend().get_impl_cls()
-        implementation(2, 32, 1.0, 1, [0.5, 0.25], None, "auto")
+        with set_current_vllm_config(llm.llm_engine.vllm_config):
+            implementation(2, 32, 1.0, 1, [0.5, 0.25], None, "auto")
         return {
             "tokens": token_ids(llm.generate(PROMPTS, greedy_params(12), use_tqdm=False)),
             "worker": str(type(model_runner(llm))),
@@ -58,7 +60,7 @@ def plain():
 
 expected = plain()
 before = names()
-with engine("binary:3", verification="spechub") as llm:
+with engine("binary:3", verification="traversal") as llm:
     llm.generate(PROMPTS, greedy_params(12), use_tqdm=False)
 after = names()
 changed = sorted(name for name in before if before[name] != after.get(name))
