@@ -58,13 +58,20 @@ def plain():
         }
 
 
+def changed(before, after):
+    return {name for name in before if before[name] != after.get(name)}
+
+
+plain()
+first = names()
 expected = plain()
 before = names()
+# what every engine sets anew, for example the kernels of vLLM's own for the CPU
+by_plain = changed(first, before)
 with engine("binary:3", verification="traversal") as llm:
     llm.generate(PROMPTS, greedy_params(12), use_tqdm=False)
-after = names()
-changed = sorted(name for name in before if before[name] != after.get(name))
-print(json.dumps([[expected, plain()], changed]))
+by_trees = changed(before, names())
+print(json.dumps([[expected, plain()], sorted(by_trees - by_plain)]))
 """
 
 
@@ -83,4 +90,5 @@ def test_plain_vllm_after_trees():
     assert before == after
     assert before["backends"] == ["vllm.v1.attention.backends.cpu_attn"]
     assert before["overrides"] == []
-    assert [name for name in changed if not name.startswith(HARMLESS)] == []
+    noticed = [name for name in changed if not name.startswith(HARMLESS)]
+    assert not noticed, "\n".join(noticed)
