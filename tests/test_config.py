@@ -316,11 +316,11 @@ def test_a_draft_whose_positions_are_scaled(tmp_path):
         original_max_position_embeddings=64,
         max_position_embeddings=200,
     )
-    with pytest.raises(ValueError, match=r"the draft reads 200 positions, the target 256; set max"):
+    with pytest.raises(ValueError, match=r"the draft reads 200 positions, the target 1024; set m"):
         configured({"model": draft})
     configured({"model": draft}, max_model_len=200)
     linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-    draft = edited_draft(tmp_path / "linear", rope_parameters=linear, max_position_embeddings=128)
+    draft = edited_draft(tmp_path / "linear", rope_parameters=linear, max_position_embeddings=512)
     configured({"model": draft})
 
 
