@@ -9,8 +9,9 @@ repository's root.
 import os
 import sys
 from functools import partial
-from importlib.machinery import FileFinder, ModuleSpec
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 NAME = "triton_kernels"
 OURS = (Path(__file__).parents[1] / NAME).resolve()
@@ -29,7 +30,7 @@ def _has_our_folder(entry: str) -> bool:
     return os.path.realpath(os.path.join(entry, NAME)) == str(OURS)
 
 
-def _path_hook(entry: str) -> FileFinder:
+def _path_hook(entry: str) -> Any:
     """Python's own finder for a folder of `sys.path`, which does not see ours in it.
 
     Raises:
@@ -40,7 +41,7 @@ def _path_hook(entry: str) -> FileFinder:
     for hook in sys.path_hooks:
         if hook is not _path_hook:
             try:
-                finder = hook(entry)
+                finder: Any = hook(entry)
             except ImportError:
                 continue
             finder.find_spec = partial(_find_spec, finder)
@@ -48,5 +49,5 @@ def _path_hook(entry: str) -> FileFinder:
     raise ImportError(f"no finder for {entry}")
 
 
-def _find_spec(finder: FileFinder, name: str, target: object = None) -> ModuleSpec | None:
+def _find_spec(finder: Any, name: str, target: Any = None) -> ModuleSpec | None:
     return None if name == NAME else type(finder).find_spec(finder, name, target)
