@@ -173,7 +173,8 @@ def visit_children(
         visit[slot] = _ratio(share, left * np.exp(logit[slot] - sums[slot]))
         kappa = left + kappa * np.exp(sums[slot] - log_sum)
         log_sum = sums[slot]
-        weight = kappa * np.exp(peak - log_sum)
+        # where the draft has nothing left, peak and sums need not go together
+        weight = kappa * np.exp(peak - log_sum) if undrawn > -np.inf else f32(0.0)
         mass = f32(0.0)
         for i in range(size):
             mass += max(acceptance * target[i] - weight * draft[i], f32(0.0))
