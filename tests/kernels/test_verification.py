@@ -75,6 +75,7 @@ def make_case(
     draft_logits[0, :, 1:] = -torch.inf  # nothing off the hubs
     draft_logits[4, :, vocab_size - 1] = -torch.inf
     draft_logits[3, ::2] = -torch.inf  # nothing at all
+    draft_logits[6, ::2, 4:] = -torch.inf  # nothing off four children, at a low temperature
     draft_logits[4, :, 0] += 100.0  # hub mass of 1 in float32
     target_logits[4, :, 0] += 100.0
     draft_logits, target_logits = draft_logits.to(dtype), target_logits.to(dtype)
