@@ -295,20 +295,37 @@ FEATURES = (
     Row(
         ("drafts of another family", "vocabulary sizes that differ by padding", "untied models"),
         "works",
-        "with the target's tokenizer",
+        "with the target's tokenizer; without a tokenizer beside the draft's weights, or with "
+        "`skip_tokenizer_init`, no tokenizers are compared",
         (
             "engine/test_features.py::test_a_draft_of_another_family_and_padding",
+            "proposers/test_draft_model.py::test_no_tokenizer_is_compared_where_there_is_none",
             "engine/test_features.py::test_lora_adapters_on_the_target",
         ),
     ),
     Row(
         ("drafts of another vocabulary", "`use_heterogeneous_vocab`"),
         "refused",
-        "",
+        "by the tokenizers that are loaded, at the draft's revision, however the draft is named; "
+        "by the commands, too",
         (
             "test_config.py::test_a_draft_with_another_vocabulary_size",
-            "test_config.py::test_a_draft_with_another_tokenizer",
+            "proposers/test_draft_model.py::"
+            "test_tokenizers_are_compared_however_they_are_named_and_kept",
+            "proposers/test_draft_model.py::test_the_tokenizer_is_of_the_revision_that_is_loaded",
+            "measure/test_preflight.py::test_the_pair_has_one_vocabulary",
             "test_config.py::test_refused_options_take_one_line",
+        ),
+    ),
+    Row(
+        ("EAGLE, Medusa and MTP heads", "DFlash and DSpark drafts"),
+        "refused",
+        "by their configuration and the names of their weights; words in a path decide nothing",
+        (
+            "proposers/test_draft_model.py::test_a_head_is_refused_by_its_configuration",
+            "proposers/test_draft_model.py::test_a_head_that_calls_itself_a_model_is_refused",
+            "proposers/test_draft_model.py::test_a_path_decides_nothing",
+            "engine/test_features.py::test_a_draft_whose_path_names_a_head",
         ),
     ),
     Row(

@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from importlib.machinery import FileFinder, ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 NAME = "triton_kernels"
 OURS = (Path(__file__).parents[1] / NAME).resolve()
@@ -43,10 +44,13 @@ def _path_hook(entry: str) -> FileFinder:
                 finder = hook(entry)
             except ImportError:
                 continue
-            finder.find_spec = partial(_find_spec, finder)
-            return finder
+            if isinstance(finder, FileFinder):
+                finder.find_spec = partial(_find_spec, finder)
+                return finder
     raise ImportError(f"no finder for {entry}")
 
 
-def _find_spec(finder: FileFinder, name: str, target: object = None) -> ModuleSpec | None:
-    return None if name == NAME else type(finder).find_spec(finder, name, target)
+def _find_spec(
+    finder: FileFinder, fullname: str, target: ModuleType | None = None
+) -> ModuleSpec | None:
+    return None if fullname == NAME else type(finder).find_spec(finder, fullname, target)

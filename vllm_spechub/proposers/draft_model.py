@@ -76,7 +76,9 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
             return
         # in the target's format: one repository may hold Mistral's and Hugging Face's
         mode, *_ = tokenizer_args_from_config(target)
-        options = {} if draft.code_revision is None else {"code_revision": draft.code_revision}
+        options: dict[str, Any] = {}
+        if draft.code_revision is not None:
+            options["code_revision"] = draft.code_revision
         check_vocabularies(
             "speculative_config['model']",
             (draft.get_vocab_size(), target.get_vocab_size()),
