@@ -337,20 +337,25 @@ FEATURES = (
             "models with untied embeddings",
         ),
         "works",
-        "if the draft has the target's tokenizer",
+        "if the draft has the target's tokenizer; tokenizers are not compared if the draft has none, "
+        "or with `skip_tokenizer_init`",
         (
             "engine/test_families.py::test_drafts_with_layers_that_are_not_partitioned",
             "engine/test_features.py::test_a_draft_of_another_family_and_padding",
+            "proposers/test_draft_model.py::test_no_tokenizer_is_compared_where_there_is_none",
             "engine/test_features.py::test_lora_adapters_on_the_target",
         ),
     ),
     Row(
         ("drafts with another vocabulary", "`use_heterogeneous_vocab`"),
         "refused",
-        "",
+        "by comparing the tokenizers, at the draft's revision; the commands refuse them too",
         (
             "test_config.py::test_a_draft_with_another_vocabulary_size",
-            "test_config.py::test_a_draft_with_another_tokenizer",
+            "proposers/test_draft_model.py::"
+            "test_tokenizers_are_compared_however_they_are_named_and_kept",
+            "proposers/test_draft_model.py::test_the_tokenizer_is_of_the_revision_that_is_loaded",
+            "measure/test_preflight.py::test_the_pair_has_one_vocabulary",
             "test_config.py::test_refused_options_take_one_line",
         ),
     ),
@@ -361,6 +366,17 @@ FEATURES = (
         (
             "test_config.py::test_a_draft_that_reads_less_than_the_target",
             "test_config.py::test_a_draft_whose_positions_are_scaled",
+        ),
+    ),
+    Row(
+        ("EAGLE, Medusa and MTP heads", "DFlash and DSpark drafts"),
+        "refused",
+        "told by their configuration and the names of their weights; their path decides nothing",
+        (
+            "proposers/test_draft_model.py::test_a_head_is_refused_by_its_configuration",
+            "proposers/test_draft_model.py::test_a_head_that_calls_itself_a_model_is_refused",
+            "proposers/test_draft_model.py::test_a_path_decides_nothing",
+            "engine/test_features.py::test_a_draft_whose_path_names_a_head",
         ),
     ),
     Row(

@@ -279,16 +279,6 @@ def test_a_draft_with_another_vocabulary_size(tmp_path):
     configured({"model": edited_draft(tmp_path / "padded", vocab_size=2112)})
 
 
-def test_a_draft_with_another_tokenizer(tmp_path):
-    draft = Path(edited_draft(tmp_path / "draft"))
-    tokenizer = json.loads((draft / "tokenizer.json").read_text())
-    vocab = tokenizer["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match="tokenizer differs"):
-        configured({"model": str(draft)})
-
-
 def test_a_draft_that_reads_less_than_the_target(tmp_path):
     draft = edited_draft(tmp_path / "draft", max_position_embeddings=128)
     with pytest.raises(ValueError, match=r"reads 128 positions.*max_model_len"):

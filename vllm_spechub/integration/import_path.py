@@ -9,9 +9,9 @@ repository's root.
 import os
 import sys
 from functools import partial
-from importlib.machinery import ModuleSpec
+from importlib.machinery import FileFinder, ModuleSpec
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 NAME = "triton_kernels"
 OURS = (Path(__file__).parents[1] / NAME).resolve()
@@ -30,7 +30,7 @@ def _has_our_folder(entry: str) -> bool:
     return os.path.realpath(os.path.join(entry, NAME)) == str(OURS)
 
 
-def _path_hook(entry: str) -> Any:
+def _path_hook(entry: str) -> FileFinder:
     """Python's own finder for a folder of `sys.path`, which does not see ours in it.
 
     Raises:
@@ -41,13 +41,16 @@ def _path_hook(entry: str) -> Any:
     for hook in sys.path_hooks:
         if hook is not _path_hook:
             try:
-                finder: Any = hook(entry)
+                finder = hook(entry)
             except ImportError:
                 continue
-            finder.find_spec = partial(_find_spec, finder)
-            return finder
+            if isinstance(finder, FileFinder):
+                finder.find_spec = partial(_find_spec, finder)
+                return finder
     raise ImportError(f"no finder for {entry}")
 
 
-def _find_spec(finder: Any, name: str, target: Any = None) -> ModuleSpec | None:
-    return None if name == NAME else type(finder).find_spec(finder, name, target)
+def _find_spec(
+    finder: FileFinder, fullname: str, target: ModuleType | None = None
+) -> ModuleSpec | None:
+    return None if fullname == NAME else type(finder).find_spec(finder, fullname, target)
