@@ -337,8 +337,8 @@ FEATURES = (
             "models with untied embeddings",
         ),
         "works",
-        "if the draft has the target's tokenizer; tokenizers are not compared if the draft has none, "
-        "or with `skip_tokenizer_init`",
+        "if the draft has the target's tokenizer; tokenizers are not compared if the draft has "
+        "none, or with `skip_tokenizer_init`",
         (
             "engine/test_families.py::test_drafts_with_layers_that_are_not_partitioned",
             "engine/test_features.py::test_a_draft_of_another_family_and_padding",
