@@ -147,7 +147,9 @@ def _shipped() -> dict[str, Any]:
     return json.loads(files("vllm_spechub.trees").joinpath(SHIPPED).read_text(encoding="utf-8"))
 
 
-def parse_tree(spec: str | Sequence[int] | TokenTree, rule: str) -> TokenTree:
+def parse_tree(
+    spec: str | Sequence[int] | Sequence[Sequence[int]] | TokenTree, rule: str
+) -> TokenTree:
     """A tree from its configuration: whatever `TokenTree.parse` takes, or "auto".
 
     Args:

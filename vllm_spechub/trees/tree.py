@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import index
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -108,7 +108,9 @@ class TokenTree:
         return cls(tuple(parents))
 
     @classmethod
-    def parse(cls, spec: "str | Sequence[int] | TokenTree") -> "TokenTree":
+    def parse(
+        cls, spec: "str | Sequence[int] | Sequence[Sequence[int]] | TokenTree"
+    ) -> "TokenTree":
         """A tree from its configuration: a family such as "binary:3", a list of parents, or a list
         of paths as `from_paths` takes it.
 
@@ -133,10 +135,11 @@ class TokenTree:
             if build is None or min(numbers) < 1:
                 raise ValueError(f"{spec!r} is none of: {FAMILIES} (numbers from 1)")
             return build(*numbers)
+        entries: Any = spec
         if isinstance(spec, Sequence) and all(type(parent) is int for parent in spec):
-            return cls(tuple(spec))
+            return cls(tuple(entries))
         if isinstance(spec, Sequence) and any(isinstance(path, list | tuple) for path in spec):
-            return cls.from_paths(spec)
+            return cls.from_paths(entries)
         raise ValueError(f"{spec!r} is none of: {FAMILIES}, {LISTS}")
 
     @classmethod
