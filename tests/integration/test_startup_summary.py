@@ -30,6 +30,8 @@ def test_the_drafts_share_of_a_block():
 
     config = SimpleNamespace(kv_cache_groups=[group(30, "t0", "t1", "d0"), group(10, "d1")])
     assert kv_cache_share(config, {"d0", "d1"}) == 0.4
+    # a layer that uses another's cache takes nothing
+    assert kv_cache_share(config, {"d0", "d1"}, sharing=["t1", "d1"]) == 0.5
 
 
 def test_rows_to_verify():

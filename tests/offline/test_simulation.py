@@ -301,7 +301,7 @@ def test_vocabularies_that_differ_by_padding(folders, tmp_path, padded):
         ("--rule rrs@2", "sharpening must be 1 with rule 'rrs'"),
         ("--rule ordered@x", "sharpening is 'x', allowed"),
         ("--nodes 64", "--nodes"),
-        ("--tokens 500", "--tokens 500 is too many"),
+        ("--tokens 500", "--tokens is 500, allowed: less than 123"),
         ("--dtype int8", "--dtype must be one of"),
     ],
 )

@@ -156,7 +156,7 @@ def _shipped() -> dict[str, Any]:
     return json.loads(files("vllm_spechub.trees").joinpath(SHIPPED).read_text(encoding="utf-8"))
 
 
-def parse_tree(spec: str | Sequence[int] | TokenTree, rule: str) -> TokenTree:
+def parse_tree(spec: str | Sequence[object] | TokenTree, rule: str) -> TokenTree:
     """Parse a tree's configuration: whatever `TokenTree.parse` takes, or "auto".
 
     Args:
