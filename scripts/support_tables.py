@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What works with trees, what is refused, and the tests that show it.
 
-cog blocks in the README and in `docs/support.md` show these tables. A test checks that every named
+cog blocks in `docs/support.md` show these tables. A test checks that every named
 test exists, and that every field of vLLM's `SamplingParams` has a row.
 """
 
@@ -459,11 +459,6 @@ def sampling_parameters() -> str:
 def features() -> str:
     """The table of features of engines and models."""
     return _rows(FEATURES, "{}")
-
-
-def states() -> str:
-    """The table of vLLM's versions and their states."""
-    return table(["vLLM", "state"], [[version, state] for version, (state, *_) in VERSIONS.items()])
 
 
 def versions() -> str:
