@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proposer in docs/extending.md, installed as another package would be, in real engines."""
-
-import re
-import sys
-from pathlib import Path
+"""The proposer in `examples/`, installed as another package would be, in real engines."""
 
 import numpy as np
 import pytest
@@ -13,33 +9,16 @@ from vllm import SamplingParams
 from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids
 from helpers.metrics import spec_metrics
 from helpers.pair import PROMPTS
+from helpers.third_party import PROPOSER, installed_examples
 from vllm_spechub.proposers.base import TreeProposer
-from vllm_spechub.registry import PROPOSERS
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
-OWN_TEXT = {"draft": None, "spec": {"proposer": "bigrams"}}
-
-
-def code_block(first_line: str) -> str:
-    (block,) = re.findall(rf"```\w+\n({re.escape(first_line)}\n.*?)```", DOCUMENT, re.DOTALL)
-    return block
+OWN_TEXT = {"draft": None, "spec": {"proposer": PROPOSER}}
 
 
 @pytest.fixture(autouse=True)
-def installed(tmp_path, monkeypatch):
-    """A package with the document's module and entry point."""
-    (tmp_path / "bigrams.py").write_text(code_block("# bigrams.py"))
-    entry = code_block('[project.entry-points."vllm_spechub.proposers"]').splitlines()[1]
-    metadata = tmp_path / "bigrams-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: bigrams\nVersion: 1.0\n")
-    text = f"[vllm_spechub.proposers]\n{entry}\n".replace('"', "")
-    (metadata / "entry_points.txt").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(PROPOSERS.__dict__, "_entries", raising=False)  # read when first asked
-    yield
-    PROPOSERS.__dict__.pop("_entries", None)
-    sys.modules.pop("bigrams", None)
+def installed(tmp_path):
+    with installed_examples(tmp_path):
+        yield
 
 
 @pytest.fixture
@@ -111,6 +90,6 @@ def test_a_schedule_and_sampling_parameters():
 def test_options_are_checked(spec, message):
     with (
         pytest.raises(ValueError, match=message),
-        engine("binary:2", draft=None, spec={"proposer": "bigrams"} | spec),
+        engine("binary:2", draft=None, spec={"proposer": PROPOSER} | spec),
     ):
         pass

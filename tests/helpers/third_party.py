@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installs the package that docs/extending.md shows, as another package would be installed."""
+"""Installs the rule and the proposer in `examples/`, as another package would be installed."""
 
-import re
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,35 +8,37 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spechub.registry import RULES
+from helpers.pair import ROOT
+from vllm_spechub.registry import PROPOSERS, RULES
 
-PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
-
-
-def code_block(first_line: str) -> str:
-    """The page's code block that begins with a line."""
-    blocks = re.findall(r"```\w+\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    (block,) = (block for block in blocks if block.startswith(first_line + "\n"))
-    return block
+EXAMPLES = ROOT / "examples"
+RULE, PROPOSER = "target_draw", "bigrams"
 
 
 @contextmanager
-def installed_rule(folder: Path) -> Iterator[str]:
-    """Install the page's rule while the block lasts. Yields the rule's name."""
-    package = folder / "my_package"
-    package.mkdir()
-    (package / "rules.py").write_text(code_block("# my_package/rules.py"))
-    (points,) = tomllib.loads(code_block("# pyproject.toml"))["project"]["entry-points"].items()
-    group, names = points
-    metadata = folder / "my_package-1.0.dist-info"
+def installed_examples(folder: Path) -> Iterator[None]:
+    """Install the examples while the block lasts.
+
+    Args:
+        folder: an empty folder, for the package's metadata.
+    """
+    project = tomllib.loads((EXAMPLES / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    metadata = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1.0\n")
-    lines = [f"[{group}]", *(f"{name} = {value}" for name, value in names.items())]
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    lines = []
+    for group, names in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in names.items())]
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.syspath_prepend(str(folder))
-        RULES.__dict__.pop("_entries", None)  # entry points are read once
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        patch.syspath_prepend(str(folder))
+        for registry in (RULES, PROPOSERS):
+            registry.__dict__.pop("_entries", None)  # entry points are read once
         try:
-            yield from names
+            yield
         finally:
-            RULES.__dict__.pop("_entries", None)
+            for registry in (RULES, PROPOSERS):
+                registry.__dict__.pop("_entries", None)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real `vllm serve` with spechub, through OpenAI's client: plain vLLM's answers, no upsets."""
+"""`examples/serve.sh`, through OpenAI's client: plain vLLM's answers, no upsets."""
 
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -89,8 +90,7 @@ def server(plain, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("serve") / "log"
-    command = [VLLM, "serve", TARGET]
-    command += ["--speculative-config", "spechub", "--spec-model", DRAFT]
+    command = ["bash", ROOT / "examples" / "serve.sh"]
     command += ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"]
     command += ["--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20)]
     command += ["--structured-outputs-config", json.dumps(GRAMMARS)]
@@ -98,6 +98,7 @@ def server(plain, tmp_path_factory):
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
     for_tests = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
     env = {k: v for k, v in os.environ.items() if k not in for_tests}
+    env |= {"PATH": f"{VLLM.parent}:{env['PATH']}", "TARGET": TARGET, "DRAFT": DRAFT}
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -164,6 +165,14 @@ def test_greedy_texts_in_parallel(client, server, plain):
     drafts = metric(server, r"vllm:spec_decode_num_drafts_total\b")
     assert metric(server, r"vllm:spechub_emitted_tokens_count\b") == drafts
     assert metric(server, r'vllm:spechub_steps_total.*width="14"') > 0
+
+
+def test_the_example_of_a_client(server, plain, capsys):
+    main = runpy.run_path(str(ROOT / "examples" / "client.py"))["main"]
+    main(server)
+    printed = capsys.readouterr().out
+    assert printed.startswith(PROMPTS[0] + plain[0])
+    assert re.search(r"\n[1-4]\.\d\d tokens per verified tree", printed)
 
 
 def test_the_dashboards_metrics_exist(server):

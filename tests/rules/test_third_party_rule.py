@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rule that docs/extending.md shows, in everything that takes a rule but the engine."""
+"""The rule in `examples/`, in everything that takes a rule but the engine."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from helpers.pair import PAIR
-from helpers.third_party import installed_rule
+from helpers.third_party import RULE, installed_examples
 from vllm_spechub import TokenTree, acceptance, draft_tree, otm, verify_tree
 from vllm_spechub.cli import app
 from vllm_spechub.measure.tuning import rates
@@ -29,12 +29,12 @@ VOCAB, LENGTH = 3, 3
 
 @pytest.fixture(scope="module")
 def rule(tmp_path_factory):
-    with installed_rule(tmp_path_factory.mktemp("site")) as name:
-        yield name
+    with installed_examples(tmp_path_factory.mktemp("site")):
+        yield RULE
 
 
 def test_the_rule_is_not_one_of_ours(rule):
-    assert RULES.load(rule).__module__ == "my_package.rules"
+    assert RULES.load(rule).__module__ == "own_rule"
     assert issubclass(RULES.load(rule), VerificationRule)
 
 
