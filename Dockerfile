@@ -6,25 +6,27 @@
 #         --volume ~/.cache/huggingface:/root/.cache/huggingface vllm-spechub \
 #         TARGET --speculative-config spechub --spec-model DRAFT
 #
-# The image runs `vllm serve`, as its base does. For a command of this package:
+# Another command than `vllm serve`:
 #
 #     docker run --gpus all --entrypoint vllm-spechub vllm-spechub tune --help
 #
-# Not tried: this file has never been built, nor has the plugin ever run on a GPU. Tried, without
-# Docker: the wheel that `pip wheel .` builds from these files is installed beside an installed vLLM
-# with the same command and the same constraints, and vLLM then loads the plugin.
+# Not tried: this file has never been built, and the plugin has never run on a GPU. Tried without
+# Docker, beside vLLM 0.32.0 for the CPU: the same `uv pip install` of the same files, as a dry run. It
+# would add this package and change nothing else. hadolint finds nothing in this file.
 FROM vllm/vllm-openai:v0.32.0
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 WORKDIR /opt/vllm-spechub
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY triton_kernels triton_kernels
 COPY vllm_spechub vllm_spechub
 
-# What the image holds stays as it is: if a requirement asks for another torch, Triton, transformers or
-# vLLM, the build fails. numpy may change, as the kernels' interpreter needs one before 2.4.
-RUN python3 -m pip freeze --exclude-editable \
-        | grep -E '^(torch|triton|transformers|vllm)==' > /tmp/constraints.txt \
-    && python3 -m pip install --no-cache-dir --constraint /tmp/constraints.txt '.[cli]' \
-    && python3 -c "import vllm_spechub.plugin as plugin; plugin.register()"
+# The base's torch, Triton, transformers and vLLM stay: if something needs others, the build fails.
+# numpy may change, which must be older than 2.4 here.
+ENV UV_BREAK_SYSTEM_PACKAGES=1
+RUN uv pip freeze --system | grep -E '^(torch|triton|transformers|vllm)==' > /tmp/constraints.txt \
+    && uv pip install --system --no-cache --constraint /tmp/constraints.txt '.[cli]' \
+    && rm /tmp/constraints.txt
 
 WORKDIR /vllm-workspace
+ENTRYPOINT ["vllm", "serve"]
