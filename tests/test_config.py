@@ -3,6 +3,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
-from helpers.pair import DRAFT, TARGET
-from vllm_spechub.config import SpecHubConfig
+from helpers.pair import DRAFT, ROOT, TARGET
+from vllm_spechub.config import Options, SpecHubConfig
 from vllm_spechub.integration.refusals import Unsupported
 from vllm_spechub.registry import PROPOSERS, RULES, Registry
 from vllm_spechub.rules.base import build_rule
@@ -47,6 +48,16 @@ def configured(spec=None, **options):
 
 
 JSON = json.dumps({"method": "spechub", "model": DRAFT, "tree": "binary:3"})
+
+
+def test_the_reference_has_every_option_and_name():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    part = page.partition("## The options\n")[2].partition("\n## ")[0]
+    lists = re.findall(r"^(?:### |\| )(`\w+`(?:, `\w+`)*)", part, re.MULTILINE)
+    listed = [name.strip("`") for names in lists for name in names.split(", ")]
+    assert sorted(listed) == sorted(Options.model_fields)
+    for registry in (RULES, PROPOSERS):
+        assert all(f"`{name}`" in part for name in registry._builtin)
 
 
 @pytest.mark.parametrize(

