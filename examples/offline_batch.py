@@ -26,6 +26,7 @@ def main(out: Path = Path("answers.jsonl"), **engine: Any) -> None:
         str(PAIR / "target"),
         speculative_config={"method": "spechub", "model": str(PAIR / "draft"), "tree": "auto"},
         dtype="float32",
+        kv_cache_memory_bytes=256 << 20,  # small models need little; vLLM would take all it can
         disable_log_stats=False,  # for the metrics below
         **engine,
     )

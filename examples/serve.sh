@@ -8,6 +8,9 @@
 set -euo pipefail
 pair="$(cd "$(dirname "$0")/../scripts/demo_pair" && pwd)"
 
+# The demo pair needs little memory, and vLLM would take all it can.
+[ -n "${TARGET:-}" ] || set -- --kv-cache-memory-bytes $((256 << 20)) "$@"
+
 exec vllm serve "${TARGET:-$pair/target}" \
     --speculative-config spechub --spec-model "${DRAFT:-$pair/draft}" \
     --served-model-name spechub "$@"

@@ -14,7 +14,7 @@ def test_offline_batch(tmp_path, capsys):
     main = runpy.run_path(str(ROOT / "examples" / "offline_batch.py"))["main"]
     out = tmp_path / "answers.jsonl"
     with settled_heap():
-        main(out, enforce_eager=True, max_num_seqs=8, kv_cache_memory_bytes=64 << 20)
+        main(out, enforce_eager=True, max_num_seqs=8)
         destroy_model_parallel()
         destroy_distributed_environment()
     prompts = (PAIR / "prompts.jsonl").read_text().splitlines()

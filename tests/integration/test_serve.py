@@ -21,7 +21,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.sampling_params import StructuredOutputsParams
 
-from helpers.pair import DRAFT, PAIR, ROOT, TARGET
+from helpers.pair import PAIR, ROOT, TARGET
 
 VLLM = Path(sys.executable).with_name("vllm")
 START_SECONDS = 180
@@ -98,7 +98,7 @@ def server(plain, tmp_path_factory):
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
     for_tests = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
     env = {k: v for k, v in os.environ.items() if k not in for_tests}
-    env |= {"PATH": f"{VLLM.parent}:{env['PATH']}", "TARGET": TARGET, "DRAFT": DRAFT}
+    env["PATH"] = f"{VLLM.parent}:{env['PATH']}"
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as output:
         process = subprocess.Popen(
