@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
-from kernel_benchmarks.measure import TREES, Case, Plot, grid
+from kernel_benchmarks.measure import Case, Plot, grid, tree_for
 from kernel_benchmarks.sampling import DTYPES, Requests, draft_rows
 from vllm_spechub.rules.draft_state import DraftBuffers
-from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.child_sampling import reference
-from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES, DEFAULT_RULE
 
 SETTINGS = grid(
-    rule=(DEFAULT_RULE, "mixed"),
+    rule=tuple(BUILTIN_RULES),
     nodes=(7, 14, 30, 62),
     vocab=(32_000, 128_256, 151_936),
     dtype=("bf16", "fp32"),
@@ -26,8 +25,8 @@ SETTINGS = grid(
     batch=(1, 4, 16, 64, 256),
 )
 QUICK = grid(
-    rule=(DEFAULT_RULE, "mixed"),
-    nodes=(7, 14),
+    rule=tuple(BUILTIN_RULES),
+    nodes=(14,),
     vocab=(32_000,),
     dtype=("fp32",),
     temperature=(0.0, 1.0),
@@ -44,7 +43,7 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
     from vllm_spechub.integration.select import platform
 
     batch, vocab, dtype = setting["batch"], setting["vocab"], DTYPES[setting["dtype"]]
-    tree = TokenTree(TREES[setting["nodes"]])
+    tree = tree_for(setting["rule"], setting["nodes"])
     requests = Requests(batch, vocab, tree, setting["temperature"], 1.0, device)
     level = DraftBuffers([tree], batch, 1, dtype, device).states[0].levels[-1]
     rows = level.rows(batch)

@@ -12,6 +12,8 @@ import torch
 from torch.utils.benchmark import Timer
 
 from vllm_spechub.measure.benchmark.machine import commit
+from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 CPU_SECONDS = 0.2
@@ -22,6 +24,12 @@ TREES = {
 }
 """Parents by the number of drafted nodes: complete binary trees, except for the tree of 7, which is
 the complete one of 6 with another node."""
+
+
+def tree_for(rule: str, nodes: int) -> TokenTree:
+    """The tree of `TREES`, or a chain of as many nodes for a rule that takes one child per node."""
+    chain = BUILTIN_RULES[rule].max_children == 1
+    return TokenTree(tuple(range(nodes)) if chain else TREES[nodes])
 
 
 @dataclass
