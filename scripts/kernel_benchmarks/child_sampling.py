@@ -13,6 +13,7 @@ import torch
 from kernel_benchmarks.measure import Case, Plot, grid, tree_for
 from kernel_benchmarks.sampling import DTYPES, Requests, draft_rows
 from vllm_spechub.rules.draft_state import DraftBuffers
+from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.child_sampling import reference
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES, DEFAULT_RULE
 
@@ -37,15 +38,18 @@ PLOT = Plot(
 )
 
 
-def prepare(setting: dict[str, Any], device: torch.device) -> Case:
+def prepare(
+    setting: dict[str, Any], device: torch.device, tree: TokenTree | None = None, depth: int = -1
+) -> Case:
+    """By default, the tree is the setting's number of nodes, and the level its deepest."""
     from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
     from vllm_spechub.integration.select import platform
 
     batch, vocab, dtype = setting["batch"], setting["vocab"], DTYPES[setting["dtype"]]
-    tree = tree_for(setting["rule"], setting["nodes"])
+    tree = tree or tree_for(setting["rule"], setting["nodes"])
     requests = Requests(batch, vocab, tree, setting["temperature"], 1.0, device)
-    level = DraftBuffers([tree], batch, 1, dtype, device).states[0].levels[-1]
+    level = DraftBuffers([tree], batch, 1, dtype, device).states[0].levels[depth]
     rows = level.rows(batch)
     logits = draft_rows((len(rows.nodes), vocab), dtype, device)
     of_rows = requests.drafting.rows(rows.req)

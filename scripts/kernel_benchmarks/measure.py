@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure times and the copy bandwidth, and describe the machine."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -63,16 +64,20 @@ def grid(**axes: tuple) -> list[dict[str, Any]]:
 
 
 def seconds(
-    run: Callable[[], object], device: torch.device, mode: Literal["median", "min"] = "median"
+    run: Callable[[], object],
+    device: torch.device,
+    mode: Literal["median", "min"] = "median",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """The median or the least time of several runs in seconds, after one run to compile; on a GPU
-    with a cold L2 cache."""
+    with a cold L2 cache, elsewhere by `clock`."""
     run()
     if device.type == "cuda":
         from triton.testing import do_bench
 
         return do_bench(run, return_mode=mode) / 1e3
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    threads = torch.get_num_threads()
+    timer = Timer("run()", globals={"run": run}, timer=clock, num_threads=threads)
     measured = timer.blocked_autorange(min_run_time=CPU_SECONDS)
     return measured.median if mode == "median" else min(measured.times)
 

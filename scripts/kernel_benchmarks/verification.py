@@ -16,6 +16,7 @@ import torch
 
 from kernel_benchmarks.measure import Case, Plot, grid, tree_for
 from kernel_benchmarks.sampling import DTYPES, Requests, disturb
+from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.arguments import TargetRows
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES, DEFAULT_RULE
 from vllm_spechub.triton_kernels.verification import reference
@@ -45,11 +46,12 @@ PLOT = Plot(
 )
 
 
-def prepare(setting: dict[str, Any], device: torch.device) -> Case:
+def prepare(setting: dict[str, Any], device: torch.device, tree: TokenTree | None = None) -> Case:
+    """By default, the tree is the setting's number of nodes."""
     from vllm_spechub.integration.select import platform
 
     dtype, rule = DTYPES[setting["dtype"]], setting["rule"]
-    tree = tree_for(rule, setting["nodes"])
+    tree = tree or tree_for(rule, setting["nodes"])
     requests = Requests(
         setting["batch"], setting["vocab"], tree, setting["temperature"], setting["top_p"], device
     )
