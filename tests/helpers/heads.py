@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads for tests, and what they compute, in plain PyTorch on transformers' hidden states."""
+
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import (
+    LlamaConfig,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    repeat_kv,
+)
+
+from helpers.models import qwen2
+from helpers.oracle import reference_model, tokens_of
+from helpers.pair import PAIR, PROMPTS, TARGET
+
+EAGLE3 = str(PAIR / "eagle3")
+"""An EAGLE-3 head of the demo target in the `speculators` format, for half of its vocabulary."""
+
+
+def folder_of(folder: Path, config: dict, weights: dict[str, torch.Tensor]) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def target_config() -> dict:
+    return json.loads((Path(TARGET) / "config.json").read_text())
+
+
+def eagle3_as_first_published(folder: Path, **changes) -> str:
+    """The same weights in the format of EAGLE's authors: another configuration and other names, no
+    embedding, and the residual is taken before the norm."""
+    weights = load_file(Path(EAGLE3) / "model.safetensors")
+    config = json.loads((Path(EAGLE3) / "config.json").read_text())
+    ours = config["transformer_layer_config"] | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "draft_vocab_size": config["draft_vocab_size"],
+        "eagle_aux_hidden_state_layer_ids": config["eagle_aux_hidden_state_layer_ids"],
+        "max_position_embeddings": 64,  # less than is used, as published
+    }
+    renamed = {
+        name.replace("layers.0.", "midlayer."): tensor
+        for name, tensor in weights.items()
+        if "embed_tokens" not in name
+    }
+    return folder_of(folder, ours | changes, renamed)
+
+
+def texts(num: int = 24, length: int = 96) -> torch.Tensor:
+    """Texts that the demo target itself samples. [num, length] int64"""
+    torch.manual_seed(0)
+    prompt = torch.tensor([tokens_of(PROMPTS[4])[:8]] * num)
+    return reference_model().generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        pad_token_id=0,
+        do_sample=True,
+        max_new_tokens=length,
+        min_new_tokens=length,
+        top_k=0,
+    )
+
+
+def layer_outputs(tokens: torch.Tensor) -> list[torch.Tensor]:
+    """The residual stream after each of the demo target's layers. Each [num, length, hidden_size]"""
+    streams: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda module, inputs, output: streams.append(output))
+        for layer in reference_model().model.layers
+    ]
+    reference_model()(input_ids=tokens)
+    for hook in hooks:
+        hook.remove()
+    return streams
+
+
+def fitted(
+    inputs: torch.Tensor,  # [num_rows, num_inputs]
+    outputs: torch.Tensor,  # [num_rows, num_outputs]
+) -> torch.Tensor:
+    """The matrix that maps rows best, with a small ridge. [num_outputs, num_inputs]"""
+    square = inputs.T @ inputs
+    square += 1e-2 * square.diagonal().mean() * torch.eye(len(square))
+    return torch.linalg.solve(square, inputs.T @ outputs).T
+
+
+def random_layer(prefix: str, config: dict, scale: float, bias: bool = False) -> dict:
+    """The weights of an ordinary layer that adds little to the residual stream, but not nothing."""
+    hidden, heads = config["hidden_size"], config["head_dim"]
+    queries, keys = (config[f"num_{kind}_heads"] * heads for kind in ("attention", "key_value"))
+    shapes = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (config["intermediate_size"], hidden),
+        "mlp.up_proj": (config["intermediate_size"], hidden),
+        "mlp.down_proj": (hidden, config["intermediate_size"]),
+    }
+    weights = {
+        f"{prefix}{name}.weight": torch.randn(shape) / shape[1] ** 0.5
+        for name, shape in shapes.items()
+    }
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"{prefix}{name}.weight"] *= scale
+    for name in ("q_proj", "k_proj", "v_proj") if bias else ():
+        weights[f"{prefix}self_attn.{name}.bias"] = torch.zeros(
+            len(weights[f"{prefix}self_attn.{name}.weight"])
+        )
+    return weights
+
+
+def eagle1(folder: Path) -> str:
+    """An EAGLE head of the demo target that calls itself a Llama, as the first ones did. Its
+    fusing layer is fitted to the target, the rest is random."""
+    model, tokens = reference_model(), texts()
+    hidden = model.model(input_ids=tokens).last_hidden_state
+    embeddings = model.get_input_embeddings()(tokens)
+    inputs = torch.cat([embeddings[:, 1:-1], hidden[:, :-2]], dim=-1).flatten(0, 1)
+    torch.manual_seed(2)
+    config = target_config() | {"num_hidden_layers": 1}
+    weights = random_layer("layers.0.", config, 0.3 * float(hidden.std()))
+    weights["fc.weight"] = fitted(inputs, hidden[:, 1:-1].flatten(0, 1))
+    weights["layers.0.post_attention_layernorm.weight"] = torch.ones(config["hidden_size"])
+    return folder_of(folder, config, weights)
+
+
+def mimo(folder: Path) -> str:
+    """The demo target as a MiMo with an MTP layer, which is made as `eagle1` makes its head."""
+    model, tokens = reference_model(), texts()
+    stream = layer_outputs(tokens)[-1]  # what vLLM's MiMo gives: it is not normed
+    embeddings = model.get_input_embeddings()(tokens)
+    inputs = torch.cat([normed(stream[:, :-2]), normed(embeddings[:, 1:-1])], dim=-1)
+    torch.manual_seed(2)
+    qwen2(folder, TARGET)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    prefix, ones = "model.mtp_layers.0.", torch.ones(config["hidden_size"])
+    weights = random_layer(prefix, config, 0.2, bias=True)
+    outputs = normed(stream[:, 1:-1]).flatten(0, 1)
+    weights[f"{prefix}input_proj.weight"] = fitted(inputs.flatten(0, 1), outputs)
+    weights[f"{prefix}final_layernorm.weight"] = model.model.norm.weight.clone()
+    for name in ("token", "hidden", "input", "post_attention"):
+        weights[f"{prefix}{name}_layernorm.weight"] = ones.clone()
+    (folder / "config.json").write_text(json.dumps(config))
+    file = folder / "model.safetensors"
+    own = load_file(file)
+    save_file(own | {n: w.to(torch.bfloat16) for n, w in weights.items()}, file, {"format": "pt"})
+    return str(folder)
+
+
+def normed(rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """RMS norm. [..., size]"""
+    rows = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return rows if weight is None else rows * weight
+
+
+@dataclass
+class Oracle:
+    """What a head of the demo target must give for any node, from the definitions.
+
+    `kind` is "eagle3", "eagle" or "mtp", and `folder` the head's; an MTP layer's is its target's.
+    """
+
+    kind: str
+    folder: str
+    weights: dict[str, torch.Tensor] = field(init=False)
+    config: dict = field(init=False)
+
+    def __post_init__(self) -> None:
+        loaded = load_file(Path(self.folder) / "model.safetensors")
+        self.weights = {
+            name.replace("midlayer.", "layers.0.").removeprefix("model.mtp_layers.0."): (
+                tensor if tensor.dtype in (torch.int64, torch.bool) else tensor.float()
+            )
+            for name, tensor in loaded.items()
+        }
+        config = json.loads((Path(self.folder) / "config.json").read_text())
+        # the format says what it means if it says nothing
+        before = config.get("norm_before_residual", "speculators_model_type" in config)
+        self.config = config.get("transformer_layer_config", {}) | config
+        self.config["norm_before_residual"] = before
+
+    @cached_property
+    def rotary(self) -> Callable:
+        options = {key: self.config[key] for key in ("hidden_size", "head_dim", "rope_parameters")}
+        heads = self.config["num_attention_heads"]
+        return LlamaRotaryEmbedding(LlamaConfig(num_attention_heads=heads, **options))
+
+    def linear(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        bias = self.weights.get(f"{name}.bias")
+        return torch.nn.functional.linear(rows, self.weights[f"{name}.weight"], bias)
+
+    def target_states(self, tokens: list[int]) -> torch.Tensor:
+        """What is fed of the target's hidden states. [num_tokens, hidden_size]"""
+        streams = layer_outputs(torch.tensor([tokens]))
+        if self.kind == "eagle":
+            return reference_model().model.norm(streams[-1])[0]
+        if self.kind == "mtp":
+            return streams[-1][0]
+        layers = self.config["eagle_aux_hidden_state_layer_ids"]
+        return self.linear("fc", torch.cat([streams[i - 1][0] for i in sorted(layers)], dim=-1))
+
+    def attention(self, prefix: str, rows: torch.Tensor) -> torch.Tensor:
+        """Causal attention over all rows. [num_rows, hidden_size]"""
+        size = self.config["head_dim"]
+        query, key, value = (
+            self.linear(f"{prefix}self_attn.{name}_proj", rows)
+            .unflatten(-1, (-1, size))
+            .transpose(0, 1)[None]
+            for name in "qkv"
+        )
+        cos, sin = self.rotary(rows, torch.arange(len(rows))[None])
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        groups = query.shape[1] // key.shape[1]
+        seen = torch.nn.functional.scaled_dot_product_attention(
+            query, repeat_kv(key, groups), repeat_kv(value, groups), is_causal=True
+        )
+        return self.linear(f"{prefix}self_attn.o_proj", seen[0].transpose(0, 1).flatten(1))
+
+    def mlp(self, prefix: str, rows: torch.Tensor) -> torch.Tensor:
+        gate, up = (self.linear(f"{prefix}mlp.{name}_proj", rows) for name in ("gate", "up"))
+        return self.linear(f"{prefix}mlp.down_proj", torch.nn.functional.silu(gate) * up)
+
+    def norm(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        return normed(rows, self.weights.get(f"{name}.weight"))
+
+    def forward(
+        self,
+        fed: torch.Tensor,  # [num_rows, hidden_size]
+        tokens: list[int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the head gives for its logits and as feedback. [num_rows, hidden_size] each"""
+        embeddings = reference_model().get_input_embeddings()(torch.tensor(tokens))
+        if self.kind == "eagle3":
+            norm, prefix = self.norm("layers.0.hidden_norm", fed), "layers.0."
+            stream = norm if self.config["norm_before_residual"] else fed
+            rows = torch.cat([self.norm("layers.0.input_layernorm", embeddings), norm], dim=-1)
+        elif self.kind == "eagle":
+            rows = stream = self.linear("fc", torch.cat([embeddings, fed], dim=-1))
+            prefix = "layers.0."
+        else:
+            embeddings[0] = 0
+            parts = self.norm("hidden_layernorm", fed), self.norm("token_layernorm", embeddings)
+            stream, prefix = self.linear("input_proj", torch.cat(parts, dim=-1)), ""
+            rows = self.norm("input_layernorm", stream)
+        stream = stream + self.attention(prefix, rows)
+        stream = stream + self.mlp(prefix, self.norm(f"{prefix}post_attention_layernorm", stream))
+        if self.kind == "eagle":
+            return stream, stream
+        last = self.norm("norm" if self.kind == "eagle3" else "final_layernorm", stream)
+        return last, stream if self.kind == "eagle3" else last
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """[num_rows, vocab_size of the target], -inf where the head has no token"""
+        if self.kind != "eagle3":
+            return reference_model().get_output_embeddings()(rows)
+        own = self.linear("lm_head", rows)
+        tokens = torch.arange(own.shape[1]) + self.weights.get("d2t", 0)
+        found = own.new_full((len(own), self.config["vocab_size"]), -torch.inf)
+        found[:, tokens] = own
+        return found
+
+    def row(self, text: list[int], path: tuple[int, ...]) -> torch.Tensor:
+        """The logits at a node whose ancestors below the root, the text's last token, and itself
+        are `path`. [vocab_size]"""
+        fed, tokens = self.target_states(text[:-1]), text[1:]
+        for_logits, feedback = self.forward(fed, tokens)
+        for token in path:
+            fed, tokens = torch.cat([fed, feedback[-1:]]), [*tokens, token]
+            for_logits, feedback = self.forward(fed, tokens)
+        return self.logits(for_logits[-1:])[0]
+
+
+@dataclass
+class DraftRow:
+    """One row that a head gave."""
+
+    req_id: str
+    text: list[int]  # up to the root
+    path: tuple[int, ...]  # tokens from the root's child down to the node
+    logits: torch.Tensor
+
+
+@contextmanager
+def recorded_rows():
+    """A list that receives every row that heads of this process draft from within the block."""
+    from vllm_spechub.proposers.heads import HeadProposer
+
+    recorded: list[DraftRow] = []
+    original = HeadProposer.level_logits
+
+    def spy(self, step, depth, level, state, carried):
+        logits, carried = original(self, step, depth, level, state, carried)
+        if step.dummy_run:
+            return logits, carried
+        rows = logits.clone().view(step.num_reqs, len(level.nodes_np), -1)
+        for r, req in enumerate(step.batch.idx_mapping.tolist()):
+            root = int(step.root_positions[r])
+            text = self.req_states.all_token_ids.gpu[req, : root + 1].tolist()
+            for i, node in enumerate(level.nodes_np):
+                path = state.tree.paths[node][1:]
+                tokens = tuple(state.tokens[req, [n - 1 for n in path]].tolist())
+                recorded.append(DraftRow(step.batch.req_ids[r], text, tokens, rows[r, i].float()))
+        return logits, carried
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeadProposer, "level_logits", spy)
+        yield recorded
