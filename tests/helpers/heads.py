@@ -20,42 +20,22 @@ from transformers.models.llama.modeling_llama import (
 
 from helpers.models import qwen2
 from helpers.oracle import reference_model, tokens_of
-from helpers.pair import PAIR, PROMPTS, TARGET
+from helpers.pair import PROMPTS, TARGET
 
-EAGLE3 = str(PAIR / "eagle3")
-"""An EAGLE-3 head of the demo target in the `speculators` format, for half of its vocabulary."""
+AUX_LAYERS = [1, 2, 3]
+DRAFT_VOCABULARY = 1024
 
 
 def folder_of(folder: Path, config: dict, weights: dict[str, torch.Tensor]) -> str:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return str(folder)
 
 
 def target_config() -> dict:
     return json.loads((Path(TARGET) / "config.json").read_text())
-
-
-def eagle3_as_first_published(folder: Path, **changes) -> str:
-    """The same weights in the format of EAGLE's authors: another configuration and other names, no
-    embedding, and the residual is taken before the norm."""
-    weights = load_file(Path(EAGLE3) / "model.safetensors")
-    config = json.loads((Path(EAGLE3) / "config.json").read_text())
-    ours = config["transformer_layer_config"] | {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "draft_vocab_size": config["draft_vocab_size"],
-        "eagle_aux_hidden_state_layer_ids": config["eagle_aux_hidden_state_layer_ids"],
-        "max_position_embeddings": 64,  # less than is used, as published
-    }
-    renamed = {
-        name.replace("layers.0.", "midlayer."): tensor
-        for name, tensor in weights.items()
-        if "embed_tokens" not in name
-    }
-    return folder_of(folder, ours | changes, renamed)
 
 
 def texts(num: int = 24, length: int = 96) -> torch.Tensor:
@@ -74,7 +54,7 @@ def texts(num: int = 24, length: int = 96) -> torch.Tensor:
 
 
 def layer_outputs(tokens: torch.Tensor) -> list[torch.Tensor]:
-    """The residual stream after each of the demo target's layers. Each [num, length, hidden_size]"""
+    """The demo target's residual stream after each layer, [num, length, hidden_size] each."""
     streams: list[torch.Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda module, inputs, output: streams.append(output))
@@ -120,6 +100,76 @@ def random_layer(prefix: str, config: dict, scale: float, bias: bool = False) ->
             len(weights[f"{prefix}self_attn.{name}.weight"])
         )
     return weights
+
+
+def eagle3(folder: Path, form: str = "speculators", ids: torch.Tensor | None = None) -> str:
+    """An EAGLE-3 head of the demo target for half of its vocabulary.
+
+    Its queries and keys find the same token, so that its attention is nearly a function of the
+    token, and with the fusing layer it is fitted to the target.
+
+    Args:
+        form: "speculators", or "first" for the format of EAGLE's authors: another configuration and
+            other names, no embedding, and the residual is taken before the norm.
+        ids: [draft_vocab_size] int64, the tokens that it can draft, ascending.
+    """
+    model, tokens = reference_model(), texts()
+    streams, embeddings = layer_outputs(tokens), model.get_input_embeddings()
+    states = torch.cat(streams, dim=-1)[:, :-2]
+    inputs = torch.cat([states, normed(embeddings(tokens[:, 1:-1]))], dim=-1)
+    wanted = normed(streams[-1][:, 1:-1])
+    joined = fitted(inputs.flatten(0, 1), wanted.flatten(0, 1))
+    config = target_config() | {"num_hidden_layers": 1, "tie_word_embeddings": False}
+    size, head_dim = config["hidden_size"], config["head_dim"]
+    fc, by_token = joined[:, : 3 * size], joined[:, 3 * size :]
+    left, scales, right = torch.linalg.svd(by_token)
+    rank = config["num_key_value_heads"] * head_dim
+    torch.manual_seed(2)
+    same = torch.randn(head_dim, size) * (120 / head_dim / size) ** 0.5
+    silent = torch.zeros(rank, size)
+    output = (left * scales)[:, :rank].unflatten(1, (-1, head_dim))
+    groups = config["num_attention_heads"] // config["num_key_value_heads"]
+    prefix = "layers.0." if form == "speculators" else "midlayer."
+    weights = random_layer(prefix, config, 0.1) | {
+        f"{prefix}self_attn.q_proj.weight": torch.cat(
+            [same.repeat(config["num_attention_heads"], 1), silent.repeat(groups, 1)], dim=1
+        ),
+        f"{prefix}self_attn.k_proj.weight": torch.cat(
+            [same.repeat(config["num_key_value_heads"], 1), silent], dim=1
+        ),
+        f"{prefix}self_attn.v_proj.weight": torch.cat([right[:rank], silent], dim=1),
+        # each value head is read by a group of query heads
+        f"{prefix}self_attn.o_proj.weight": output.repeat_interleave(groups, 1).flatten(1) / groups,
+    }
+    for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
+        weights[f"{prefix}{name}.weight"] = torch.ones(size)
+    if ids is None:
+        common = torch.bincount(tokens.flatten(), minlength=config["vocab_size"])
+        common[[0, -1]] = 1 << 20  # both ends of the vocabulary
+        ids = common.topk(DRAFT_VOCABULARY).indices.sort().values
+    weights |= {
+        "fc.weight": fc,
+        "norm.weight": model.model.norm.weight,
+        "lm_head.weight": embeddings.weight[ids],
+        "d2t": ids - torch.arange(len(ids)),
+        "t2d": torch.isin(torch.arange(config["vocab_size"]), ids),
+    }
+    own = {"draft_vocab_size": len(ids), "eagle_aux_hidden_state_layer_ids": AUX_LAYERS}
+    if form == "first":
+        own |= {"architectures": ["LlamaForCausalLMEagle3"]}
+        # fewer positions than are used, as published
+        return folder_of(folder, config | own | {"max_position_embeddings": 64}, weights)
+    weights["embed_tokens.weight"] = embeddings.weight
+    proposals = [{"proposal_type": "greedy", "speculative_tokens": 3}]
+    verifier = {"name_or_path": TARGET, "architectures": ["LlamaForCausalLM"]}
+    own |= {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_config": {"proposal_methods": proposals, "verifier": verifier},
+        "norm_before_residual": True,
+        "transformer_layer_config": config,
+    }
+    return folder_of(folder, own, weights)
 
 
 def eagle1(folder: Path) -> str:
