@@ -14,7 +14,7 @@ from vllm.config import LoadConfig, SpeculativeConfig
 from vllm.config.cache import CacheDType
 from vllm.config.utils import config
 
-from vllm_spechub.draft_kinds import MODEL, proposer_for
+from vllm_spechub.draft_kinds import MODEL, MTP, proposer_for
 from vllm_spechub.registry import METHOD, PROPOSERS, RULES
 from vllm_spechub.trees.best_tree import parse_tree
 from vllm_spechub.trees.measured_schedule import measured_schedule
@@ -250,7 +250,9 @@ def _schedule(given: Options, target_model_config: "ModelConfig") -> TreeSchedul
         return given.tree_by_batch_size
     rule, target = given.verification, target_model_config.model
     try:
-        measured = measured_schedule(target, given.model, given.proposer, rule)
+        # a target's own MTP layer is measured as a draft in the target's folder
+        draft = given.model or (target if given.proposer == MTP else None)
+        measured = measured_schedule(target, draft, given.proposer, rule)
         return TreeSchedule.parse(measured, rule)
     except ValueError as error:
         raise ValueError(f"speculative_config['tree_by_batch_size']: {error}") from None

@@ -84,20 +84,32 @@ def named_head(options: Mapping[str, Any], target: ModelConfig) -> Head | None:
         options: of `--speculative-config`. Without a `model`, it is what the target itself brings.
         target: the target's configuration.
     """
-    draft, revision = options.get("model"), options.get("revision")
-    if draft is None:
+    if options.get("model") is None:
         if not target.hf_config.architectures:
             return None
         head = head_of(SpeculativeConfig.hf_config_override(deepcopy(target.hf_config)), ())
         return head if head is not None and head.kind == MTP and head.layers else None
+    return read_head(
+        options["model"],
+        options.get("revision"),
+        trust_remote_code=target.trust_remote_code,
+        code_revision=options.get("code_revision"),
+        config_format=target.config_format,
+    )
+
+
+def read_head(draft: str, revision: str | None = None, **options: Any) -> Head | None:
+    """What kind of head is in a folder or has a Hugging Face id; None for a model that runs by
+    itself, and for what cannot be read.
+
+    Args:
+        draft: the folder or id.
+        revision: of the id.
+        options: further arguments of vLLM's `get_config`.
+    """
+    options = {"trust_remote_code": False} | options
     try:
-        config = get_config(
-            draft,
-            trust_remote_code=target.trust_remote_code,
-            revision=revision,
-            code_revision=options.get("code_revision"),
-            config_format=target.config_format,
-        )
+        config = get_config(draft, revision=revision, **options)
         config = SpeculativeConfig.hf_config_override(config)
     except Exception:  # whatever it is, vLLM will meet it too, and say so
         return None

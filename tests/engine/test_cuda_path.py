@@ -101,6 +101,7 @@ def capture_graphs(llm) -> None:
         runner.block_tables,
         runner.attn_groups,
         runner.kv_cache_config,
+        use_aux_hidden_state_outputs=runner.use_aux_hidden_state_outputs,
     )
     runner.speculator.capture()
 

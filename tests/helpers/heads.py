@@ -2,6 +2,7 @@
 """Heads for tests, and what they compute, in plain PyTorch on transformers' hidden states."""
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -208,6 +209,46 @@ def mimo(folder: Path) -> str:
     file = folder / "model.safetensors"
     own = load_file(file)
     save_file(own | {n: w.to(torch.bfloat16) for n, w in weights.items()}, file, {"format": "pt"})
+    return str(folder)
+
+
+def glm4_moe(folder: Path) -> str:
+    """A tiny random GLM-4.5, whose last layer once more, with small weights, is its MTP layer."""
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Glm4MoeConfig(
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        initializer_range=0.1,
+        max_position_embeddings=1024,
+        num_nextn_predict_layers=1,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    Glm4MoeForCausalLM(config).float().save_pretrained(folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    last = {n: w for n, w in weights.items() if n.startswith("model.layers.1.")}
+    mtp = {n.replace("layers.1.", "layers.2."): w.clone() for n, w in last.items()}
+    size, prefix = config.hidden_size, "model.layers.2."
+    mtp[f"{prefix}eh_proj.weight"] = torch.cat([torch.eye(size), torch.eye(size)], dim=1)
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        mtp[f"{prefix}{name}.weight"] = torch.ones(size)
+    save_file(weights | mtp, file, {"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(TARGET) / name, folder)
     return str(folder)
 
 

@@ -12,6 +12,7 @@ from vllm.plugins import load_general_plugins
 
 from helpers.pair import DRAFT, PAIR, TARGET
 from vllm_spechub.cli import app
+from vllm_spechub.draft_kinds import MODEL
 from vllm_spechub.measure.benchmark import interleaved
 from vllm_spechub.measure.benchmark.decoding import Decoded
 from vllm_spechub.measure.benchmark.engine import EngineFailed
@@ -154,7 +155,7 @@ def fake(monkeypatch):
 
 
 METHODS = [plain(), *(spechub(name, DRAFT, title=name) for name in ("a", "b", "c"))]
-SETUP = Setup(TARGET, DRAFT, [[1, 2, 3]], tokens=8, resident=3)
+SETUP = Setup(TARGET, [DRAFT], [[1, 2, 3]], tokens=8, resident=3)
 
 
 def interleaved_runs(known=(), repetitions=2):
@@ -248,21 +249,25 @@ def test_table_and_plot(tuned, tmp_path):
 
 def test_schedules_are_kept_for_pair_rule_and_machine(tuned, monkeypatch):
     with pytest.raises(ValueError, match=r"vllm-spechub tune .* --prompts FILE") as refusal:
-        store.measured_schedule(TARGET, DRAFT, "rrsw")
+        store.measured_schedule(TARGET, DRAFT, MODEL, "rrsw")
     assert "--rule rrsw" in str(refusal.value)
     assert "\n" not in str(refusal.value)
-    store.keep(TARGET, DRAFT, "traversal", tuned.schedule)
+    store.keep(TARGET, DRAFT, MODEL, "traversal", tuned.schedule)
     monkeypatch.chdir(PAIR)
-    assert store.measured_schedule("target", "draft", "traversal") == tuned.schedule
-    for other in (("target", "target", "traversal"), ("target", "draft", "rrsw")):
+    assert store.measured_schedule("target", "draft", MODEL, "traversal") == tuned.schedule
+    for other in (
+        ("target", "target", MODEL, "traversal"),
+        ("target", "draft", "eagle3", "traversal"),
+        ("target", "draft", MODEL, "rrsw"),
+    ):
         with pytest.raises(ValueError, match="no schedule was measured"):
             store.measured_schedule(*other)
-    store.keep(TARGET, DRAFT, "rrs", [[1, None, None]])
+    store.keep(TARGET, DRAFT, MODEL, "rrs", [[1, None, None]])
     with pytest.raises(ValueError, match="leave speculation off"):
-        store.measured_schedule(TARGET, DRAFT, "rrs")
+        store.measured_schedule(TARGET, DRAFT, MODEL, "rrs")
     monkeypatch.setattr(store, "device_name", lambda: "another")
     with pytest.raises(ValueError, match="on another with"):
-        store.measured_schedule(TARGET, DRAFT, "traversal")
+        store.measured_schedule(TARGET, DRAFT, MODEL, "traversal")
 
 
 def test_tune_from_end_to_end(fake, monkeypatch, tmp_path):
@@ -283,7 +288,7 @@ def test_tune_from_end_to_end(fake, monkeypatch, tmp_path):
     assert done.exit_code == 0, done.output
     config = json.loads(out.read_text())
     assert config["verification"] == "ordered"
-    assert config["tree_by_batch_size"] == store.measured_schedule(TARGET, DRAFT, "ordered")
+    assert config["tree_by_batch_size"] == store.measured_schedule(TARGET, DRAFT, MODEL, "ordered")
     # two chains at two batches, of which the better one is measured again beside the schedule
     assert [name for name, _ in first].count("draft_model") == 4
     assert [name for name, _ in fake.calls].count("draft_model") == 2

@@ -215,18 +215,19 @@ class HeadProposer(ModelProposer[torch.Tensor]):
         """Where each row's hidden state is among those of its request. [num_rows] int64
 
         A tree's nodes stand in breadth-first order after the root, which is the last of a request's
-        ordinary tokens. Rows beyond the accepted path point anywhere within the tree.
+        ordinary tokens. Rows beyond what was kept point anywhere among those of the request.
         """
-        paths = step.accepted_paths
+        batch, paths = step.batch, step.accepted_paths
+        ordinary = batch.num_scheduled_tokens[: step.num_reqs].astype(np.int64)
+        if paths is not None:
+            assert batch.num_draft_tokens_per_req is not None  # since there are trees
+            ordinary -= batch.num_draft_tokens_per_req[: step.num_reqs]
+        root = async_tensor_h2d(ordinary - 1, device=self.device)[req]
+        rows = torch.minimum(local, root)
         if paths is None:
-            return local
-        batch = step.batch
-        drafts = batch.num_draft_tokens_per_req
-        assert drafts is not None  # since there are trees
-        ordinary = batch.num_scheduled_tokens[: step.num_reqs] - drafts[: step.num_reqs]
-        root = async_tensor_h2d(ordinary.astype(np.int64) - 1, device=self.device)[req]
+            return rows
         depth = (local - root).clamp(min=0, max=paths.shape[1] - 1)
-        return torch.minimum(local, root) + paths[req, depth].clamp(min=0)
+        return rows + paths[req, depth].clamp(min=0)
 
     def level_logits(
         self,
@@ -303,8 +304,9 @@ class Eagle3Proposer(HeadProposer):
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
     ) -> torch.nn.Module:
         model = super().load_draft_model(target_model, target_attn_layer_names)
-        if model.draft_id_to_target_id is not None:
-            self._check_tokens(model.draft_id_to_target_id)
+        offsets = model.draft_id_to_target_id
+        if isinstance(offsets, torch.Tensor):
+            self._check_tokens(offsets)
         return model
 
     def _check_tokens(
@@ -342,7 +344,8 @@ class Eagle3Proposer(HeadProposer):
     ) -> torch.Tensor:
         assert step.aux_hidden_states is not None  # since vLLM's method is eagle3
         states = torch.cat([layer[rows] for layer in step.aux_hidden_states], dim=-1)
-        return self.model.combine_hidden_states(states)
+        model: Any = self.model
+        return model.combine_hidden_states(states)
 
 
 class MTPProposer(HeadProposer):

@@ -92,14 +92,16 @@ def _maybe_override_with_speculators(original):
         given = vllm_speculative_config
         if given == METHOD:
             given = {"method": METHOD}
-        asked = isinstance(given, dict) and given.get("method") == METHOD
-        target, tokenizer, found = original(
-            model, *args, vllm_speculative_config=None if asked else given, **kwargs
-        )
-        if found is not None and given is None:
-            found = ServedHead(found)
-        if not asked or found is None:
-            return target, tokenizer, given if asked else found
+        if not isinstance(given, dict) or given.get("method") != METHOD:
+            target, tokenizer, found = original(
+                model, *args, vllm_speculative_config=given, **kwargs
+            )
+            if found is not None and given is None:
+                found = ServedHead(found)
+            return target, tokenizer, found
+        target, tokenizer, found = original(model, *args, **kwargs)
+        if found is None:
+            return target, tokenizer, given
         if given.get("model") not in (None, model):
             raise ValueError(
                 f"speculative_config['model'] is {given['model']!r}, but the model to serve, "
