@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -66,7 +66,11 @@ def pair_files(pair: Path) -> tuple[str, str, Path]:
 
 
 def compared(
-    target: str, draft: str, chains: Sequence[int], trees: Sequence[str]
+    target: str,
+    draft: str,
+    chains: Sequence[int],
+    trees: Sequence[str],
+    configs: Sequence[dict[str, Any]],
 ) -> list[methods.Method]:
     """All methods to measure. `auto` is one of them if a schedule was measured for this pair."""
     from vllm_spechub.trees.measured_schedule import measured_schedule
@@ -77,6 +81,7 @@ def compared(
     for tree in trees:
         shape = json.loads(tree) if tree.startswith("[") else tree
         found.append(methods.spechub(f"SpecHub {tree}", draft, tree=shape))
+    found += [methods.Method(json.dumps(config), config) for config in configs]
     try:
         measured_schedule(target, draft, DEFAULT_RULE)
         found.append(methods.spechub("SpecHub auto", draft, tree_by_batch_size="auto"))
@@ -154,6 +159,10 @@ def main(
     tree: Annotated[
         list[str], typer.Option(help="A further tree to compare, as for `tree`; repeatable.")
     ] = [],
+    config: Annotated[
+        list[str],
+        typer.Option(help="A further `speculative_config` to compare, as JSON; repeatable."),
+    ] = [],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to time per request.")] = 128,
     repetitions: Annotated[int, typer.Option(min=1, help="Repetitions per measurement.")] = 3,
     resident: Annotated[
@@ -174,6 +183,7 @@ def main(
         preflight.check_modules("transformers", "matplotlib.pyplot")
         preflight.check_output_folder("--out", out)
         options = preflight.parse_engine_options("--engine", engine)
+        configs = [preflight.parse_object("--config", text) for text in config]
         if make_pair is not None:
             target, draft, prompts = pair_files(made_pair(make_pair))
         elif target is None:
@@ -188,7 +198,7 @@ def main(
         encoded = encode(target, read_prompts(prompts))
         setup = Setup(target, draft, encoded, tokens, options, resident)
         points = [Point(b, t) for t in temperature for b in batch]
-        what = compared(target, draft, chain, tree)
+        what = compared(target, draft, chain, tree, configs)
         rows = measure(setup, what, points, repetitions, out / "measurements.csv")
         summaries = report.summarize(rows)
         console.print(report.table(summaries))

@@ -77,6 +77,9 @@ RULES = Registry(
 )
 PROPOSERS = Registry(
     "proposer",
-    {"draft_model": "vllm_spechub.proposers.draft_model:DraftModelProposer"},
+    {
+        "draft_model": "vllm_spechub.proposers.draft_model:DraftModelProposer",
+        "ngram": "vllm_spechub.proposers.ngram:NgramProposer",
+    },
     "vllm_spechub.proposers",
 )

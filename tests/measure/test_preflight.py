@@ -111,6 +111,12 @@ def test_models_exist(tmp_path, arguments):
 
 
 @COMMANDS
+def test_a_proposer_is_no_draft(arguments):
+    asked = ["ngram" if argument == DRAFT else argument for argument in arguments]
+    assert_refused(asked, "is 'ngram', a proposer, but must name a draft model")
+
+
+@COMMANDS
 def test_the_target_has_a_tokenizer(tmp_path, arguments):
     bare = Path(edited(tmp_path / "target", TARGET))
     vocabularies.drop(bare)
