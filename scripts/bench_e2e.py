@@ -70,7 +70,7 @@ def compared(
     draft: str,
     chains: Sequence[int],
     trees: Sequence[str],
-    configs: Sequence[dict[str, Any]],
+    configs: dict[str, dict[str, Any]],
 ) -> list[methods.Method]:
     """All methods to measure. `auto` is one of them if a schedule was measured for this pair."""
     from vllm_spechub.trees.measured_schedule import measured_schedule
@@ -81,7 +81,7 @@ def compared(
     for tree in trees:
         shape = json.loads(tree) if tree.startswith("[") else tree
         found.append(methods.spechub(f"SpecHub {tree}", draft, tree=shape))
-    found += [methods.Method(json.dumps(config), config) for config in configs]
+    found += [methods.Method(name, config) for name, config in configs.items()]
     try:
         measured_schedule(target, draft, DEFAULT_RULE)
         found.append(methods.spechub("SpecHub auto", draft, tree_by_batch_size="auto"))
@@ -161,7 +161,7 @@ def main(
     ] = [],
     config: Annotated[
         list[str],
-        typer.Option(help="A further `speculative_config` to compare, as JSON; repeatable."),
+        typer.Option(help="A further `speculative_config` to compare: NAME=JSON; repeatable."),
     ] = [],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to time per request.")] = 128,
     repetitions: Annotated[int, typer.Option(min=1, help="Repetitions per measurement.")] = 3,
@@ -183,7 +183,10 @@ def main(
         preflight.check_modules("transformers", "matplotlib.pyplot")
         preflight.check_output_folder("--out", out)
         options = preflight.parse_engine_options("--engine", engine)
-        configs = [preflight.parse_object("--config", text) for text in config]
+        configs = {}
+        for named in config:
+            name, _, text = named.partition("=")
+            configs[name] = preflight.parse_object(f"--config {name}", text)
         if make_pair is not None:
             target, draft, prompts = pair_files(made_pair(make_pair))
         elif target is None:
