@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_spechub.integration import patches
@@ -36,6 +37,17 @@ class SpecHubWorker(Worker):
         # vLLM connects the two only if the speculator has a model of its own.
         self._v2_runner.speculator.bind(self._v2_runner.model_state)
 
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """The drafts, without the nodes of which the proposer says that they are of no use.
+
+        Only synchronous scheduling asks for them before it schedules the next step.
+        """
+        drafts, useful = super().take_draft_token_ids(), self._v2_runner.speculator.num_useful_nodes
+        if drafts is None or useful is None or self.scheduler_config.async_scheduling:
+            return drafts
+        shortened = zip(drafts.draft_token_ids, useful.tolist(), strict=True)
+        return DraftTokenIds(drafts.req_ids, [nodes[:count] for nodes, count in shortened])
+
     def determine_available_memory(self) -> int:
         """The bytes that vLLM finds, less those that verifying a full batch of trees needs, which
         vLLM's profiling run does not see."""
@@ -48,8 +60,9 @@ class SpecHubWorker(Worker):
         super().initialize_from_config(kv_cache_config)
         if self.is_driver_worker:
             with reporting("the start-up summary"):
+                runner = self._v2_runner
                 logger.info(
-                    summarize(self.vllm_config, self._v2_runner.speculator, kv_cache_config)
+                    summarize(self.vllm_config, runner.model, runner.speculator, kv_cache_config)
                 )
 
     def wake_up(self, tags: list[str] | None = None) -> None:

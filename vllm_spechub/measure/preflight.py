@@ -14,6 +14,8 @@ from os import W_OK, access
 from pathlib import Path
 from typing import Any
 
+from vllm_spechub.registry import PROPOSERS
+
 
 def check_modules(*names: str) -> None:
     """Import what is needed later, for example to draw a plot at the end.
@@ -35,11 +37,13 @@ def check_models(models: Mapping[str, str]) -> None:
     """Read the configuration of each model, given by the name of its option.
 
     Raises:
-        ValueError: neither a folder with a model nor a Hugging Face name.
+        ValueError: neither a folder with a model nor a Hugging Face name, or a proposer's name.
     """
     from transformers import AutoConfig
 
     for option, model in models.items():
+        if model in PROPOSERS:
+            raise ValueError(f"{option} is {model!r}, a proposer, but must name a draft model")
         if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
             raise ValueError(f"{option} {model!r} has no model: there is no such folder")
         try:
@@ -47,6 +51,33 @@ def check_models(models: Mapping[str, str]) -> None:
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{option} {model!r} has no model: {reason}") from error
+
+
+def check_pair(target: str, option: str, draft: str, heads: bool = False) -> None:
+    """Read the configurations of a target and of its draft, and compare their vocabularies.
+
+    Args:
+        target: a folder or a Hugging Face name, as the draft.
+        option: what named the draft.
+        heads: whether the draft may be a head, which the target's engine will check.
+
+    Raises:
+        ValueError: neither a folder with a model nor a Hugging Face name, another vocabulary, or a
+            head.
+    """
+    from vllm_spechub.draft_kinds import read_head
+    from vllm_spechub.offline.simulation.texts import PairDescription
+
+    check_models({"TARGET": target})
+    head = read_head(draft)
+    if head is None:
+        check_models({option: draft})
+        PairDescription.read(target, draft, option)
+    elif not heads:
+        raise ValueError(
+            f"{option} {draft!r} is a head ({head.sign}), which runs only in an engine with its "
+            "target: `vllm-spechub tune` measures it there"
+        )
 
 
 def check_output_folder(option: str, folder: Path) -> None:
@@ -76,11 +107,11 @@ def check_output_file(option: str, file: Path) -> None:
     check_output_folder(option, file.parent)
 
 
-def parse_engine_options(option: str, text: str) -> dict[str, Any]:
-    """Further arguments of `vllm.LLM`, given as a JSON object.
+def parse_object(option: str, text: str) -> dict[str, Any]:
+    """Read a JSON object.
 
     Raises:
-        ValueError: the text is not a JSON object, or vLLM does not know an argument.
+        ValueError: the text is not one.
     """
     try:
         options = json.loads(text)
@@ -88,6 +119,16 @@ def parse_engine_options(option: str, text: str) -> dict[str, Any]:
         raise ValueError(f"{option} must be a JSON object, got {text!r}: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{option} must be a JSON object, got {text!r}")
+    return options
+
+
+def parse_engine_options(option: str, text: str) -> dict[str, Any]:
+    """Further arguments of `vllm.LLM`, given as a JSON object.
+
+    Raises:
+        ValueError: the text is not a JSON object, or vLLM does not know an argument.
+    """
+    options = parse_object(option, text)
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 

@@ -23,6 +23,8 @@ class LevelRows(NamedTuple):
     num_children: torch.Tensor
     # [num_rows] int64, where the node's token is among the request's
     column: torch.Tensor
+    # [num_rows] int64, the row of the node's parent in the level above; 0 for roots
+    parent_rows: torch.Tensor
     # [num_rows] int64, bit i stands for tree node i
     ancestor_masks: torch.Tensor
 
@@ -66,6 +68,7 @@ class DraftBuffers:
         dtype: of the draft logits, kept as the draft model gave them: what is verified must be
             what was drawn.
         device: where the buffers live.
+        point_masses: no child is ever drawn, so nothing need be remembered of a draft's logits.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class DraftBuffers:
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        point_masses: bool = False,
     ) -> None:
         num_nodes = max(tree.num_nodes for tree in trees)
         # only nodes with children have a distribution to remember
@@ -83,8 +87,12 @@ class DraftBuffers:
         self.tokens = torch.zeros(max_num_reqs, num_nodes, dtype=torch.int64, device=device)
         # [max_num_reqs, num_internal, vocab_size], truncated, before temperature
         self.logits = torch.zeros(
-            max_num_reqs, num_internal, vocab_size, dtype=dtype, device=device
-        )
+            1 if point_masses else max_num_reqs,
+            num_internal,
+            vocab_size,
+            dtype=dtype,
+            device=device,
+        ).expand(max_num_reqs, -1, -1)
         # [max_num_reqs, num_internal], bit s for a child in slot s that was drawn
         self.sampled = torch.zeros(max_num_reqs, num_internal, dtype=torch.int32, device=device)
         drafts = Drafts(self.logits, self.sampled)
@@ -119,10 +127,15 @@ class DraftState:
             table(tree.internal_index),
             table(np.array([0, *tree.parents], dtype=np.int32)),
         )
-        self.levels = [self._level(nodes, table) for nodes in tree.internal_levels()]
+        levels = tree.internal_levels()
+        self.levels = [
+            self._level(nodes, above, table)
+            for nodes, above in zip(levels, [levels[0], *levels], strict=False)
+        ]
 
-    def _level(self, nodes: np.ndarray, table) -> DraftLevel:
+    def _level(self, nodes: np.ndarray, above: np.ndarray, table) -> DraftLevel:
         tree = self.tree
+        parents = np.searchsorted(above, np.array([0, *tree.parents])[nodes])
         counts = tree.num_children[nodes]
         max_children = int(counts.max())
         first_internal = int(tree.internal_index[nodes[0]])
@@ -130,6 +143,7 @@ class DraftState:
         has_child = np.arange(max_children) < counts[:, None]
         max_num_reqs = len(self.tokens)
         starts = np.arange(max_num_reqs + 1, dtype=np.int32) * len(nodes)
+        parent_rows = np.arange(max_num_reqs)[:, None] * len(above) + parents
         return DraftLevel(
             nodes_np=nodes,
             num_children_np=counts,
@@ -142,6 +156,7 @@ class DraftState:
                 nodes=table(np.tile(nodes, max_num_reqs)),
                 num_children=table(np.tile(counts, max_num_reqs)),
                 column=table(np.tile(nodes.astype(np.int64) - 1, max_num_reqs)),
+                parent_rows=table(parent_rows.ravel()),
                 ancestor_masks=table(np.tile(tree.ancestor_masks[nodes], max_num_reqs)),
             ),
             starts=table(starts),

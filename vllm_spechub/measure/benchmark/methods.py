@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_spechub.draft_kinds import MODEL, read_head
+
 PLAIN = "plain"
 
 
@@ -19,9 +21,11 @@ class Method:
 
 
 def chain_config(draft: str, length: int) -> dict[str, Any]:
-    """vLLM's own draft-model chain, which is lossless only with the draft's probabilities."""
+    """vLLM's own chain of a draft model or head, which is lossless only with the draft's
+    probabilities."""
+    head = read_head(draft)
     return {
-        "method": "draft_model",
+        "method": head.kind if head else MODEL,
         "model": draft,
         "num_speculative_tokens": length,
         "draft_sample_method": "probabilistic",
