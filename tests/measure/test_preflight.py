@@ -126,6 +126,10 @@ def test_a_proposer_is_no_draft(arguments):
     assert_refused(asked, "is 'ngram', a proposer, but must name a draft model")
 
 
+def test_a_configuration_to_compare_is_an_object():
+    assert_refused([*BENCH_E2E, "--config", "mine=[3]"], "--config mine must be a JSON object")
+
+
 @COMMANDS
 def test_the_target_has_a_tokenizer(tmp_path, arguments):
     bare = Path(edited(tmp_path / "target", TARGET))

@@ -3,6 +3,7 @@
 
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from helpers.engines import (
 from helpers.metrics import spec_metrics, spechub_metrics
 from helpers.oracle import tokens_of
 from helpers.pair import PROMPTS, TARGET
+from vllm_spechub.integration.platforms import PLATFORMS
 from vllm_spechub.proposers.ngram import (
     NUM_PLACES,
     Continuations,
@@ -34,6 +36,7 @@ from vllm_spechub.proposers.ngram import (
     tree_of,
 )
 from vllm_spechub.rules.draft_state import DraftBuffers, DraftState
+from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
 from vllm_spechub.trees.tree import TokenTree
 
 WIDE = [0, 0, 0, 0, 1, 1, 2, 5]
@@ -89,7 +92,8 @@ def plain_tree(
             return longest, len(of_these), max(of_these)
 
         children = sorted(following, key=merit, reverse=True)[:count]
-        spare = iter(sorted({*range(20)} - {*children}))
+        depth = int(tree.depths[node])
+        spare = iter(sorted({*range(20)} - {of[depth] for _, of in found if count}))
         for child in range(int(tree.first_child[node]), int(tree.first_child[node]) + count):
             paths[child] = (*path, children[0]) if children else None
             tokens[child] = children.pop(0) if children else next(spare)
@@ -271,6 +275,20 @@ def test_prefixes_follow_the_target(verification):
     assert metrics["num_accepted_tokens"] > 0.3 * metrics["num_drafts"]
     for output, asked in zip(outputs, params, strict=True):
         assert_prefixes_follow(output, prompt, asked)
+
+
+def test_the_checked_entry_points_verify_alike(monkeypatch):
+    """On CUDA the engine calls `triton_kernels`, which take the shared row of zeros, too."""
+    params = SamplingParams(temperature=0.9, top_p=0.95, seed=5, max_tokens=12, ignore_eos=True)
+    tokens = []
+    for kernels in (PLATFORMS["cpu"].tree_kernels(), PORTABLE_KERNELS):
+        record = replace(PLATFORMS["cpu"], tree_kernels=lambda kernels=kernels: kernels)
+        monkeypatch.setitem(PLATFORMS, "cpu", record)
+        with engine(WIDE, verification="traversal", **OWN_TEXT) as llm:
+            outputs = llm.generate([REPEATING, PROMPTS[2]], params, use_tqdm=False)
+            assert spec_metrics(llm)["num_accepted_tokens"] > 0
+        tokens.append(token_ids(outputs))
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize(

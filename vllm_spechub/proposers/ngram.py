@@ -24,7 +24,7 @@ from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 
 NUM_PLACES = 16  # earlier places in the text whose continuations are read
-NUM_SPARE = 2 * MAX_CHILDREN  # enough where as many as a node has children are taken already
+NUM_SPARE = NUM_PLACES + MAX_CHILDREN  # enough where every place has one of them
 MOST_TOKENS = 2**24  # of texts that are searched at once, which bounds the memory that it takes
 UNUSABLE = -(2**30)
 LONGEST = 64
@@ -100,13 +100,13 @@ def tree_of(found: Continuations, state: DraftState) -> tuple[torch.Tensor, torc
 
     A node's children are the next tokens of the continuations that begin with its path: those after
     the longest agreement first, of these the most frequent, then the most recent. Nodes for which
-    there is none get tokens of the start of the vocabulary that their siblings have not.
+    there is none get tokens of the start of the vocabulary that no continuation has there.
 
     Returns:
         The nodes' tokens, [num_reqs, num_nodes] int64; and which of them were found, bool.
     """
     tokens, lengths = found
-    num_reqs, num_places, _ = tokens.shape
+    num_reqs, num_places, max_depth = tokens.shape
     device = tokens.device
     # [num_reqs, num_places, num_places, depth] whether two continuations agree as far as that
     agree = (tokens.unsqueeze(2) == tokens.unsqueeze(1)).to(torch.int8).cummin(-1).values.bool()
@@ -120,29 +120,36 @@ def tree_of(found: Continuations, state: DraftState) -> tuple[torch.Tensor, torc
     scores = (lengths.unsqueeze(-1) * (num_places + 1) + frequency) * num_places + recency
     scores = torch.where(first, scores, UNUSABLE)
 
-    spare = torch.arange(NUM_SPARE, device=device)
-    tree = torch.zeros(num_reqs, state.tree.num_nodes, dtype=torch.int64, device=device)
-    # [num_reqs, num_nodes] the continuation that stands for each node, -1 for none
-    stands = torch.full_like(tree, -1)
+    # The children of any node, by its depth and by what stands for it: a continuation, nothing, or
+    # the root. [num_reqs, num_places + 2, num_places, depth] which continuations begin with it
+    nothing, root = num_places, num_places + 1
+    begin = torch.nn.functional.pad(agree, (1, -1, 0, 0, 0, 2))
+    begin[:, root] = True
+    options = scores.unsqueeze(1).masked_fill(~begin, UNUSABLE)
+    # after all continuations, the start of the vocabulary without any of their tokens
+    spare = torch.arange(NUM_SPARE, device=device).unsqueeze(-1)
+    taken = (tokens.unsqueeze(2) == spare) & (lengths > 0)[:, :, None, None]
+    spares = torch.where(taken.any(dim=1), UNUSABLE, -1 - spare)
+    options = torch.cat([options, spares.unsqueeze(1).expand(-1, num_places + 2, -1, -1)], dim=2)
+    next_tokens = torch.cat([tokens, spare.expand(num_reqs, -1, max_depth)], dim=1)
+    # [num_reqs, num_places + 2, max_children, depth]
+    best = options.topk(int(state.tree.num_children.max()), dim=2).indices
+    next_tokens = next_tokens.unsqueeze(1).expand(-1, num_places + 2, -1, -1).gather(2, best)
+    # [.., 2] a child's token, and what stands for it
+    children = torch.stack([next_tokens, best.clamp(max=nothing)], dim=-1)
+
+    # [num_reqs, num_nodes, 2]
+    nodes = children.new_empty(num_reqs, state.tree.num_nodes, 2)
+    stands = torch.full((num_reqs, 1), root, device=device)
     for depth, level in enumerate(state.levels):
-        num_expanded = len(level.nodes_np)
-        # [num_reqs, num_expanded, num_places]
-        options = scores[:, None, :, depth].expand(-1, num_expanded, -1)
         if depth > 0:
-            node = stands[:, level.all_rows.column[:num_expanded]].unsqueeze(2)
-            below = agree[..., depth - 1].gather(1, node.clamp(min=0).expand_as(options))
-            options = options.masked_fill(~below | (node < 0), UNUSABLE)
-        next_tokens = tokens[:, None, :, depth].expand_as(options)
-        taken = (next_tokens.unsqueeze(3) == spare) & (options >= 0).unsqueeze(3)
-        spares = torch.where(taken.any(dim=2), UNUSABLE, -1 - spare)
-        best = torch.cat([options, spares], dim=2).topk(level.max_children, dim=2).indices
-        all_tokens = torch.cat([next_tokens, spare.expand(num_reqs, num_expanded, -1)], dim=2)
-        children = all_tokens.gather(2, best).flatten(1)
-        places = best.masked_fill(best >= num_places, -1).flatten(1)
-        if level.select is not None:
-            children, places = children[:, level.select], places[:, level.select]
-        tree[:, level.children], stands[:, level.children] = children, places
-    return tree, stands >= 0
+            stands = nodes[:, level.all_rows.column[: len(level.nodes_np)], 1]
+        below = children[:, :, : level.max_children, depth]
+        drafted = below.gather(1, stands[:, :, None, None].expand(-1, -1, *below.shape[2:]))
+        drafted = drafted.flatten(1, 2)
+        nodes[:, level.children] = drafted if level.select is None else drafted[:, level.select]
+    tree, stands = nodes.unbind(-1)
+    return tree, stands < nothing
 
 
 class NgramProposer(TreeProposer[None]):
