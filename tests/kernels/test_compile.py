@@ -73,8 +73,8 @@ def signature_of(kernel, constexprs, dtype) -> dict[str, str]:
 
 
 def compile_lanes(compile_for, kernel, constexprs, capability, dtype, what, num_warps=None):
-    """Compiles a kernel that reads rows by lanes, and prints what an element costs. Without a number
-    of warps the kernel is one that passes over rows."""
+    """Compiles a kernel that reads rows by lanes, and prints what an element costs. Without a
+    number of warps the kernel is one that passes over rows."""
     names = [name for name in LANES if name in kernel.arg_names]
     constexprs = constexprs | {name: LANES[name] for name in names}
     signature = signature_of(kernel, constexprs, dtype)
@@ -283,7 +283,8 @@ def test_tree_attention(compile_for, capability, dtype, head_size, max_query_len
         capability=capability,
     )
     resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)
-    print(f"{dtype} head {head_size}, {max_query_len} queries, sm_{capability}: {resources}")
+    what = f"attention, head {head_size}, {max_query_len} queries"
+    print(f"{what}, {TRITON_TYPE[dtype]}, sm_{capability}: {resources}")
     assert resources.spill_bytes == 0
 
 
@@ -296,7 +297,8 @@ def test_tree_attention_over_an_fp8_cache(compile_for, capability, max_query_len
         torch.bfloat16, 128, 4, max_query_len, window=True, fp8=True
     )
     resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)
-    print(f"fp8 sm_{capability}: {resources}")
+    what = f"attention, head 128, {max_query_len} queries"
+    print(f"{what}, fp8, sm_{capability}: {resources}")
     assert resources.spill_bytes == 0
 
 
@@ -308,6 +310,7 @@ def test_merging_splits(compile_for, capability):
     signature |= dict.fromkeys(("parts_ptr", "part_lse_ptr"), "*fp32")
     signature |= {"output_ptr": "*bf16", "query_start_loc_ptr": "*i32", "seq_lens_ptr": "*i32"}
     resources = compile_for(_merge_splits_kernel, signature, constexprs, capability)
+    print(f"merge, head 80, bf16, sm_{capability}: {resources}")
     assert resources.spill_bytes == 0
 
 
@@ -332,7 +335,7 @@ def test_compaction(compile_for, dtype, capability):
     signature |= {"view_address_ptr": "*i64", "root_positions_ptr": "*i64"}
     signature |= {"block_table_ptr": "*i32", "path_ptr": "*i32"}
     resources = compile_for(_compact_kernel, signature, constexprs, capability)
-    print(f"{dtype} sm_{capability}: {resources}")
+    print(f"compaction, {dtype}, sm_{capability}: {resources}")
     assert resources.spill_bytes == 0
 
 

@@ -71,7 +71,7 @@ def sample_children(
         kept = keep.logits
         if kept.dim() != 3 or kept.shape[2] != vocab_size or kept.stride(2) != 1:
             raise ValueError(
-                f"keep.logits must be [max_num_reqs, num_internal, {vocab_size}] with contiguous rows"
+                f"keep.logits must be [max_num_reqs, num_internal, {vocab_size}], rows contiguous"
             )
         if kept.dtype != logits.dtype:
             raise ValueError(f"keep.logits is {kept.dtype}, logits are {logits.dtype}")

@@ -105,7 +105,7 @@ def _lane_sums_kernel(
     LANES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Grid: (SPLITS, num_rows). Greedy requests' rows are not kept, since verification does not read
+    """Grid: (SPLITS, num_rows). Greedy requests' rows are not kept: verification does not read
     them."""
     OWN: tl.constexpr = LANES // SPLITS
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -120,14 +120,13 @@ def _lane_sums_kernel(
         if SHARPENED:
             _, sums = lane_sums(row_ptr, split * OWN, draw_scale, highest, vocab_size, OWN, LANES)
             tl.store(own_ptr + 2 * LANES, sums)
-        if KEPT:
-            if temperature != 0.0:
-                internal = tl.load(internal_index_ptr + tl.load(node_ids_ptr + row)).to(tl.int64)
-                kept_ptr += req * kept_req_stride + internal * kept_node_stride
-                for place in range(0, tl.cdiv(vocab_size, LANES), STEP):
-                    index = tile_tokens(split * OWN, place, OWN, LANES)
-                    value = tl.load(row_ptr + index, mask=index < vocab_size)
-                    tl.store(kept_ptr + index, value, mask=index < vocab_size)
+        if KEPT and temperature != 0.0:
+            internal = tl.load(internal_index_ptr + tl.load(node_ids_ptr + row)).to(tl.int64)
+            to_ptr = kept_ptr + req * kept_req_stride + internal * kept_node_stride
+            for place in range(0, tl.cdiv(vocab_size, LANES), STEP):
+                index = tile_tokens(split * OWN, place, OWN, LANES)
+                value = tl.load(row_ptr + index, mask=index < vocab_size)
+                tl.store(to_ptr + index, value, mask=index < vocab_size)
 
 
 @triton.jit
