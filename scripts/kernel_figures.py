@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the compiler made of the kernels, as a CSV file, and what a step would take by these counts.
 
-    pytest -s tests/kernels/test_compile.py --all-targets | python scripts/kernel_figures.py counts OUT
+    pytest -s tests/kernels/test_compile.py --all-targets > LOG
+    python scripts/kernel_figures.py counts OUT < LOG
     python scripts/kernel_figures.py estimate COUNTS...
 
 Nothing is measured here, and no GPU is needed. `counts` keeps what the compiled code says:
@@ -99,10 +100,8 @@ def counts(
         kernels = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     with out.open("w", newline="") as file:
         file.write(f"# kernels of commit {kernels}, compiled ahead of time by\n")
-        file.write(
-            "# pytest -s tests/kernels/test_compile.py --all-targets"
-            f" | python scripts/kernel_figures.py counts {out.name}\n"
-        )
+        file.write("# pytest -s tests/kernels/test_compile.py --all-targets > LOG; ")
+        file.write(f"python scripts/kernel_figures.py counts {out.name} < LOG\n")
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(

@@ -11,8 +11,8 @@ from scipy import stats
 
 from helpers.drafting import huge_rows
 from helpers.enumeration import DRAFTING, drafts, normalised
-from helpers.odd_rows import ODD_ROWS
 from vllm_spechub.cpu.tree_kernels import sampling as numba_kernels
+from vllm_spechub.measure.doctor.odd_rows import ODD_ROWS
 from vllm_spechub.triton_kernels import lanes_device, rng
 from vllm_spechub.triton_kernels.arguments import Children, KeptRows, Requests
 from vllm_spechub.triton_kernels.child_sampling import kernel, sample_children

@@ -13,8 +13,8 @@ from scipy import stats
 from helpers import enumeration
 from helpers.drafting import BINARY, CHAIN, UNEQUAL, WIDE, Draft, Tree, draft_tree, huge_rows
 from helpers.enumeration import DRAFTING, Grown, Model, accepted
-from helpers.odd_rows import ODD_ROWS
 from vllm_spechub.cpu.tree_kernels import sampling as numba_kernels
+from vllm_spechub.measure.doctor.odd_rows import ODD_ROWS
 from vllm_spechub.triton_kernels import lanes_device, rng
 from vllm_spechub.triton_kernels.arguments import (
     Drafts,
