@@ -38,7 +38,7 @@ LINE = re.compile(
     r"spill_bytes=(?P<spill_bytes>\d+), shared_bytes=(?P<shared_bytes>\d+), warps=(?P<warps>\d+), "
     r"loops=\((?P<loops>.*?)\)\)"
 )
-LOOP = re.compile(r"Loop\(instructions=(\d+), load_bytes=(\d+), is_asynchronous=(\w+)\)")
+LOOP = re.compile(r"Loop\(instructions=(\d+), load_bytes=(\d+), is_asynchronous=(\w+)")
 
 
 def programs_per_multiprocessor(sm: int, registers: int, shared_bytes: int, warps: int) -> int:
@@ -168,13 +168,13 @@ def verification(counts: Counts, batch: int) -> float:
     row = 2.0 * VOCAB
     if not counts.has("statistics"):
         kernel, total = "visit, leaf to root", 0.0
-        # the last three loops: the sums of both rows, then the residual, which loads both
-        per_node = VOCAB * (counts.per_element(kernel, -3, -2) + 2 * counts.per_element(kernel, -1))
+        # loops 1 and 2 sum up both rows, and 3 what is left for the one sample
+        per_node = VOCAB * (counts.per_element(kernel, 1, 2) + 2 * counts.per_element(kernel, 3))
         for nodes in LEVELS:
             programs = nodes * batch
-            total += counts.seconds(kernel, per_node, programs, 2 * row * programs)
+            total += counts.seconds(kernel, per_node, programs, 4 * row * programs)
         walk = "walk, leaf to root"
-        last = VOCAB * 2 * counts.per_element(walk, 1)
+        last = VOCAB * 2 * counts.per_element(walk, 2)
         return total + counts.seconds(walk, last, batch, 2 * row * batch) + 4 * GPU.launch
     splits, small = 16, 3 + len(LEVELS)
     inner = sum(LEVELS)

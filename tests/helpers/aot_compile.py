@@ -44,6 +44,8 @@ class Loop(NamedTuple):
     """What a thread loads in one iteration."""
     is_asynchronous: bool
     """Whether it loads ahead, into shared memory."""
+    spills: int
+    """Instructions that spill registers, or load what was spilled."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _load_bytes(instruction: str) -> int:
     return int(width[1]) // 8 if width else 4
 
 
-def _passes(disassembly: str) -> list[tuple[int, int, bool]]:
+def _passes(disassembly: str) -> list[tuple[int, int, bool, int]]:
     """The innermost loops that read memory: see `Loop`."""
     places, loops, seen = {}, [], []
     for line in disassembly.splitlines():
@@ -141,7 +143,9 @@ def _passes(disassembly: str) -> list[tuple[int, int, bool]]:
         if "LDG" in body and not inner and "WARPSYNC" not in body:
             asynchronous = re.findall(r"LDGSTS\S*", body)
             loads = asynchronous or re.findall(r"LDG\S*", body)
-            passes.append((end - start, sum(map(_load_bytes, loads)), bool(asynchronous)))
+            spills = len(re.findall(r"\b(?:STL|LDL)\b", body))
+            loaded = sum(map(_load_bytes, loads))
+            passes.append((end - start, loaded, bool(asynchronous), spills))
     return passes
 
 

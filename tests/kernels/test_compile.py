@@ -285,7 +285,9 @@ def test_tree_attention(compile_for, capability, dtype, head_size, max_query_len
     resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)
     what = f"attention, head {head_size}, {max_query_len} queries"
     print(f"{what}, {TRITON_TYPE[dtype]}, sm_{capability}: {resources}")
-    assert resources.spill_bytes == 0
+    # a few scalars may wait in memory while the keys pass by
+    assert resources.spill_bytes <= 32
+    assert not any(loop.spills for loop in resources.loops)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ def _find_part(
 
     Returns:
         The request, -1 if there are not so many parts; how many parts each of its query blocks has;
-        the block; which of the block's parts it is; its number among the parts of split requests.
+        the block; which of the block's parts it is; its number among the parts of split requests,
+        -1 if the request is not split.
     """
     total = tl.full([], 0, tl.int32)
     for first in range(0, num_reqs, _REQS):
@@ -124,7 +125,7 @@ def _find_part(
             request = first + tl.sum(tl.where(own, tl.arange(0, _REQS), 0), axis=0)
             splits = tl.sum(tl.where(own, parts, 0), axis=0)
             place = number - tl.sum(tl.where(own, begin, 0), axis=0)
-            slot = place + tl.sum(tl.where(own, slots_begin, 0), axis=0)
+            slot = tl.where(splits > 1, place + tl.sum(tl.where(own, slots_begin, 0), axis=0), -1)
         before += tl.sum(counted, axis=0)
         slots_before += tl.sum(of_split, axis=0)
     return request, splits, place // splits, place % splits, slot
@@ -447,7 +448,7 @@ def _tree_attention_kernel(
     acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
     if value_scale_ptr is not None:
         acc *= tl.load(value_scale_ptr)
-    if num_splits == 1:
+    if slot < 0:
         tl.store(
             output_ptr
             + (token * output_token_stride + head * output_head_stride)[:, None]
