@@ -60,6 +60,16 @@ class Children(NamedTuple):
     sampled: torch.Tensor
 
 
+class KeptRows(NamedTuple):
+    """Where drafting keeps the rows that it has drawn from, for verification. It does not keep
+    those of greedy requests, which verification does not read."""
+
+    # [max_num_reqs, num_internal, vocab_size] of the rows' dtype, last dimension contiguous
+    logits: torch.Tensor
+    # [num_tree_nodes] int32: where a node's row is among a request's
+    internal_index: torch.Tensor
+
+
 class Drafts(NamedTuple):
     """What verification must know of how request states drafted their trees."""
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(f"vllm-spechub needs {error.name}: pip install 'vllm-spechub[cli]'") from None
@@ -420,6 +421,35 @@ def tune(
         else:
             notes.print("no tree was faster than plain vLLM here: leave speculation off")
         report.plot(tuned, out.with_suffix(".png"))
+
+
+@app.command()
+def doctor(
+    full: Annotated[
+        bool, typer.Option("--full", help="Also time the kernels at the sizes of real models.")
+    ] = False,
+) -> None:
+    """Check kernels, CUDA graphs, memory and versions on this machine, in about a minute.
+
+    Every kernel runs against its reference on this device, odd rows included, and a tiny pair of
+    models runs in real engines. The exit status is 1 if anything is at fault.
+    """
+    with one_line_errors(notes):
+        preflight.check_modules("transformers", "vllm")
+        from vllm_spechub.measure.doctor.examination import examine
+        from vllm_spechub.measure.doctor.finding import FAULT, OK, WARNING
+
+        colors = {OK: "green", WARNING: "yellow", FAULT: "red"}
+        faults = 0
+        for finding in examine(full):
+            faults += finding.outcome == FAULT
+            line = f"[{colors[finding.outcome]}]{finding.outcome:>7}[/]  "
+            output.print(line + escape(f"{finding.what}: {finding.found}"), highlight=False)
+            if finding.remedy:
+                output.print(f"         -> {escape(finding.remedy)}", highlight=False)
+        if faults:
+            notes.print(f"{faults} at fault", style="red")
+            raise typer.Exit(1)
 
 
 def _parse_rules(texts: Sequence[str] | None) -> "list[Variant]":

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "tests" / "kernels" / "compiled.json"
@@ -36,15 +36,27 @@ def compiled_now() -> dict[str, str]:
     return {"sources": digest.hexdigest(), "triton": version("triton")}
 
 
+class Loop(NamedTuple):
+    """A loop over a row, as compiled."""
+
+    instructions: int
+    load_bytes: int
+    """What a thread loads in one iteration."""
+    is_asynchronous: bool
+    """Whether it loads ahead, into shared memory."""
+    spills: int
+    """Instructions that spill registers, or load what was spilled."""
+
+
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas reports for one kernel, and how many instructions the loops over a row
-    have, in their order."""
+    """What ptxas reports for one kernel, and its loops over a row, in their order."""
 
     registers: int
     spill_bytes: int
     shared_bytes: int
-    loops: tuple[int, ...]
+    warps: int
+    loops: tuple[Loop, ...]
 
 
 class Compiler:
@@ -98,7 +110,8 @@ class Compiler:
         answer = json.loads(self._worker.stdout.readline())
         if "error" in answer:
             raise RuntimeError(answer["error"])
-        return Resources(**answer | {"loops": tuple(answer["loops"])})
+        loops = tuple(Loop(*loop) for loop in answer.pop("loops"))
+        return Resources(**answer, warps=num_warps, loops=loops)
 
     def close(self) -> None:
         if self._worker is not None:
@@ -106,9 +119,14 @@ class Compiler:
             self._worker.wait()
 
 
-def _passes(disassembly: str) -> list[int]:
-    """How many instructions every loop has that reads memory and waits for no other thread."""
-    places, passes, seen = {}, [], []
+def _load_bytes(instruction: str) -> int:
+    width = re.search(r"\.(?:U|S)?(8|16|64|128)\b", instruction)
+    return int(width[1]) // 8 if width else 4
+
+
+def _passes(disassembly: str) -> list[tuple[int, int, bool, int]]:
+    """The innermost loops that read memory: see `Loop`."""
+    places, loops, seen = {}, [], []
     for line in disassembly.splitlines():
         if label := re.match(r"(\.L_x?_?\d+):", line.strip()):
             places[label[1]] = len(seen)
@@ -116,9 +134,18 @@ def _passes(disassembly: str) -> list[int]:
             seen.append(line)
             branch = re.search(r"\bBRA\b.*`\((\.L_x?_?\d+)\)", line)
             if branch and branch[1] in places:
-                body = " ".join(seen[places[branch[1]] :])
-                if "LDG" in body and "BAR." not in body:
-                    passes.append(len(seen) - places[branch[1]])
+                loops.append((places[branch[1]], len(seen)))
+    passes = []
+    for start, end in loops:
+        body = " ".join(seen[start:end])
+        inner = any(start <= a and b <= end for a, b in loops if (a, b) != (start, end))
+        # what stands out of line, for shuffles of threads that have parted, is no loop
+        if "LDG" in body and not inner and "WARPSYNC" not in body:
+            asynchronous = re.findall(r"LDGSTS\S*", body)
+            loads = asynchronous or re.findall(r"LDG\S*", body)
+            spills = len(re.findall(r"\b(?:STL|LDL)\b", body))
+            loaded = sum(map(_load_bytes, loads))
+            passes.append((end - start, loaded, bool(asynchronous), spills))
     return passes
 
 

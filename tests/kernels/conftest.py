@@ -88,6 +88,18 @@ def single_thread():
     torch.set_num_threads(num_threads)
 
 
+@pytest.fixture(autouse=True)
+def few_splits(monkeypatch):
+    """Rows are split over two programs, and attention has few beyond its blocks: the interpreter
+    runs one after the other."""
+    from vllm_spechub.triton_kernels import lanes_device
+    from vllm_spechub.triton_kernels.tree_attention import kernel
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(lanes_device, "SPLITS", 2)
+        monkeypatch.setattr(kernel, "MORE_PROGRAMS", 12)
+
+
 @pytest.fixture(scope="session")
 def compile_for():
     """`compile_for(kernel, signature, constexprs, capability, num_warps)`: see `Compiler`."""

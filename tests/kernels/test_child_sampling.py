@@ -11,14 +11,15 @@ from scipy import stats
 
 from helpers.drafting import huge_rows
 from helpers.enumeration import DRAFTING, drafts, normalised
-from helpers.odd_rows import ODD_ROWS
 from vllm_spechub.cpu.tree_kernels import sampling as numba_kernels
-from vllm_spechub.triton_kernels import rng
-from vllm_spechub.triton_kernels.arguments import Children, Requests
+from vllm_spechub.measure.doctor.odd_rows import ODD_ROWS
+from vllm_spechub.triton_kernels import lanes_device, rng
+from vllm_spechub.triton_kernels.arguments import Children, KeptRows, Requests
 from vllm_spechub.triton_kernels.child_sampling import kernel, sample_children
 from vllm_spechub.triton_kernels.constants import CONFIDENT, FIRST_SAMPLE_LOSS, SAMPLE_SHARES
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 
+SPLITS = lanes_device.SPLITS
 RULES = tuple(BUILTIN_RULES)
 BRANCHING = tuple(name for name, rule in BUILTIN_RULES.items() if rule.max_children > 1)
 SPECHUB = tuple(name for name, rule in BUILTIN_RULES.items() if rule.sharpens)
@@ -30,7 +31,7 @@ SEEDS = [1, -7, 2**40 + 5, 12345, -(2**50)]
 
 def on(device: str, *arguments):
     return [
-        Requests(*on(device, *value)) if isinstance(value, Requests) else value.to(device)
+        value._make(on(device, *value)) if isinstance(value, tuple) else value.to(device)
         for value in arguments
     ]
 
@@ -38,8 +39,11 @@ def on(device: str, *arguments):
 def implementations(device: str):
     """The kernels, on tensors of the CPU."""
 
-    def triton(*rows, **options) -> Children:
-        found = kernel.sample_children(*on(device, *rows), **options)
+    def triton(*rows, keep: KeptRows | None = None, **options) -> Children:
+        kept = None if keep is None else KeptRows(*on(device, *keep))
+        found = kernel.sample_children(*on(device, *rows), keep=kept, **options)
+        if keep is not None:
+            keep.logits.copy_(kept.logits)
         return Children(*(value.cpu() for value in found))
 
     return {"triton": triton, "numba": numba_kernels.sample_children}
@@ -157,10 +161,13 @@ def test_numba_equals_the_reference(rule, vocab_size, dtype):
         assert_same(numba_kernels.sample_children(*rows, **options), expected)
 
 
-@pytest.mark.parametrize("vocab_size", [rng.LANES, 2 * rng.LANES + 905])
-@pytest.mark.parametrize("rule", ["mixed", "rrs"])
-def test_whole_lanes(device, rule, vocab_size):
-    """The Triton kernel with the product's lanes."""
+@pytest.mark.parametrize(
+    ("rule", "vocab_size", "splits"),
+    [("mixed", rng.LANES, 1), ("mixed", 2 * rng.LANES + 905, SPLITS), ("rrs", 40_000, 2)],
+)
+def test_whole_lanes(monkeypatch, device, rule, vocab_size, splits):
+    """The Triton kernels with the product's lanes, and several steps of a pass."""
+    monkeypatch.setattr(lanes_device, "SPLITS", splits)
     rows = make_rows(12, vocab_size, 4, torch.float32)
     options = {"rule": rule, "max_children": 4}
     found = implementations(device)["triton"](*rows, **options)
@@ -209,6 +216,28 @@ def test_odd_rows(device, rule, dtype):
         assert all(len(set(tokens)) == 4 for tokens in by_name.values())
     for sample in implementations(device).values():
         assert_same(sample(*rows, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_kept(device, dtype):
+    """As they are, in their request's and node's place, unless they are greedy or undrafted."""
+    rows = make_rows(14, 63, 2, dtype)
+    rows[0][3, 5] = float("nan")
+    node_ids, requests = torch.arange(14, dtype=torch.int32) // 5, rows[3]
+    internal_index = torch.tensor([1, -1, 0], dtype=torch.int32)
+    node_ids[node_ids == 1] = 2
+    req_idx = torch.tensor([0, 1, 2, 3, -1, 4, 3, 2, 1, 0, 0, 0, 0, 0], dtype=torch.int32)
+    rows[1], rows[3] = node_ids, requests._replace(req_idx=req_idx)
+    wanted = torch.full((6, 3, 80), 7.0, dtype=dtype)[:, :, :63]
+    for row, (req, node) in enumerate(zip(req_idx.tolist(), node_ids.tolist(), strict=True)):
+        if req >= 0 and TEMPERATURES[req] > 0:
+            wanted[req, internal_index[node]] = rows[0][row]
+    for sample in (sample_children, *implementations(device).values()):
+        kept = torch.full((6, 3, 80), 7.0, dtype=dtype)
+        keep = KeptRows(kept[:, :, :63], internal_index)
+        sample(*rows, rule="mixed", max_children=2, keep=keep)
+        torch.testing.assert_close(keep.logits, wanted, rtol=0, atol=0, equal_nan=True)
+        assert (kept[:, :, 63:] == 7.0).all()
 
 
 def test_row_stride(device):
@@ -381,6 +410,8 @@ def test_confident_draft_still_samples_off_the_hubs(host):
         ({"req_idx": torch.zeros(4, dtype=torch.int32)}, "req_idx"),
         ({"num_children": torch.ones(5, 1, dtype=torch.int32)}, "num_children"),
         ({"seeds": torch.zeros(1, dtype=torch.int64)}, "seeds"),
+        ({"keep": KeptRows(torch.zeros(2, 1, 8), torch.zeros(1))}, "keep.logits must be"),
+        ({"keep": KeptRows(torch.zeros(2, 1, 9).half(), torch.zeros(1))}, "float16"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
@@ -391,6 +422,7 @@ def test_wrong_arguments_are_named(change, message):
         "max_children": 2,
         "rule": "ordered",
         "sharpening": 1.0,
+        "keep": None,
     }
     requests = {
         "req_idx": torch.zeros(5, dtype=torch.int32),

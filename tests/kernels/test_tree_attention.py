@@ -13,14 +13,14 @@ from triton.runtime import interpreter
 from helpers.devices import DEVICE
 from vllm_spechub.triton_kernels.tree_attention import (
     CAUSAL,
+    kernel,
     tree_attention,
     tree_attention_reference,
 )
-from vllm_spechub.triton_kernels.tree_attention.kernel import (
-    choose_num_splits,
-    tree_attention_triton,
-)
+from vllm_spechub.triton_kernels.tree_attention.kernel import tree_attention_triton
 
+WHOLE = 1 << 20
+"""Tiles that no request has, so that none is split."""
 RATIO = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -203,12 +203,12 @@ def test_reference_follows_the_definition():
         (8, 2, 96, 48, "HND"),  # a block size that is none either
     ],
 )
-@pytest.mark.parametrize("num_splits", [1, 4])
-def test_mixed_batch(num_q_heads, num_kv_heads, head_size, block_size, layout, num_splits):
+@pytest.mark.parametrize("min_tiles", [WHOLE, 1])
+def test_mixed_batch(num_q_heads, num_kv_heads, head_size, block_size, layout, min_tiles):
     batch = make_batch(
         mixed_requests(), num_q_heads, num_kv_heads, head_size, block_size, layout=layout
     )
-    output = batch.run(tree_attention_triton, num_splits=num_splits)
+    output = batch.run(tree_attention_triton, min_tiles=min_tiles)
     reference = batch.run(tree_attention_reference)
     used = int(batch.query_start_loc[-1])
     assert_close(reference[:used], output[:used])
@@ -216,11 +216,11 @@ def test_mixed_batch(num_q_heads, num_kv_heads, head_size, block_size, layout, n
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("num_splits", [1, 2])
+@pytest.mark.parametrize("min_tiles", [WHOLE, 2])
 @pytest.mark.usefixtures("interpreted_bf16_dot")
-def test_half_precision(dtype, num_splits):
+def test_half_precision(dtype, min_tiles):
     batch = make_batch(mixed_requests(), dtype=dtype, padding=0)
-    output = batch.run(tree_attention_triton, num_splits=num_splits)
+    output = batch.run(tree_attention_triton, min_tiles=min_tiles)
     assert_close(batch.run(tree_attention_reference), output)
 
 
@@ -232,7 +232,7 @@ def test_64_nodes(root):
     assert chain[-1][1] == -1
     assert star[-1][1] < 0
     batch = make_batch([(root + 64, chain), (root + 64, star)], padding=0)
-    output = batch.run(tree_attention_triton, num_splits=1)
+    output = batch.run(tree_attention_triton, min_tiles=WHOLE)
     assert_close(batch.run(tree_attention_reference), output)
 
 
@@ -244,7 +244,7 @@ def test_rows_need_not_share_a_root():
         (30, [(0, 1), (20, 1)]),
     ]
     batch = make_batch(requests, padding=0)
-    output = batch.run(tree_attention_triton, num_splits=1)
+    output = batch.run(tree_attention_triton, min_tiles=WHOLE)
     assert_close(batch.run(tree_attention_reference), output)
     for row in range(7):
         torch.testing.assert_close(output[row, 1], naive(batch, row, 1))
@@ -278,7 +278,7 @@ def test_siblings_are_invisible():
 
 
 @pytest.mark.parametrize(
-    "attend", [tree_attention_reference, partial(tree_attention_triton, num_splits=1)]
+    "attend", [tree_attention_reference, partial(tree_attention_triton, min_tiles=WHOLE)]
 )
 def test_slots_that_nobody_sees_may_hold_nan(attend):
     """A draft pass feeds inner nodes only: here node 1 is a leaf whose slot was never written."""
@@ -291,10 +291,10 @@ def test_slots_that_nobody_sees_may_hold_nan(attend):
     assert torch.equal(batch.run(attend), expected)
 
 
-@pytest.mark.parametrize("num_splits", [1, 4])
-def test_row_that_sees_nothing_is_zero(num_splits):
+@pytest.mark.parametrize("min_tiles", [WHOLE, 1])
+def test_row_that_sees_nothing_is_zero(min_tiles):
     batch = make_batch([(5, [(0, 0), (0, 1)])], padding=0)
-    output = batch.run(tree_attention_triton, num_splits=num_splits)
+    output = batch.run(tree_attention_triton, min_tiles=min_tiles)
     assert (output[0] == 0).all()
     assert_close(batch.run(tree_attention_reference), output)
 
@@ -314,15 +314,15 @@ def test_fp8_cache(dtype, fp8):
     options = {"key_scale": scales[0], "value_scale": scales[1], "window": 20}
     expected = exact.run(tree_attention_reference, window=20)
     assert_close(expected, batch.run(tree_attention_reference, **options))
-    for num_splits in (1, 2):
-        assert_close(expected, batch.run(tree_attention_triton, num_splits=num_splits, **options))
+    for min_tiles in (WHOLE, 2):
+        assert_close(expected, batch.run(tree_attention_triton, min_tiles=min_tiles, **options))
 
 
 def test_softcap():
     batch = make_batch(mixed_requests(), padding=0)
     batch.query *= 20.0
     reference = batch.run(tree_attention_reference, softcap=2.0)
-    assert_close(reference, batch.run(tree_attention_triton, softcap=2.0, num_splits=1))
+    assert_close(reference, batch.run(tree_attention_triton, softcap=2.0, min_tiles=WHOLE))
     assert not torch.allclose(reference, batch.run(tree_attention_reference), atol=1e-2)
 
 
@@ -343,8 +343,8 @@ def test_window_counts_depths(window):
     batch = make_batch(long_requests())
     reference = batch.run(tree_attention_reference, window=window)
     used = int(batch.query_start_loc[-1])
-    for num_splits in (1, 4):
-        output = batch.run(tree_attention_triton, num_splits=num_splits, window=window)
+    for min_tiles in (WHOLE, 1):
+        output = batch.run(tree_attention_triton, min_tiles=min_tiles, window=window)
         assert_close(reference[:used], output[:used])
         assert (output[used:] == 7.0).all()
     batch.visible_until[used - 13] = 90  # the one sentinel, as `naive` needs it
@@ -356,12 +356,12 @@ def test_window_reaches_over_all_64_nodes():
     chain, star = tree_rows(20, list(range(63))), tree_rows(20, [0] * 63)
     batch = make_batch([(84, chain), (84, star)], padding=0)
     for window in (2, 40, 63, 64, 70):
-        output = batch.run(tree_attention_triton, num_splits=1, window=window)
+        output = batch.run(tree_attention_triton, min_tiles=WHOLE, window=window)
         assert_close(batch.run(tree_attention_reference, window=window), output)
 
 
 @pytest.mark.parametrize(
-    "attend", [tree_attention_triton, partial(tree_attention_triton, num_splits=4)]
+    "attend", [tree_attention_triton, partial(tree_attention_triton, min_tiles=1)]
 )
 def test_blocks_before_every_window_are_not_read(attend):
     """vLLM frees them, and their place in the table points at a block that holds anything."""
@@ -385,7 +385,7 @@ def test_any_split_fits_the_launch():
 
         def attend(*args, **kwargs):
             kwargs["max_query_len"] = max_query_len  # noqa: B023
-            tree_attention_triton(*args, **kwargs, num_splits=1)
+            tree_attention_triton(*args, **kwargs, min_tiles=WHOLE)
 
         assert_close(reference, batch.run(attend)[:used])
 
@@ -396,7 +396,7 @@ def test_no_key_is_read_past_the_visible_ones():
     late = batch.block_table[0, 256 // 16 : 300 // 16 + 1].long()
     batch.key_cache[late] = float("nan")
     batch.value_cache[late] = float("nan")
-    output = batch.run(tree_attention_triton, num_splits=1)
+    output = batch.run(tree_attention_triton, min_tiles=WHOLE)
     assert output[:256].isfinite().all()
     assert output[256:].isnan().all()
 
@@ -424,8 +424,26 @@ def test_bad_arguments_are_named(name, change):
         batch.run(tree_attention)
 
 
-@pytest.mark.parametrize(
-    ("num_programs", "num_splits"), [(1, 16), (8, 16), (40, 8), (128, 2), (129, 1), (5000, 1)]
-)
-def test_splits_fill_the_gpu_and_no_more(num_programs, num_splits):
-    assert choose_num_splits(num_programs) == num_splits
+def test_splits_follow_the_lengths(monkeypatch):
+    """A long request is split among the programs that a launch has beyond its blocks, however many
+    short ones there are; these write their output themselves."""
+    created = []
+    new_empty = torch.Tensor.new_empty
+
+    def record(*args, **kwargs):
+        created.append(new_empty(*args, **kwargs))
+        return created[-1]
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", record)
+    short = [(20, tree_rows(16, [0, 0, 1]))] * 3
+    batch = make_batch([*short, (400, causal_rows(400, 2)), *short], 2, 1)
+    for more, min_tiles, wanted in ((10, 2, 7), (10, 5, 5), (3, 2, 2), (10, 400, 0)):
+        monkeypatch.setattr(kernel, "MORE_PROGRAMS", more)
+        output = batch.run(tree_attention_triton, min_tiles=min_tiles)
+        assert_close(batch.run(tree_attention_reference)[:-3], output[:-3])
+        lse = [tensor for tensor in created if tensor.dim() == 3][-1]
+        assert len(lse) == 2 * more
+        # 25 of the 37 tiles are the long request's
+        parts = int((~lse.isnan()).any(dim=2).sum())
+        assert parts == wanted
+        assert lse[:parts, 0, :4].isfinite().all()

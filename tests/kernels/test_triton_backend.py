@@ -18,6 +18,7 @@ pytest.importorskip("vllm")
 from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -160,7 +161,7 @@ def launches(monkeypatch):
 
     def launch(*args):
         calls.append(args)
-        tree_attention_triton(*args, num_splits=2)
+        tree_attention_triton(*args, min_tiles=1)
 
     monkeypatch.setattr(triton_backend, "tree_attention", launch)
     return calls
@@ -201,21 +202,132 @@ def test_captured_graph_replays_other_batches(launches):
         query.copy_(new_query)
         cache.copy_(new_cache)
         output.zero_()
-        tree_attention_triton(*launches[0], num_splits=1)
+        tree_attention_triton(*launches[0])
         torch.testing.assert_close(output, expected_output(common, tree, query, cache))
 
 
-def test_without_tree_falls_back_to_vllm(monkeypatch, launches):
+def test_a_profiling_run_is_vllms(monkeypatch, launches):
     fallbacks = []
     monkeypatch.setattr(TritonAttentionImpl, "forward", lambda *args: fallbacks.append(args))
-    builder, impl = make_builder(), make_impl()
-    common = make_common(MIXED)
-    query, cache = make_inputs(common)
-    metadata = builder.build(0, common)
-    forward(impl, metadata, query, cache)
-    forward(impl, None, query, cache)
-    assert [call[6] for call in fallbacks] == [metadata, None]
+    query, cache = make_inputs(make_common(MIXED))
+    forward(make_impl(), None, query, cache)
+    assert [call[6] for call in fallbacks] == [None]
     assert not launches
+
+
+@pytest.fixture
+def flash_calls(monkeypatch):
+    """FlashAttention, which needs a GPU, replaced by the reference of causal attention; lists the
+    arguments of each call. On a GPU the original computes too."""
+    calls = []
+    original = getattr(fa_utils, "flash_attn_varlen_func", None)
+
+    def attend(**given):
+        calls.append(given)
+        if original is not None:
+            original(**given)
+            return
+        num_tokens = len(given["q"])
+        causal = torch.full((num_tokens,), CAUSAL, dtype=torch.int32)
+        left, right = given["window_size"]
+        assert given["causal"]
+        assert right == (0 if left >= 0 else -1)
+        tree_attention_reference(
+            given["q"],
+            given["k"],
+            given["v"],
+            given["out"],
+            given["cu_seqlens_q"],
+            given["seqused_k"],
+            given["block_table"],
+            causal,
+            torch.zeros(num_tokens, dtype=torch.int64),
+            given["softmax_scale"],
+            given["max_seqlen_q"],
+            given["softcap"],
+            left + 1,
+        )
+
+    if original is None:
+        monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **given: 3)
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", attend, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("requests", "first_plain"),
+    [
+        (MIXED, 2),
+        ([(40, 1), (20, BINARY), (0, 9)], 2),  # one without a tree among those with
+        ([(0, 30), (33, 1)], 0),
+        ([(20, BINARY)], 1),
+    ],
+)
+@pytest.mark.parametrize("window", [None, 12])
+def test_requests_without_a_tree_run_flash_attention(
+    launches, flash_calls, requests, first_plain, window
+):
+    """Those after the last tree; each kernel gets its slices, and the whole is as ever."""
+    builder, impl = make_builder(), make_impl(sliding_window=window)
+    common, tree = make_common(requests, padding=2, padded_reqs=1), make_tree(requests)
+    query, cache = (value.half() for value in make_inputs(common))
+    has_tree = first_plain > 0
+    metadata = builder.build(0, common, tree=tree if has_tree else None)
+    output = torch.full_like(query, 7.0)
+    for _ in range(2):  # a second layer uses what the first one made
+        impl.forward(None, query, query, query, cache, metadata, output)
+    used = int(common.query_start_loc[-1])
+    before = int(common.query_start_loc[first_plain])
+    expected = torch.zeros_like(query)
+    key_cache, value_cache = cache_views(cache)
+    tree_attention_reference(
+        query,
+        key_cache,
+        value_cache,
+        expected,
+        common.query_start_loc,
+        common.seq_lens,
+        common.block_table_tensor,
+        tree.visible_until,
+        tree.tree_mask,
+        HEAD_SIZE**-0.5,
+        common.max_query_len,
+        window=window or 0,
+    )
+    torch.testing.assert_close(output[:used], expected[:used], rtol=4e-3, atol=4e-3)
+    assert len(launches) == (2 if has_tree else 0)
+    assert len(flash_calls) == (2 if before < used else 0)
+    if before < used:
+        given = flash_calls[0]
+        lengths = common.query_start_loc.diff()[first_plain:]
+        assert torch.equal(given["cu_seqlens_q"].diff(), lengths)
+        assert given["cu_seqlens_q"][0] == 0
+        assert given["max_seqlen_q"] == lengths.max()
+        assert torch.equal(given["seqused_k"], common.seq_lens[first_plain:])
+        assert given["max_seqlen_k"] == common.max_seq_len
+        assert given["fa_version"] in (2, 3, 4)
+        assert given["cu_seqlens_q"] is flash_calls[1]["cu_seqlens_q"]
+    if has_tree and before < used:
+        assert len(launches[0][0]) == before
+        assert len(launches[0][5]) == first_plain
+
+
+def test_a_captured_graph_never_runs_flash_attention(launches, flash_calls):
+    """A replay may have trees where the capture had none."""
+    builder, impl = make_builder(), make_impl()
+    common = make_common([(0, 6)] * 2)
+    query, cache = (value.half() for value in make_inputs(common))
+    metadata = builder.build_for_cudagraph_capture(common)
+    impl.forward(None, query, query, query, cache, metadata, torch.zeros_like(query))
+    assert len(launches) == 1
+    assert not flash_calls
+
+
+@pytest.mark.parametrize("change", [{"kv_cache_dtype": "fp8"}, {"head_size": 36}])
+def test_what_flash_attention_cannot_read_is_ours(monkeypatch, flash_calls, change):
+    monkeypatch.setattr(current_platform, "fp8_dtype", lambda: torch.float8_e4m3fn)
+    assert make_impl().flash_version
+    assert make_impl(**change).flash_version is None
 
 
 def test_buffers_start_causal_and_keep_their_place():

@@ -13,9 +13,9 @@ from scipy import stats
 from helpers import enumeration
 from helpers.drafting import BINARY, CHAIN, UNEQUAL, WIDE, Draft, Tree, draft_tree, huge_rows
 from helpers.enumeration import DRAFTING, Grown, Model, accepted
-from helpers.odd_rows import ODD_ROWS
 from vllm_spechub.cpu.tree_kernels import sampling as numba_kernels
-from vllm_spechub.triton_kernels import rng
+from vllm_spechub.measure.doctor.odd_rows import ODD_ROWS
+from vllm_spechub.triton_kernels import lanes_device, rng
 from vllm_spechub.triton_kernels.arguments import (
     Drafts,
     Requests,
@@ -27,6 +27,7 @@ from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 from vllm_spechub.triton_kernels.verification import kernel, verify_tree
 from vllm_spechub.triton_kernels.verification.reference import reach
 
+SPLITS = lanes_device.SPLITS
 RULES = tuple(BUILTIN_RULES)
 BRANCHING = tuple(name for name, rule in BUILTIN_RULES.items() if rule.max_children > 1)
 SPECHUB = tuple(name for name, rule in BUILTIN_RULES.items() if rule.sharpens)
@@ -175,10 +176,13 @@ def test_lanes_of_any_number(monkeypatch, device, name, rule, sharpening, vocab_
     assert (expected.tokens != vocab_size // 2).all()  # masked in the target
 
 
-@pytest.mark.parametrize("vocab_size", [rng.LANES, 2 * rng.LANES + 905])
-@pytest.mark.parametrize("rule", ["mixed", "ordered"])
-def test_whole_lanes(device, rule, vocab_size):
-    """The Triton kernels with the product's lanes."""
+@pytest.mark.parametrize(
+    ("rule", "vocab_size", "splits"),
+    [("mixed", rng.LANES, 1), ("mixed", 2 * rng.LANES + 905, SPLITS), ("ordered", 40_000, 2)],
+)
+def test_whole_lanes(monkeypatch, device, rule, vocab_size, splits):
+    """The Triton kernels with the product's lanes, and several steps of a pass."""
+    monkeypatch.setattr(lanes_device, "SPLITS", splits)
     arguments, options = make_case(Tree([3, 2, 0, 1, 0, 0, 0]), vocab_size, rule, torch.float32)
     assert_equal(triton_on(device)(*arguments, **options), verify_tree(*arguments, **options))
 

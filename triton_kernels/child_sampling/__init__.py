@@ -3,7 +3,7 @@
 
 import torch
 
-from ..arguments import Children, Requests
+from ..arguments import Children, KeptRows, Requests
 from ..constants import MAX_CHILDREN
 from ..rules import builtin_rule
 
@@ -21,6 +21,7 @@ def sample_children(
     rule: str,
     max_children: int,
     sharpening: float = 1.0,
+    keep: KeptRows | None = None,
 ) -> Children:
     """Draft `k = num_children[row]` tokens for each row.
 
@@ -44,6 +45,7 @@ def sample_children(
         rule: a built-in rule's name; verification must use the same.
         max_children: the largest of `num_children`, at most MAX_CHILDREN.
         sharpening: the exponent of q off the hubs, above 0; verification must use the same.
+        keep: where to keep the rows for verification, if anywhere.
 
     Raises:
         ValueError: a shape, `max_children`, `rule` or `sharpening` does not fit.
@@ -65,6 +67,15 @@ def sample_children(
     if requests.temperature.dim() != 1 or requests.seeds.shape != requests.temperature.shape:
         raise ValueError("temperature and seeds must both be [max_num_reqs]")
 
+    if keep is not None:
+        kept = keep.logits
+        if kept.dim() != 3 or kept.shape[2] != vocab_size or kept.stride(2) != 1:
+            raise ValueError(
+                f"keep.logits must be [max_num_reqs, num_internal, {vocab_size}], rows contiguous"
+            )
+        if kept.dtype != logits.dtype:
+            raise ValueError(f"keep.logits is {kept.dtype}, logits are {logits.dtype}")
+
     if logits.is_cuda:
         from . import kernel as implementation
     else:
@@ -77,4 +88,5 @@ def sample_children(
         rule=rule,
         max_children=max_children,
         sharpening=sharpening,
+        keep=keep,
     )

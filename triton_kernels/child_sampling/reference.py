@@ -4,7 +4,7 @@
 import torch
 
 from .. import rng
-from ..arguments import Children, Requests
+from ..arguments import Children, KeptRows, Requests
 from ..constants import CONFIDENT, FIRST_SAMPLE_LOSS, LOWEST, SAMPLE_SHARES
 from ..logits import finite
 from ..rules import BUILTIN_RULES
@@ -22,11 +22,14 @@ def sample_children(
     rule: str,
     max_children: int,
     sharpening: float = 1.0,
+    keep: KeptRows | None = None,
 ) -> Children:
     """`child_sampling.sample_children` on any device, without argument checks."""
     traits = BUILTIN_RULES[rule]
     req = requests.req_idx.clamp(min=0).long()
     temperature = requests.temperature[req]
+    if keep is not None:
+        keep_rows(keep, logits, node_ids, requests)
     left = finite(logits)
     peak = left.amax(dim=1)
     # A row without any possible token is drafted as a greedy one.
@@ -74,6 +77,21 @@ def sample_children(
     undrafted = requests.req_idx < 0
     token = token.masked_fill(undrafted.unsqueeze(1), -1)
     return Children(token, bits.masked_fill(undrafted, -1).to(torch.int32))
+
+
+def keep_rows(
+    keep: KeptRows,
+    # [num_rows, vocab_size]
+    logits: torch.Tensor,
+    # [num_rows]
+    node_ids: torch.Tensor,
+    requests: Requests,
+) -> None:
+    """Keep those rows that verification may read."""
+    req = requests.req_idx.clamp(min=0).long()
+    drawn = (requests.temperature[req] != 0) & (requests.req_idx >= 0)
+    (rows,) = drawn.nonzero(as_tuple=True)
+    keep.logits[req[rows], keep.internal_index[node_ids[rows]]] = logits[rows]
 
 
 def _weights(

@@ -4,8 +4,12 @@
 One flash-attention loop (Dao, "FlashAttention-2", 2023) whose rows are the query tokens of one
 request times the query heads of one KV head, as in vLLM's `triton_unified_attention`. Keys that
 every row of a block sees are folded in without a mask; only the last tiles, which hold the causal
-diagonal or the tree, test visibility. Small batches also split the keys over programs
-(flash-decoding), and a second kernel merges the parts.
+diagonal or the tree, test visibility.
+
+The keys of long requests are split over programs (flash-decoding), and a second kernel merges the
+parts. How many parts a request has follows from the lengths of all requests, which only the device
+knows: a launch has as many programs as there are query blocks, and some more, which go where the
+tiles are. So a graph that was captured for a batch's shape serves every batch of that shape.
 """
 
 import torch
@@ -13,9 +17,16 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-# With fewer programs a GPU has idle multiprocessors, so the keys are divided among more programs.
-TARGET_PROGRAMS = 256
-MAX_SPLITS = 16
+# The programs that a launch has beyond one for each query block and KV head: about as many as run
+# at the same time.
+MORE_PROGRAMS = 256
+MAX_SPLITS = tl.constexpr(64)
+# A part of a request has at least so many tiles: with fewer, merging costs more than it saves.
+MIN_TILES = 8
+# Rows of a block that one program merges.
+MERGED_ROWS = 16
+# Requests that a program looks at together to find its own.
+_REQS = tl.constexpr(128)
 
 
 @triton.jit
@@ -39,28 +50,85 @@ def _count_bits(
 
 
 @triton.jit
-def _find_request(
+def _blocks_and_tiles(
     # [num_reqs + 1]
     query_start_loc_ptr,
-    query_block,
+    # [num_reqs]
+    seq_lens_ptr,
+    first,
     num_reqs,
+    window,
     BLOCK_Q: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """The last request whose first query block is not past `query_block`.
+    """How many query blocks requests have, and how many tiles of keys each of these reads at most.
+    [_REQS] each, from a first request on"""
+    reqs = first + tl.arange(0, _REQS)
+    inside = reqs < num_reqs
+    start = tl.load(query_start_loc_ptr + reqs, mask=inside, other=0)
+    end = tl.load(query_start_loc_ptr + reqs + 1, mask=inside, other=0)
+    keys = tl.load(seq_lens_ptr + reqs, mask=inside, other=0)
+    if window > 0:
+        keys = tl.minimum(keys, window + end - start)
+    return tl.cdiv(end - start, BLOCK_Q), tl.cdiv(keys, TILE)
 
-    Request `r` owns the blocks from `query_start_loc[r] // BLOCK_Q + r`: an upper bound on the
-    blocks before it that needs no prefix sum over rounded lengths.
+
+@triton.jit
+def _find_part(
+    # [num_reqs + 1]
+    query_start_loc_ptr,
+    # [num_reqs]
+    seq_lens_ptr,
+    number,
+    num_reqs,
+    window,
+    more,
+    min_tiles,
+    BLOCK_Q: tl.constexpr,
+    TILE: tl.constexpr,
+    OF_SPLIT: tl.constexpr,
+):
+    """Which part of the batch has a number, counting all, or only the parts OF_SPLIT requests.
+
+    Returns:
+        The request, -1 if there are not so many parts; how many parts each of its query blocks has;
+        the block; which of the block's parts it is; its number among the parts of split requests,
+        -1 if the request is not split.
     """
-    left = 0
-    right = num_reqs
-    while left < right:
-        middle = (left + right) // 2
-        first_block = tl.load(query_start_loc_ptr + middle) // BLOCK_Q + middle
-        if first_block <= query_block:
-            left = middle + 1
-        else:
-            right = middle
-    return left - 1
+    total = tl.full([], 0, tl.int32)
+    for first in range(0, num_reqs, _REQS):
+        blocks, tiles = _blocks_and_tiles(
+            query_start_loc_ptr, seq_lens_ptr, first, num_reqs, window, BLOCK_Q, TILE
+        )
+        total += tl.sum(blocks * tiles, axis=0)
+    # So there are `more` parts beyond one for each block at most, and of split requests twice that.
+    unit = tl.maximum(min_tiles, tl.cdiv(total, more))
+    request = tl.full([], -1, tl.int32)
+    splits = tl.full([], 1, tl.int32)
+    place = tl.full([], 0, tl.int32)
+    slot = tl.full([], 0, tl.int32)
+    before = tl.full([], 0, tl.int32)
+    slots_before = tl.full([], 0, tl.int32)
+    for first in range(0, num_reqs, _REQS):
+        blocks, tiles = _blocks_and_tiles(
+            query_start_loc_ptr, seq_lens_ptr, first, num_reqs, window, BLOCK_Q, TILE
+        )
+        parts = tl.minimum(tl.maximum(tl.cdiv(tiles, unit), 1), MAX_SPLITS)
+        of_split = tl.where(parts > 1, blocks * parts, 0)
+        slots_begin = slots_before + tl.cumsum(of_split, axis=0) - of_split
+        counted = of_split if OF_SPLIT else blocks * parts
+        begin = slots_begin
+        if not OF_SPLIT:
+            begin = before + tl.cumsum(counted, axis=0) - counted
+        own = (begin <= number) & (number < begin + counted)
+        if tl.max(own.to(tl.int32), axis=0) > 0:
+            request = first + tl.sum(tl.where(own, tl.arange(0, _REQS), 0), axis=0)
+            splits = tl.sum(tl.where(own, parts, 0), axis=0)
+            place = number - tl.sum(tl.where(own, begin, 0), axis=0)
+            slot = tl.where(splits > 1, place + tl.sum(tl.where(own, slots_begin, 0), axis=0), -1)
+        before += tl.sum(counted, axis=0)
+        slots_before += tl.sum(of_split, axis=0)
+    return request, splits, place // splits, place % splits, slot
 
 
 @triton.jit
@@ -164,12 +232,13 @@ def _attend_tile(
     return new_max, row_sum, acc
 
 
-@triton.jit(do_not_specialize=["num_reqs"])
+@triton.jit(do_not_specialize=["num_reqs", "more", "min_tiles"])
 def _tree_attention_kernel(
-    # NUM_SPLITS == 1: [num_tokens, num_q_heads, head_size], the output itself
-    # NUM_SPLITS > 1: [NUM_SPLITS, num_tokens, num_q_heads, head_size] float32
+    # [num_tokens, num_q_heads, head_size], written for requests that are not split
     output_ptr,
-    # [NUM_SPLITS, num_tokens, num_q_heads] float32, base-2 log of each part's softmax sum
+    # [2 * more, num_kv_heads, BLOCK_M, HEAD_PADDED] float32, written for the others
+    parts_ptr,
+    # [2 * more, num_kv_heads, BLOCK_M] float32, base-2 log of each part's softmax sum
     part_lse_ptr,
     # [num_tokens, num_q_heads, head_size]
     query_ptr,
@@ -194,14 +263,13 @@ def _tree_attention_kernel(
     softcap,
     window,
     num_reqs,
+    more,
+    min_tiles,
     block_table_stride,
     query_token_stride,
     query_head_stride,
-    output_split_stride,
     output_token_stride,
     output_head_stride,
-    lse_split_stride,
-    lse_token_stride,
     key_block_stride,
     key_slot_stride,
     key_head_stride,
@@ -217,22 +285,29 @@ def _tree_attention_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     USE_SOFTCAP: tl.constexpr,
     USE_WINDOW: tl.constexpr,
 ):
-    """Grid: (query blocks upper bound, num_kv_heads, NUM_SPLITS)."""
-    query_block = tl.program_id(0)
+    """Grid: (bound on query blocks + more, num_kv_heads)."""
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-
-    req = _find_request(query_start_loc_ptr, query_block, num_reqs, BLOCK_Q)
+    req, num_splits, block, split, slot = _find_part(
+        query_start_loc_ptr,
+        seq_lens_ptr,
+        tl.program_id(0),
+        num_reqs,
+        window,
+        more,
+        min_tiles,
+        BLOCK_Q,
+        TILE,
+        False,
+    )
+    if req < 0:
+        return
     query_start = tl.load(query_start_loc_ptr + req)
     query_len = tl.load(query_start_loc_ptr + req + 1) - query_start
     seq_len = tl.load(seq_lens_ptr + req)
-    first_token = (query_block - query_start // BLOCK_Q - req) * BLOCK_Q
-    if first_token >= query_len:
-        return
+    first_token = block * BLOCK_Q
 
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, HEAD_PADDED)
@@ -283,7 +358,7 @@ def _tree_attention_kernel(
 
     begin_tile = key_begin // TILE
     end_tile = (key_end + TILE - 1) // TILE
-    tiles_per_split = (tl.maximum(end_tile - begin_tile, 0) + NUM_SPLITS - 1) // NUM_SPLITS
+    tiles_per_split = tl.cdiv(tl.maximum(end_tile - begin_tile, 0), num_splits)
     first_tile = begin_tile + split * tiles_per_split
     last_tile = tl.minimum(first_tile + tiles_per_split, end_tile)
     shared_tile = tl.maximum(tl.minimum(shared_end // TILE, last_tile), first_tile)
@@ -373,73 +448,98 @@ def _tree_attention_kernel(
     acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
     if value_scale_ptr is not None:
         acc *= tl.load(value_scale_ptr)
-    tl.store(
-        output_ptr
-        + split.to(tl.int64) * output_split_stride
-        + (token * output_token_stride + head * output_head_stride)[:, None]
-        + dims[None, :],
-        acc.to(output_ptr.dtype.element_ty),
-        mask=tile_mask,
-    )
-    if NUM_SPLITS > 1:
-        lse = tl.where(empty, float("-inf"), row_max + tl.log2(row_sum))
+    if slot < 0:
         tl.store(
-            part_lse_ptr + split * lse_split_stride + token * lse_token_stride + head,
-            lse,
-            mask=row_mask,
+            output_ptr
+            + (token * output_token_stride + head * output_head_stride)[:, None]
+            + dims[None, :],
+            acc.to(output_ptr.dtype.element_ty),
+            mask=tile_mask,
         )
+    else:
+        part = slot.to(tl.int64) * tl.num_programs(1) + kv_head
+        at_row = part * BLOCK_M + rows
+        tl.store(parts_ptr + (at_row * HEAD_PADDED)[:, None] + dims[None, :], acc, mask=tile_mask)
+        lse = tl.where(empty, float("-inf"), row_max + tl.log2(row_sum))
+        tl.store(part_lse_ptr + at_row, lse, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["num_reqs"])
+@triton.jit(do_not_specialize=["num_reqs", "more", "min_tiles"])
 def _merge_splits_kernel(
     # [num_tokens, num_q_heads, head_size]
     output_ptr,
-    # [NUM_SPLITS, num_tokens, num_q_heads, head_size] float32
-    part_output_ptr,
-    # [NUM_SPLITS, num_tokens, num_q_heads] float32
+    # [2 * more, num_kv_heads, BLOCK_M, HEAD_PADDED] float32
+    parts_ptr,
+    # [2 * more, num_kv_heads, BLOCK_M] float32
     part_lse_ptr,
     # [num_reqs + 1]
     query_start_loc_ptr,
+    # [num_reqs]
+    seq_lens_ptr,
     num_reqs,
+    window,
+    more,
+    min_tiles,
     output_token_stride,
     output_head_stride,
-    part_split_stride,
-    part_token_stride,
-    part_head_stride,
-    lse_split_stride,
-    lse_token_stride,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Grid: (num_tokens, num_q_heads)."""
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    # Parts of padding tokens were never written.
-    if token >= tl.load(query_start_loc_ptr + num_reqs):
-        return
-    splits = tl.arange(0, NUM_SPLITS).to(tl.int64)
-    dims = tl.arange(0, HEAD_PADDED)
-    dim_mask = dims < HEAD_SIZE
-    lse = tl.load(part_lse_ptr + splits * lse_split_stride + token * lse_token_stride + head)
-    highest = tl.maximum(tl.max(lse, axis=0), -3.0e38)
-    weights = tl.exp2(lse - highest)
-    total = tl.sum(weights, axis=0)
-    # [NUM_SPLITS, HEAD_PADDED]
-    parts = tl.load(
-        part_output_ptr
-        + (splits * part_split_stride)[:, None]
-        + token * part_token_stride
-        + head * part_head_stride
-        + dims[None, :],
-        mask=dim_mask[None, :],
-        other=0.0,
+    """Grid: (2 * more, num_kv_heads, BLOCK_M // ROWS). The program of a block's first part merges
+    all of its parts."""
+    kv_head = tl.program_id(1)
+    req, num_splits, block, split, slot = _find_part(
+        query_start_loc_ptr,
+        seq_lens_ptr,
+        tl.program_id(0),
+        num_reqs,
+        window,
+        more,
+        min_tiles,
+        BLOCK_Q,
+        TILE,
+        True,
     )
-    merged = tl.sum(parts * weights[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    if (req < 0) | (split > 0):
+        return
+    query_start = tl.load(query_start_loc_ptr + req)
+    query_len = tl.load(query_start_loc_ptr + req + 1) - query_start
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, HEAD_PADDED)
+    token_in_req = block * BLOCK_Q + rows // GROUP_SIZE
+    row_mask = (token_in_req < query_len) & (rows < BLOCK_Q * GROUP_SIZE)
+    tile_mask = row_mask[:, None] & (dims < HEAD_SIZE)[None, :]
+    # Finite, so that a row that has seen nothing yet subtracts no infinities.
+    highest = tl.full([ROWS], -3.0e38, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    merged = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
+    for number in range(0, num_splits):
+        part = (slot + number).to(tl.int64) * tl.num_programs(1) + kv_head
+        at_row = part * BLOCK_M + rows
+        lse = tl.load(part_lse_ptr + at_row, mask=row_mask, other=float("-inf"))
+        # [ROWS, HEAD_PADDED]
+        values = tl.load(
+            parts_ptr + (at_row * HEAD_PADDED)[:, None] + dims[None, :], mask=tile_mask, other=0.0
+        )
+        higher = tl.maximum(highest, lse)
+        decay, weight = tl.exp2(highest - higher), tl.exp2(lse - higher)
+        merged = merged * decay[:, None] + values * weight[:, None]
+        total = total * decay + weight
+        highest = higher
+    merged /= tl.where(total == 0.0, 1.0, total)[:, None]
+    token = (query_start + token_in_req).to(tl.int64)
+    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
     tl.store(
-        output_ptr + token * output_token_stride + head * output_head_stride + dims,
+        output_ptr
+        + (token * output_token_stride + head * output_head_stride)[:, None]
+        + dims[None, :],
         merged.to(output_ptr.dtype.element_ty),
-        mask=dim_mask,
+        mask=tile_mask,
     )
 
 
@@ -481,12 +581,6 @@ def launch_config(
     return {"BLOCK_M": block_m, "TILE": tile, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def choose_num_splits(num_programs: int) -> int:
-    """How many programs share the keys of one query block; a power of two."""
-    splits = triton.next_power_of_2(triton.cdiv(TARGET_PROGRAMS, max(num_programs, 1)))
-    return 1 if num_programs * 2 > TARGET_PROGRAMS else min(splits, MAX_SPLITS)
-
-
 def tree_attention_triton(
     # [num_tokens, num_q_heads, head_size]
     query: torch.Tensor,
@@ -513,13 +607,12 @@ def tree_attention_triton(
     # [1] each
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
-    num_splits: int | None = None,
+    min_tiles: int = MIN_TILES,
 ) -> None:
     """Launch the kernels; never waits for the device. Arguments as `tree_attention`.
 
     Args:
-        num_splits: parts the keys are divided into, a power of two; by default from the grid,
-            which depends on shapes only and so is the same at CUDA graph capture and replay.
+        min_tiles: the fewest tiles of keys in a part of a request.
     """
     num_tokens, num_q_heads, head_size = query.shape
     num_reqs = seq_lens.shape[0]
@@ -528,28 +621,26 @@ def tree_attention_triton(
     # Interpreted on the CPU, the kernel runs with any configuration.
     capability = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
     config = launch_config(query.dtype, head_size, group_size, max_query_len, capability)
-    block_q = config["BLOCK_M"] // group_size
+    block_m, block_q = config["BLOCK_M"], config["BLOCK_M"] // group_size
     # sum_r ceil(len_r / block_q) <= num_tokens // block_q + num_reqs, without knowing the lengths.
     num_query_blocks = num_tokens // block_q + num_reqs
     if num_tokens == 0 or num_reqs == 0:
         return
-    if num_splits is None:
-        num_splits = choose_num_splits(num_query_blocks * num_kv_heads)
     head_padded = triton.next_power_of_2(head_size)
-
-    if num_splits == 1:
-        # [1, num_tokens, num_q_heads, head_size]
-        parts = output.unsqueeze(0)
-        lse = None
-        lse_strides = (0, 0)
-    else:
-        parts = query.new_empty((num_splits, *query.shape), dtype=torch.float32)
-        lse = query.new_empty((num_splits, num_tokens, num_q_heads), dtype=torch.float32)
-        lse_strides = lse.stride()[:2]
+    more = triton.cdiv(MORE_PROGRAMS, num_kv_heads)
+    lse = query.new_empty((2 * more, num_kv_heads, block_m), dtype=torch.float32)
+    parts = query.new_empty((*lse.shape, head_padded), dtype=torch.float32)
 
     # tanh takes the plain score, exp2 takes it times log2(e).
     qk_scale = scale if softcap > 0 else scale * LOG2_E
-    _tree_attention_kernel[(num_query_blocks, num_kv_heads, num_splits)](
+    sizes = {
+        "HEAD_SIZE": head_size,
+        "HEAD_PADDED": head_padded,
+        "GROUP_SIZE": group_size,
+        "BLOCK_Q": block_q,
+    }
+    _tree_attention_kernel[(num_query_blocks + more, num_kv_heads)](
+        output,
         parts,
         lse,
         query,
@@ -566,33 +657,32 @@ def tree_attention_triton(
         float(softcap),
         window,
         num_reqs,
+        more,
+        min_tiles,
         block_table.stride(0),
         *query.stride()[:2],
-        *parts.stride()[:3],
-        *lse_strides,
+        *output.stride()[:2],
         *key_cache.stride(),
         *value_cache.stride(),
         BLOCK_SIZE=key_cache.shape[1],
-        HEAD_SIZE=head_size,
-        HEAD_PADDED=head_padded,
-        GROUP_SIZE=group_size,
-        BLOCK_Q=block_q,
-        NUM_SPLITS=num_splits,
         USE_SOFTCAP=softcap > 0,
         USE_WINDOW=window > 0,
+        **sizes,
         **config,
     )
-    if lse is not None:
-        _merge_splits_kernel[(num_tokens, num_q_heads)](
-            output,
-            parts,
-            lse,
-            query_start_loc,
-            num_reqs,
-            *output.stride()[:2],
-            *parts.stride()[:3],
-            *lse_strides,
-            HEAD_SIZE=head_size,
-            HEAD_PADDED=head_padded,
-            NUM_SPLITS=num_splits,
-        )
+    _merge_splits_kernel[(2 * more, num_kv_heads, triton.cdiv(block_m, MERGED_ROWS))](
+        output,
+        parts,
+        lse,
+        query_start_loc,
+        seq_lens,
+        num_reqs,
+        window,
+        more,
+        min_tiles,
+        *output.stride()[:2],
+        BLOCK_M=block_m,
+        TILE=config["TILE"],
+        ROWS=MERGED_ROWS,
+        **sizes,
+    )

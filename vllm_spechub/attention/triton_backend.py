@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's Triton attention with tree masks, registered as the CUSTOM backend on GPUs.
 
-A batch that comes with a `TreeVisibility` runs our kernel, whatever mix of trees, prefills and
-decodes it holds; any other batch (draft prefill, profiling) runs vLLM's.
-
-CUDA graphs: a FULL graph replays the attention it captured without looking at new metadata, so the
-captured call is always ours and reads visibility from buffers that every `build` refills.
+Requests with a tree run our kernel, and so does any batch inside a FULL graph, which replays the
+attention that it captured without looking at new metadata: the captured call is ours and reads
+visibility from buffers that every `build` refills. Elsewhere the requests after the last one with a
+tree, prompts above all, run vLLM's FlashAttention, which reads the same cache.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionType,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
     TritonAttentionImpl,
@@ -29,15 +32,52 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
 from vllm_spechub.attention.visibility import TreeVisibility
 from vllm_spechub.triton_kernels.tree_attention import CAUSAL, tree_attention
 
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
-@dataclass
+
+class PlainRequests(NamedTuple):
+    """The requests of a batch after the last one with a tree."""
+
+    # how many requests and tokens come before
+    num_reqs_before: int
+    num_tokens_before: int
+    # of the requests before, and of these
+    max_query_len_before: int
+    max_query_len: int
+    # [num_reqs + 1] int32, from 0 on
+    query_start_loc: torch.Tensor
+
+
+@dataclass(kw_only=True)
 class TritonTreeMetadata(TritonAttentionMetadata):
-    """vLLM's metadata, and the visibility of each token if our kernel is to run."""
+    """vLLM's metadata, the visibility of each token, and which requests need it."""
 
     # [at least num_actual_tokens] int32
-    visible_until: torch.Tensor | None = None
+    visible_until: torch.Tensor
     # [at least num_actual_tokens] int64
-    tree_mask: torch.Tensor | None = None
+    tree_mask: torch.Tensor
+    # [num_reqs + 1] int32
+    query_start_loc_cpu: torch.Tensor
+    # how many requests, from the first one on, only our kernel can attend for
+    num_reqs_before_plain: int
+
+    @cached_property
+    def plain(self) -> PlainRequests | None:
+        """The requests that FlashAttention can attend for, made for the first layer; None if there
+        are none."""
+        before = self.num_reqs_before_plain
+        lengths = self.query_start_loc_cpu.diff()
+        if not lengths[before:].any():
+            return None
+        num_tokens_before = int(self.query_start_loc_cpu[before])
+        query_start_loc = self.query_start_loc[before:]
+        return PlainRequests(
+            before,
+            num_tokens_before,
+            int(lengths[:before].max()) if before else 0,
+            int(lengths[before:].max()),
+            query_start_loc - num_tokens_before if num_tokens_before else query_start_loc,
+        )
 
 
 class TritonTreeBackend(TritonAttentionBackend):
@@ -127,7 +167,7 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
         *,
         tree: TreeVisibility | None = None,
     ) -> TritonTreeMetadata:
-        """Build one batch's metadata; without `tree`, for ordinary causal tokens.
+        """Build one batch's metadata; without `tree`, for requests without a tree.
 
         Args:
             tree: visibility of at least every token that belongs to a request.
@@ -142,15 +182,21 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
                 f"common_attn_metadata: {num_tokens} tokens exceed {len(self.visible_until)}, "
                 "what max_num_batched_tokens and max_num_seqs leave room for"
             )
+        trees = np.zeros(0, dtype=np.int64)
         if tree is None:
             # A graph that reads the buffers may be replayed with this batch.
             self.visible_until[:num_tokens].fill_(CAUSAL)
-            return TritonTreeMetadata(**vars(metadata))
-        num_tokens = min(num_tokens, len(tree.visible_until))
-        self.visible_until[:num_tokens].copy_(tree.visible_until[:num_tokens])
-        self.tree_mask[:num_tokens].copy_(tree.tree_mask[:num_tokens])
+        else:
+            num_tokens = min(num_tokens, len(tree.visible_until))
+            self.visible_until[:num_tokens].copy_(tree.visible_until[:num_tokens])
+            self.tree_mask[:num_tokens].copy_(tree.tree_mask[:num_tokens])
+            trees = tree.num_tree_tokens
         return TritonTreeMetadata(
-            **vars(metadata), visible_until=self.visible_until, tree_mask=self.tree_mask
+            **vars(metadata),
+            visible_until=self.visible_until,
+            tree_mask=self.tree_mask,
+            query_start_loc_cpu=common_attn_metadata.query_start_loc_cpu,
+            num_reqs_before_plain=int(np.flatnonzero(trees).max(initial=-1)) + 1,
         )
 
     def build_for_cudagraph_capture(
@@ -158,8 +204,8 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
     ) -> TritonTreeMetadata:
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
         assert isinstance(metadata, TritonTreeMetadata)  # made by `build`
-        metadata.visible_until = self.visible_until
-        metadata.tree_mask = self.tree_mask
+        # A replay may have a tree anywhere.
+        metadata.num_reqs_before_plain = common_attn_metadata.num_reqs
         return metadata
 
 
@@ -219,6 +265,12 @@ class TritonTreeImpl(TritonAttentionImpl):
                 raise ValueError(f"spechub: draft trees do not support {feature}; {remedy}")
         self.supports_quant_query_input = False
         self.window = sliding_window or 0
+        # None where there is no FlashAttention, or none for such a cache
+        self.flash_version: int | None = None
+        if self._kv_quant_mode == KVQuantMode.NONE and head_size % 8 == 0:
+            self.flash_version = fa_utils.get_flash_attn_version(
+                head_size=head_size, requires_softcap=bool(self.logits_soft_cap)
+            )
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         return False
@@ -242,8 +294,7 @@ class TritonTreeImpl(TritonAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend to the paged cache; this step's keys and values are already in it."""
-        visible_until: torch.Tensor | None = getattr(attn_metadata, "visible_until", None)
-        if visible_until is None:
+        if attn_metadata is None:
             return super().forward(
                 layer,
                 query,
@@ -255,28 +306,71 @@ class TritonTreeImpl(TritonAttentionImpl):
                 output_scale,
                 output_block_scale,
             )
-        assert attn_metadata.tree_mask is not None  # set with `visible_until`
-        num_tokens = attn_metadata.num_actual_tokens
         key_scale = value_scale = None
         if self._kv_quant_mode == KVQuantMode.FP8_PER_TENSOR:
             kv_cache = kv_cache.view(self.fp8_dtype)
             key_scale, value_scale = layer._k_scale, layer._v_scale
         key_cache, value_cache = cache_views(kv_cache)
+        num_reqs, num_tokens = len(attn_metadata.seq_lens), attn_metadata.num_actual_tokens
+        max_query_len = attn_metadata.max_query_len
+        plain = None
+        if self.flash_version is not None and query.dtype in FLASH_DTYPES:
+            plain = attn_metadata.plain
+        if plain is not None:
+            self._attend_plain(plain, attn_metadata, query, key_cache, value_cache, output)
+            num_reqs, num_tokens = plain.num_reqs_before, plain.num_tokens_before
+            max_query_len = plain.max_query_len_before
+        if num_tokens == 0:
+            return output
         tree_attention(
             query[:num_tokens],
             key_cache,
             value_cache,
             output[:num_tokens],
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            attn_metadata.block_table,
-            visible_until,
+            attn_metadata.query_start_loc[: num_reqs + 1],
+            attn_metadata.seq_lens[:num_reqs],
+            attn_metadata.block_table[:num_reqs],
+            attn_metadata.visible_until,
             attn_metadata.tree_mask,
             self.scale,
-            attn_metadata.max_query_len,
+            max_query_len,
             self.logits_soft_cap,
             self.window,
             key_scale,
             value_scale,
         )
         return output
+
+    def _attend_plain(
+        self,
+        plain: PlainRequests,
+        metadata: TritonTreeMetadata,
+        # [num_tokens, num_heads, head_size]
+        query: torch.Tensor,
+        # [num_blocks, block_size, num_kv_heads, head_size]
+        key_cache: torch.Tensor,
+        # [num_blocks, block_size, num_kv_heads, head_size]
+        value_cache: torch.Tensor,
+        # [num_tokens, num_heads, head_size], written
+        output: torch.Tensor,
+    ) -> None:
+        """FlashAttention for requests without a tree, as vLLM's own backend calls it."""
+        tokens = slice(plain.num_tokens_before, metadata.num_actual_tokens)
+        reqs = slice(plain.num_reqs_before, None)
+        fa_utils.flash_attn_varlen_func(
+            q=query[tokens],
+            # tensor maps of the hardware need strides that are multiples of 16 bytes
+            k=canonicalize_singleton_dim_strides(key_cache),
+            v=canonicalize_singleton_dim_strides(value_cache),
+            out=output[tokens],
+            cu_seqlens_q=plain.query_start_loc,
+            max_seqlen_q=plain.max_query_len,
+            seqused_k=metadata.seq_lens[reqs],
+            max_seqlen_k=metadata.max_seq_len,
+            softmax_scale=self.scale,
+            causal=True,
+            window_size=[self.window - 1, 0] if self.window else [-1, -1],
+            block_table=metadata.block_table[reqs],
+            softcap=self.logits_soft_cap,
+            fa_version=self.flash_version,
+        )

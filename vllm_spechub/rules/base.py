@@ -34,8 +34,8 @@ class TreeKernels(NamedTuple):
     sample_children: Callable[..., Children]
     # as `triton_kernels.verification.verify_tree`
     verify_tree: Callable[..., VerifiedPaths]
-    # as `DraftState.write_children`, with the state as the first argument
-    write_children: Callable[..., None]
+    # as `DraftState.write_tokens`, with the state as the first argument
+    write_tokens: Callable[..., None]
 
 
 class RuleConfig(Protocol):

@@ -173,11 +173,22 @@ class DraftState:
         # of the same rows
         children: Children,
     ) -> None:
-        """Store the children of one level's nodes."""
-        num_reqs, num_expanded = len(idx_mapping), len(level.nodes_np)
-        logits = logits.to(self.drafts.logits.dtype).view(num_reqs, num_expanded, -1)
-        self.drafts.logits[idx_mapping, level.internal] = logits
-        sampled = children.sampled.view(num_reqs, num_expanded)
+        """Store the children of one level's nodes, and the rows that they were drawn from."""
+        rows = logits.to(self.drafts.logits.dtype).view(len(idx_mapping), len(level.nodes_np), -1)
+        self.drafts.logits[idx_mapping, level.internal] = rows
+        self.write_tokens(level, idx_mapping, children)
+
+    def write_tokens(
+        self,
+        level: DraftLevel,
+        # [num_reqs] int64
+        idx_mapping: torch.Tensor,
+        # of [num_reqs * num_expanded] rows
+        children: Children,
+    ) -> None:
+        """Store the children of one level's nodes; the rows are kept already."""
+        num_reqs = len(idx_mapping)
+        sampled = children.sampled.view(num_reqs, len(level.nodes_np))
         self.drafts.sampled[idx_mapping, level.internal] = sampled
         tokens = children.tokens.view(num_reqs, -1)
         if level.select is not None:

@@ -8,13 +8,13 @@ import torch
 from vllm_spechub.rules.base import TreeKernels, VerificationRule, check_children
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
 from vllm_spechub.trees.tree import TokenTree
-from vllm_spechub.triton_kernels.arguments import Requests, TargetRows, VerifiedPaths
+from vllm_spechub.triton_kernels.arguments import KeptRows, Requests, TargetRows, VerifiedPaths
 from vllm_spechub.triton_kernels.child_sampling import sample_children
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES, builtin_rule
 from vllm_spechub.triton_kernels.verification import verify_tree
 from vllm_spechub.triton_kernels.verification.reference import reach
 
-PORTABLE_KERNELS = TreeKernels(sample_children, verify_tree, DraftState.write_children)
+PORTABLE_KERNELS = TreeKernels(sample_children, verify_tree, DraftState.write_tokens)
 """Triton for CUDA tensors, plain PyTorch for others."""
 
 
@@ -49,8 +49,9 @@ class KernelRule(VerificationRule):
             rule=self.name,
             max_children=level.max_children,
             sharpening=self.sharpening,
+            keep=KeptRows(state.drafts.logits, state.tables.internal_index),
         )
-        self.kernels.write_children(state, level, requests.req_idx, logits, children)
+        self.kernels.write_tokens(state, level, requests.req_idx, children)
 
     def verify(self, target: TargetRows, requests: Requests, state: DraftState) -> VerifiedPaths:
         return self.kernels.verify_tree(

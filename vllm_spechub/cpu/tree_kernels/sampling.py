@@ -36,11 +36,13 @@ from vllm_spechub.triton_kernels import constants, rng
 from vllm_spechub.triton_kernels.arguments import (
     Children,
     Drafts,
+    KeptRows,
     Requests,
     TargetRows,
     TreeTables,
     VerifiedPaths,
 )
+from vllm_spechub.triton_kernels.child_sampling.reference import keep_rows
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES, Rule
 
 CONFIDENT = f32(constants.CONFIDENT)
@@ -229,6 +231,10 @@ def _sample_children(
     num_children,
     requests,
     traits,
+    # [max_num_reqs, num_internal, size], written; empty to keep nothing
+    kept,
+    # [num_tree_nodes]
+    internal_index,
     # -1 throughout, written
     drawn,
 ):
@@ -238,6 +244,8 @@ def _sample_children(
         req = requests.req_idx[r]
         if req < 0:
             continue
+        if len(kept) and requests.temperature[req] != f32(0.0):
+            kept[req, internal_index[node_ids[r]]] = logits[r]
         finite_row(logits[r], row)
         key = row_key(requests.seeds[req], requests.root_positions[r], node_ids[r], rng.CHILD)
         drawn.sampled[r] = _draft_node(
@@ -487,36 +495,44 @@ def sample_children(
     rule: str,
     max_children: int,
     sharpening: float = 1.0,
+    keep: KeptRows | None = None,
 ) -> Children:
     """`triton_kernels.child_sampling.sample_children` on the CPU."""
+    node_ids = node_ids.int()
+    kept, internal_index = torch.empty(0, 0, 0), node_ids
+    if keep is not None and keep.logits.dtype == torch.float32:
+        kept, internal_index = keep
+    elif keep is not None:
+        keep_rows(keep, logits, node_ids, requests)
     drawn = Children(
         torch.full((len(logits), max_children), -1, dtype=torch.int64),
         torch.full((len(logits),), -1, dtype=torch.int32),
     )
     _sample_children(
         _rows(logits).numpy(),
-        node_ids.int().numpy(),
+        node_ids.numpy(),
         num_children.int().numpy(),
         _requests(requests),
         _traits(BUILTIN_RULES[rule], sharpening),
+        kept.numpy(),
+        internal_index.numpy(),
         _arrays(drawn),
     )
     return drawn
 
 
 @jit
-def _write_children(
+def _write_tokens(
     # [num_reqs] int64
     idx_mapping,
     first_internal,
     first_child,
     # [num_expanded] int32
     num_children,
-    # [num_reqs * num_expanded, vocab_size]
-    logits,
+    # [num_reqs * num_expanded, ...]
     children,
-    # the buffers, written
-    drafts,
+    # [max_num_reqs, num_internal], written
+    sampled,
     # [max_num_reqs, num_nodes], written
     tokens,
 ):
@@ -524,38 +540,31 @@ def _write_children(
     for req in idx_mapping:
         column = first_child
         for i in range(num_children.shape[0]):
-            drafts.logits[req, first_internal + i] = logits[row]
-            drafts.sampled[req, first_internal + i] = children.sampled[row]
+            sampled[req, first_internal + i] = children.sampled[row]
             for slot in range(num_children[i]):
                 tokens[req, column] = children.tokens[row, slot]
                 column += 1
             row += 1
 
 
-def write_children(
+def write_tokens(
     state: DraftState,
     level: DraftLevel,
     # [num_reqs] int64
     idx_mapping: torch.Tensor,
-    # [num_reqs * num_expanded, vocab_size]
-    logits: torch.Tensor,
-    # of the same rows
+    # of [num_reqs * num_expanded] rows, which are kept already
     children: Children,
 ) -> None:
-    """`DraftState.write_children` on the CPU."""
-    if logits.dtype == torch.float32 == state.drafts.logits.dtype:
-        _write_children(
-            idx_mapping.numpy(),
-            level.internal.start,
-            level.children.start,
-            level.num_children_np,
-            _rows(logits).numpy(),
-            _arrays(children),
-            _arrays(state.drafts),
-            state.tokens.numpy(),
-        )
-    else:
-        state.write_children(level, idx_mapping, logits, children)
+    """`DraftState.write_tokens` on the CPU."""
+    _write_tokens(
+        idx_mapping.numpy(),
+        level.internal.start,
+        level.children.start,
+        level.num_children_np,
+        _arrays(children),
+        state.drafts.sampled.numpy(),
+        state.tokens.numpy(),
+    )
 
 
 def verify_tree(

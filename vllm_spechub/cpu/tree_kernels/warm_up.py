@@ -8,7 +8,7 @@ from vllm_spechub.cpu.tree_kernels.attention import store_and_attend
 from vllm_spechub.cpu.tree_kernels.sampling import (
     sample_children,
     verify_tree,
-    write_children,
+    write_tokens,
 )
 from vllm_spechub.rules.base import TreeKernels
 from vllm_spechub.rules.draft_state import DraftBuffers
@@ -26,7 +26,7 @@ def warm_up() -> None:
     (state,) = DraftBuffers([tree], 1, 8, torch.float32, torch.device("cpu")).states
     requests = Requests(zero, zero, one, zero)
     target = TargetRows(logits.expand(2, -1), one, zero, zero + 1, torch.zeros(2).long())
-    kernels = TreeKernels(sample_children, verify_tree, write_children)
+    kernels = TreeKernels(sample_children, verify_tree, write_tokens)
     # One rule of each direction (`Rule.direction`) compiles everything.
     for name in {rule.direction: rule.name for rule in BUILTIN_RULES.values()}.values():
         rule = KernelRule(name, kernels)

@@ -15,9 +15,9 @@ def _cache_kernels() -> CacheKernels:
 
 
 def _tree_kernels() -> TreeKernels:
-    from vllm_spechub.cpu.tree_kernels.sampling import sample_children, verify_tree, write_children
+    from vllm_spechub.cpu.tree_kernels.sampling import sample_children, verify_tree, write_tokens
 
-    return TreeKernels(sample_children, verify_tree, write_children)
+    return TreeKernels(sample_children, verify_tree, write_tokens)
 
 
 def _prepare_worker() -> None:
