@@ -8,7 +8,6 @@ from vllm_spechub.config import spechub_config
 from vllm_spechub.integration.memory import (
     kv_cache_share,
     tensor_bytes,
-    verification_bytes,
     weight_bytes,
 )
 from vllm_spechub.trees.drawing import draw
@@ -22,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def summarize(
-    vllm_config: "VllmConfig", proposer: "TreeProposer", kv_cache_config: "KVCacheConfig"
+    vllm_config: "VllmConfig",
+    proposer: "TreeProposer",
+    kv_cache_config: "KVCacheConfig",
+    reserved_bytes: int,
 ) -> str:
     """Describe an engine in a few lines: draft, rule, trees, the memory added, what is off and why.
 
@@ -30,6 +32,7 @@ def summarize(
         vllm_config: the engine's configuration.
         proposer: what drafts its trees, with its weights loaded.
         kv_cache_config: which layers share the KV cache's blocks.
+        reserved_bytes: what is kept free for verification.
     """
     config = spechub_config(vllm_config)
     # A proposer may have no model of its own.
@@ -49,7 +52,7 @@ def summarize(
         *_trees(config.schedule),
         ("memory added", f"{weights / 2**20:,.1f} MiB of draft weights"),
         ("", f"{tensor_bytes(proposer.draft_logits) / 2**20:,.1f} MiB for the draft's logits"),
-        ("", f"{verification_bytes(vllm_config) / 2**20:,.1f} MiB for the target's logits"),
+        ("", f"{reserved_bytes / 2**20:,.1f} MiB for the target's logits"),
         ("", f"{share:.0%} of every KV cache block"),
         ("off", "; ".join(off) or "nothing"),
     ]

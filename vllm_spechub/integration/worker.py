@@ -4,6 +4,7 @@
 import logging
 from typing import Any
 
+import vllm.envs as envs
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -36,20 +37,38 @@ class SpecHubWorker(Worker):
         # vLLM connects the two only if the speculator has a model of its own.
         self._v2_runner.speculator.bind(self._v2_runner.model_state)
 
+    # bytes kept free for verification, beyond those that vLLM keeps free for a forward pass
+    reserved_bytes = 0
+
     def determine_available_memory(self) -> int:
-        """The bytes that vLLM finds, less those that verifying a full batch of trees needs, which
-        vLLM's profiling run does not see."""
+        """The bytes that vLLM finds, less those that verifying a full batch of trees needs beyond
+        what vLLM has seen in use while it profiled a forward pass."""
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes:
             return available  # the user's own number
-        return available - verification_bytes(self.vllm_config)
+        self.reserved_bytes = max(0, verification_bytes(self.vllm_config) - self._profiled_bytes())
+        return available - self.reserved_bytes
+
+    def _profiled_bytes(self) -> int:
+        """The bytes that a forward pass takes and gives back, as vLLM has profiled it; 0 where it
+        profiles none."""
+        peak: int = getattr(self, "peak_activation_memory", 0)
+        if envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS:
+            peak -= getattr(self, "cudagraph_memory_estimate", 0)  # these stay
+        return peak
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
+        self._v2_runner.model_state.bind_compactor()
         if self.is_driver_worker:
             with reporting("the start-up summary"):
                 logger.info(
-                    summarize(self.vllm_config, self._v2_runner.speculator, kv_cache_config)
+                    summarize(
+                        self.vllm_config,
+                        self._v2_runner.speculator,
+                        kv_cache_config,
+                        self.reserved_bytes,
+                    )
                 )
 
     def wake_up(self, tags: list[str] | None = None) -> None:

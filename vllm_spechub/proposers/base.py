@@ -8,15 +8,19 @@ lets the verification rule draw every child. A subclass computes the rows: with 
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.states import SamplingStates
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
@@ -30,6 +34,20 @@ from vllm_spechub.triton_kernels.arguments import Requests
 
 Carried = TypeVar("Carried")
 """What a proposer hands from one level to the next, such as hidden states."""
+
+ALIGNED = 16
+OF_REQUESTS = (
+    "idx_mapping",
+    "idx_mapping_np",
+    "num_scheduled_tokens",
+    "num_draft_tokens_per_req",
+    "seq_lens",
+    "seq_lens_cpu_upper_bound",
+    "is_prefilling_np",
+)
+"""The batch's fields with an entry for each request that a part of a step has for its own."""
+BOUNDS_OF_REQUESTS = ("query_start_loc", "query_start_loc_np", "cu_num_logits", "cu_num_logits_np")
+"""Those with one more entry, each request's first token or row in the whole batch."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +73,30 @@ class DraftStep:
     dummy_run: bool
     # whether it is a dummy run before there is a KV cache
     skip_attn: bool
+    # where the first request stands in the batch that the target has read
+    first_req: int = 0
 
     @property
     def num_reqs(self) -> int:
         return self.batch.num_reqs
+
+    def part(self, first: int, last: int) -> "DraftStep":
+        """The step for the requests `first` to `last - 1` only. Hidden states, tokens and positions
+        stay those of the whole batch, where `query_start_loc` says which are a request's."""
+        batch, requests, bounds = self.batch, slice(first, last), slice(first, last + 1)
+        of_requests = {name: getattr(batch, name) for name in OF_REQUESTS}
+        of_bounds = {name: getattr(batch, name)[bounds] for name in BOUNDS_OF_REQUESTS}
+        of_requests = {n: v if v is None else v[requests] for n, v in of_requests.items()}
+        paths = self.accepted_paths
+        return replace(
+            self,
+            batch=replace(batch, num_reqs=last - first, **of_requests, **of_bounds),
+            first_positions=self.first_positions[requests],
+            root_positions=self.root_positions[requests],
+            num_rejected=self.num_rejected[requests],
+            accepted_paths=None if paths is None else paths[requests],
+            first_req=self.first_req + first,
+        )
 
 
 class TreeProposer(BaseSpeculator, Generic[Carried]):
@@ -104,6 +142,11 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         self.max_model_len = vllm_config.model_config.max_model_len
         self.vocab_size = vllm_config.model_config.get_vocab_size()
+        # A wider pass is one that vLLM has compiled nothing for; more rows of logits are too large.
+        self.max_rows = min(
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            get_max_chunk_logits(self.vocab_size),
+        )
         self.draft_logits = DraftBuffers(
             self.schedule.trees, self.max_num_reqs, self.vocab_size, self.logits_dtype(), device
         )
@@ -171,7 +214,8 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         postponing it.
 
         Returns:
-            What `level_logits` needs for the roots.
+            What `level_logits` needs for the roots: a tensor, tuple or dict of tensors that have a
+            row for each request. A large batch drafts its requests part by part.
         """
 
     @abstractmethod
@@ -181,7 +225,7 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         """Compute the draft's logits at the internal nodes of one depth.
 
         Args:
-            step: the step that drafts.
+            step: the step that drafts, or the part of it that some of its requests are.
             depth: 0 for the roots.
             level: the nodes; `level.rows(step.num_reqs)` lays them out for the batch.
             state: holds the tokens drafted so far; `node_tokens` picks those of a level.
@@ -266,17 +310,50 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         carried = self.read(step)
         if index is None:
             return buffers.tokens[idx_mapping]
-        truncated = np.empty(0, dtype=np.int64)
         if not dummy_run:
             self.request_trees.record_drafted(reqs, index)
-            (truncated,) = truncates(self.sampling_states, reqs).nonzero()
         state = buffers.states[index]
+        for part, of_part in self._parts(step, carried, state):
+            self._draft(part, of_part, state, temperature, seeds)
+        return buffers.tokens[idx_mapping]
+
+    def _parts(
+        self, step: DraftStep, carried: Carried, state: DraftState
+    ) -> Iterator[tuple[DraftStep, Carried]]:
+        """The step in parts of so many requests that no level has more than `max_rows` rows, and
+        what `read` returned for each part's requests."""
+        num_reqs = step.num_reqs
+        most = max(1, self.max_rows // max(len(level.nodes_np) for level in state.levels))
+        if num_reqs <= most:
+            yield step, carried
+            return
+        if most > ALIGNED:  # kernels are compiled for tensors that begin at aligned addresses
+            most -= most % ALIGNED
+        for first in range(0, num_reqs, most):
+            part = slice(first, min(first + most, num_reqs))
+            of_part = tree_map_only(torch.Tensor, itemgetter(part), carried)
+            yield step.part(part.start, part.stop), of_part
+
+    def _draft(
+        self,
+        step: DraftStep,
+        carried: Carried,
+        state: DraftState,
+        # [max_num_reqs]
+        temperature: torch.Tensor,
+        # [max_num_reqs]
+        seeds: torch.Tensor,
+    ) -> None:
+        """Draft a tree for each request of a step, level by level."""
+        idx_mapping, reqs = step.batch.idx_mapping, step.batch.idx_mapping_np
+        truncated = np.empty(0, dtype=np.int64)
+        if not step.dummy_run:
+            (truncated,) = truncates(self.sampling_states, reqs).nonzero()
         requests = Requests(idx_mapping, step.root_positions, temperature, seeds)
         for depth, level in enumerate(state.levels):
             logits, carried = self.level_logits(step, depth, level, state, carried)
             truncate(logits, self.sampling_states, idx_mapping, reqs, truncated)
             self.rule.sample_children(logits, level, requests, state)
-        return buffers.tokens[idx_mapping]
 
     def _step(
         self,

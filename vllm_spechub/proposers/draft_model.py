@@ -9,6 +9,7 @@ reads what it missed when the schedule asks for trees again.
 """
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from copy import copy
 from typing import Any
 
@@ -24,11 +25,13 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
+from vllm_spechub.attention.visibility import TreeVisibility
 from vllm_spechub.config import SpecHubConfig
 from vllm_spechub.proposers.base import DraftStep
 from vllm_spechub.proposers.heads import sign_of_a_head
 from vllm_spechub.proposers.model_proposer import ModelProposer
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
+from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.vocabulary import check_vocabularies, first_line
 
 
@@ -169,9 +172,10 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
             logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
         return logits
 
-    def rows_per_request(self) -> set[int]:
-        # The rows of `read`, after a whole tree: what may have been accepted, and the new root.
-        return super().rows_per_request() | {tree.depth + 1 for tree in self.schedule.trees}
+    def rows_of(self, tree: TokenTree) -> Iterator[int]:
+        yield from super().rows_of(tree)
+        # Those of `read`, after a whole tree: what may have been accepted, and the new root.
+        yield tree.depth + 1
 
     def may_pause(self, batch: InputBatch) -> bool:
         """Whether every request decodes its next token.
@@ -217,10 +221,42 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
             read = positions.clamp(max=self.max_model_len - 1)
             tokens = self.req_states.all_token_ids.gpu[batch.idx_mapping[req], read]
         hidden = self.run_pass(
-            step, tokens, positions, positions, starts, starts_np, end, unused, None
+            step,
+            tokens,
+            positions,
+            positions,
+            starts,
+            starts_np,
+            end,
+            unused,
+            self._up_to_roots(step, counts, positions, root[req]),
         )
         # A request that still lags has no root among its rows, and drafts from its last row.
         return hidden[starts[:-1] + torch.minimum(root, end - 1) - begin]
+
+    def _up_to_roots(
+        self,
+        step: DraftStep,
+        # [num_reqs]
+        counts: np.ndarray,
+        # [num_tokens]
+        positions: torch.Tensor,
+        # [num_tokens], each row's request's
+        roots: torch.Tensor,
+    ) -> TreeVisibility | None:
+        """What the rows of `read` see; None if each is a token, and sees those before it.
+
+        Rows past the root write nothing, so what stands in their slots is nobody's. They may see no
+        more than the root does.
+        """
+        drafts = step.batch.num_draft_tokens_per_req
+        if drafts is None or (self.device.type == "cpu" and self.graphs is None):
+            return None
+        return TreeVisibility(
+            visible_until=(torch.minimum(positions, roots) + 1).to(torch.int32),
+            tree_mask=torch.zeros_like(positions),
+            num_tree_tokens=np.where(drafts[: step.num_reqs] > 0, counts, 0),
+        )
 
     def _rows_to_feed(self, step: DraftStep) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which requests' drafts lag, [num_reqs] bool; how many of each request's scheduled tokens
@@ -244,9 +280,11 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
         counts = lengths - skipped + 1
         if self.graphs is not None and not (lag.any() or batch.is_prefilling_np.any()):
             # A few unused rows make the batch uniform, as graphs need it.
-            counts[:] = trees.depths_for(reqs).max() + 1
-        # The rows that this step leaves free in the buffers are for the requests that lag.
-        room = int(self.max_num_tokens + self.max_num_reqs - counts.sum())
+            rows = int(trees.depths_for(reqs).max()) + 1
+            if rows * num_reqs <= self.max_num_tokens:
+                counts[:] = rows
+        # The rows that this step leaves free are for the requests that lag.
+        room = int(self.max_num_tokens - counts.sum())
         return lag > 0, skipped, counts + trees.catch_up(reqs, room)
 
     def level_logits(

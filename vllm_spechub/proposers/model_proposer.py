@@ -7,6 +7,7 @@ no compaction.
 """
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from vllm_spechub.proposers.base import Carried, DraftStep, TreeProposer
 from vllm_spechub.proposers.cuda_graphs import DraftGraphs, DraftPass
 from vllm_spechub.rules.base import VerificationRule
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
+from vllm_spechub.trees.tree import TokenTree
 
 
 class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
@@ -61,10 +63,23 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
     ) -> torch.Tensor:
         """Run the network once. Returns hidden states, [num_tokens, hidden_size]."""
 
-    def rows_per_request(self) -> set[int]:
-        """The numbers of rows per request that a pass may have, if no request reads its prompt."""
-        states = self.draft_logits.states
-        return {len(level.nodes_np) for state in states for level in state.levels[1:]}
+    def rows_of(self, tree: TokenTree) -> Iterator[int]:
+        """The numbers of rows per request of the passes that expand a tree."""
+        return map(len, tree.internal_levels()[1:])
+
+    def rows_per_request(self) -> dict[int, int]:
+        """By the number of rows per request that a pass may have if no request reads its prompt,
+        the most requests that it is captured for: as many as the schedule drafts such a tree for,
+        if the target's own pass over the trees is a graph and the draft's is not too wide."""
+        most: dict[int, int] = {}
+        tokens = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        for tree in self.schedule.trees:
+            reqs = self.schedule.most_requests(tree, self.max_num_reqs)
+            reqs = min(reqs, tokens // (1 + tree.num_nodes))
+            for rows in self.rows_of(tree):
+                fitting = min(reqs, self.max_num_tokens // rows)
+                most[rows] = max(most.get(rows, 0), fitting)
+        return most
 
     def set_attn(
         self,
@@ -75,22 +90,22 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         **kwargs: Any,
     ) -> None:
         super().set_attn(model_state, kv_cache_config, block_tables, *args, **kwargs)
-        widest = max(self.rows_per_request(), default=1)
         self.slots = torch.empty(
             block_tables.num_kv_cache_groups,
-            max(self.max_num_tokens + self.max_num_reqs, self.max_num_reqs * widest),
+            self.max_num_tokens,
             dtype=torch.int64,
             device=self.device,
         )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         self.graphs = None
-        if cudagraph_mode.decode_mode() == CUDAGraphMode.FULL:
-            self.graphs = DraftGraphs(self, self.rows_per_request())
+        rows_per_request = self.rows_per_request()
+        if cudagraph_mode.decode_mode() == CUDAGraphMode.FULL and any(rows_per_request.values()):
+            self.graphs = DraftGraphs(self, rows_per_request)
 
     def capture(self) -> None:
         if self.graphs is not None:
-            self.graphs.capture()
+            self.graphs.capture_passes()
 
     def run_level(
         self, step: DraftStep, depth: int, level: DraftLevel, state: DraftState
@@ -169,7 +184,15 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         elif outside is not None:
             mappings.masked_fill_(outside, PAD_SLOT_ID)
         draft_pass = DraftPass(
-            tokens, positions, mappings, starts, starts_np, seq_lens.to(torch.int32), bound, tree
+            tokens,
+            positions,
+            mappings,
+            starts,
+            starts_np,
+            seq_lens.to(torch.int32),
+            bound,
+            tree,
+            step.first_req,
         )
         graphs = self.graphs
         graph = graphs.fitting(draft_pass) if graphs and not step.dummy_run else None
@@ -182,6 +205,7 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """A pass's attention metadata and KV slots, by layer."""
         num_reqs, tree = len(draft_pass.seq_lens), draft_pass.tree
+        in_batch = slice(draft_pass.first_req, draft_pass.first_req + num_reqs)
         metadata = build_attn_metadata(
             attn_groups=self.attn_groups,
             num_reqs=num_reqs,
@@ -191,7 +215,7 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
             max_query_len=int(np.diff(draft_pass.starts_np).max()),
             seq_lens=draft_pass.seq_lens,
             max_seq_len=self.max_model_len,
-            block_tables=[table[:num_reqs] for table in self.block_tables.input_block_tables],
+            block_tables=[table[in_batch] for table in self.block_tables.input_block_tables],
             slot_mappings=draft_pass.slot_mappings,
             kv_cache_config=self.kv_cache_config,
             seq_lens_cpu_upper_bound=draft_pass.seq_lens_bound,

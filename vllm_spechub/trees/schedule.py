@@ -139,6 +139,15 @@ class TreeSchedule:
         trees = {r.tree: None for r in self.ranges if r.tree is not None}
         return tuple(sorted(trees, key=lambda tree: -tree.num_nodes))
 
+    def most_requests(self, tree: TokenTree, max_num_reqs: int) -> int:
+        """The most requests of a step that drafts the tree, if no step has more than
+        `max_num_reqs`."""
+        return max(
+            0 if r.first > max_num_reqs else min(r.last or max_num_reqs, max_num_reqs)
+            for r in self.ranges
+            if r.tree == tree
+        )
+
     @property
     def depth(self) -> int:
         """The depth of the deepest tree."""
