@@ -12,7 +12,7 @@ import torch
 
 from kernel_benchmarks.measure import TREES, Case, Plot, grid
 from kernel_benchmarks.sampling import DTYPES, Requests, draft_rows
-from vllm_spechub.rules.draft_state import DraftBuffers
+from vllm_spechub.rules.draft_state import DraftState
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.child_sampling import reference
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
@@ -46,7 +46,7 @@ def prepare(setting: dict[str, Any], device: torch.device) -> Case:
     batch, vocab, dtype = setting["batch"], setting["vocab"], DTYPES[setting["dtype"]]
     tree = TokenTree(TREES[setting["nodes"]])
     requests = Requests(batch, vocab, tree, setting["temperature"], 1.0, device)
-    level = DraftBuffers([tree], batch, 1, dtype, device).states[0].levels[-1]
+    level = DraftState.empty(tree, batch, 1, dtype, device).levels[-1]
     rows = level.rows(batch)
     logits = draft_rows((len(rows.nodes), vocab), dtype, device)
     of_rows = requests.drafting.rows(rows.req)

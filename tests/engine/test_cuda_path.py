@@ -7,20 +7,29 @@ buffers is missing here as it would be in a replay. What stays untested is the d
 that the captured kernels may be captured.
 """
 
+import gc
+import weakref
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from vllm.config import CUDAGraphMode
-from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
+from vllm.v1.worker.gpu.cudagraph_utils import (
+    CudaGraphManager,
+    ModelCudaGraphManager,
+    profile_cudagraph_memory,
+)
 
-from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids
+from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids, worker
 from helpers.metrics import spec_metrics
 from helpers.pair import PROMPTS, TARGET
 from helpers.schedules import SCHEDULE, params
 from vllm_spechub.attention import triton_backend
 from vllm_spechub.integration.platforms import PLATFORMS
+from vllm_spechub.proposers.cuda_graphs import DraftGraphs
+from vllm_spechub.proposers.draft_model import DraftModelProposer
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 
@@ -84,8 +93,9 @@ def replays(monkeypatch):
 def capture_graphs(llm) -> None:
     """Do what the runner does on a GPU after it has its KV cache."""
     runner = model_runner(llm)
-    runner.compilation_config.cudagraph_capture_sizes = SIZES
-    runner.compilation_config.max_cudagraph_capture_size = SIZES[-1]
+    sizes = [size for size in SIZES if size <= runner.max_num_tokens]
+    runner.compilation_config.cudagraph_capture_sizes = sizes
+    runner.compilation_config.max_cudagraph_capture_size = sizes[-1]
     manager = ModelCudaGraphManager(
         runner.vllm_config, runner.device, CUDAGraphMode.NONE, runner.decode_query_len
     )
@@ -147,3 +157,86 @@ def test_a_draft_equal_to_the_target_through_graphs(replays):
         metrics = spec_metrics(llm)
     assert replays
     assert metrics["num_accepted_tokens"] > 0.98 * metrics["num_draft_tokens"]
+
+
+@pytest.mark.usefixtures("attention_of_gpus", "replays")
+def test_graphs_for_the_batches_that_the_schedule_drafts_for():
+    with engine(SCHEDULE) as llm:
+        capture_graphs(llm)
+        captured = model_runner(llm).speculator.graphs.graphs
+        sizes = Counter((desc.uniform_token_count, desc.num_reqs) for desc in captured)
+    # levels of two and four nodes, and four rows to read, for two requests at most; the chain's for
+    # four at most
+    trees = {(rows, reqs) for rows in (2, 4) for reqs in (1, 2)}
+    chains = {(rows, reqs) for rows in (1, 3) for reqs in (1, 2, 4)}
+    assert set(sizes) == trees | chains
+    assert set(sizes.values()) == {1}
+
+
+@pytest.mark.usefixtures("attention_of_gpus", "replays")
+def test_graphs_and_uniform_passes_keep_to_the_budget(monkeypatch):
+    widths = []
+    run_model = DraftModelProposer.run_model
+
+    def spy(self, tokens, *args):
+        widths.append(len(tokens))
+        return run_model(self, tokens, *args)
+
+    monkeypatch.setattr(DraftModelProposer, "run_model", spy)
+    with engine("chain:8", max_num_batched_tokens=40) as llm:
+        capture_graphs(llm)
+        assert token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False)) == plain_greedy()
+    assert 36 in widths  # four requests
+    assert max(widths) <= 40
+
+
+@pytest.mark.usefixtures("attention_of_gpus", "replays")
+def test_no_row_sees_what_was_not_written(monkeypatch):
+    """A replay has rows for tokens that may have been accepted, and were not."""
+    replay, finite = DraftGraphs.replay, []
+
+    def spy(self, *args):
+        hidden = replay(self, *args)
+        finite.append(bool(hidden.isfinite().all()))
+        return hidden
+
+    monkeypatch.setattr(DraftGraphs, "replay", spy)
+    with engine("binary:3") as llm:
+        capture_graphs(llm)
+        for layer in model_runner(llm).compilation_config.static_forward_context.values():
+            layer.kv_cache.fill_(torch.nan)
+        assert token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False)) == plain_greedy()
+    assert len(finite) > 40
+    assert all(finite)
+
+
+@pytest.mark.usefixtures("attention_of_gpus", "replays")
+def test_what_vllm_profiles_graphs_with_is_dropped(monkeypatch):
+    """Its cache and its graphs, neither of which the engine will use."""
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.accelerator, name, lambda: None)
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 0))
+    pool = "vllm.platforms.cpu.CpuPlatform.graph_pool_handle"
+    monkeypatch.setattr(pool, lambda self: None, raising=False)
+    with engine("binary:3") as llm:
+        runner = model_runner(llm)
+        config, caches, graphs = runner.kv_cache_config, [], []
+        runner.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+        runner.compilation_config.cudagraph_capture_sizes = SIZES
+        runner.compilation_config.max_cudagraph_capture_size = SIZES[-1]
+        capture = runner.capture_model
+
+        def spy(**options):
+            caches.extend(StorageWeakRef(cache.untyped_storage()) for cache in runner.kv_caches)
+            graphs.append(weakref.ref(runner.speculator.graphs))
+            return capture(**options)
+
+        monkeypatch.setattr(runner, "capture_model", spy)
+        profile_cudagraph_memory(runner)
+        gc.collect()
+        assert len(caches) > 2
+        assert all(cache.expired() for cache in caches)
+        assert [graph() for graph in graphs] == [None]
+
+        worker(llm).initialize_from_config(config)
+        assert token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False)) == plain_greedy()

@@ -280,13 +280,14 @@ def test_only_requests_that_ask_for_it_are_processed(llm, monkeypatch):
     def count_steps(self, logits, batch):
         monkeypatch.setattr(runner_sampler, "apply_sampling_params", count_rows)
         try:
-            result = process(self, logits, batch)
+            parts = list(process(self, logits, batch))
         finally:
             monkeypatch.setattr(runner_sampler, "apply_sampling_params", apply)
         steps.append(len(logits))
         if not processed:
-            assert result[0] is logits
-        return result
+            assert len(parts) == 1
+            assert parts[0].logits is logits
+        return parts
 
     def count_truncated(rows, **options):
         truncated.append(len(rows))

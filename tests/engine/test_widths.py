@@ -32,16 +32,18 @@ def emitted_by_tree(monkeypatch):
     """
     batches: list[dict[int, list[int]]] = []
     original, verify = TreeRejectionSampler.__call__, KernelRule.verify
-    trees: dict[int, TokenTree] = {}
+    drafts: set[tuple[TokenTree, int]] = set()
 
     def check(self, target, requests, state):
-        for req in requests.req_idx[target.num_nodes > 0].tolist():
-            assert state.tree == trees[req]
+        for row in requests.req_idx[target.num_nodes > 0].tolist():
+            assert (state.tree, row) in drafts
         return verify(self, target, requests, state)
 
     def spy(self, logits, batch, *args, **kwargs):
         reqs = batch.idx_mapping_np
-        trees.update(zip(reqs.tolist(), self.request_trees.trees_for(reqs), strict=True))
+        rows = self.request_trees.draft_rows_for(reqs).tolist()
+        drafts.clear()
+        drafts.update(zip(self.request_trees.trees_for(reqs), rows, strict=True))
         with monkeypatch.context() as patch:  # the worker's warm-up verifies, too
             patch.setattr(KernelRule, "verify", check)
             output = original(self, logits, batch, *args, **kwargs)

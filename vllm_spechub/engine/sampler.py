@@ -30,7 +30,7 @@ from vllm_spechub.engine.processors import HistoryProcessors, UnrolledRows, unro
 from vllm_spechub.engine.request_trees import RequestTrees
 from vllm_spechub.engine.truncation import truncates
 from vllm_spechub.rules.base import VerificationRule
-from vllm_spechub.rules.draft_state import DraftBuffers, DraftState
+from vllm_spechub.rules.draft_state import DraftBuffers
 from vllm_spechub.triton_kernels.arguments import Requests, TargetRows, VerifiedPaths
 
 
@@ -203,7 +203,8 @@ class TreeRejectionSampler(RejectionSampler):
             paths = paths.padded(1 + max(tree.depth for tree in self.request_trees.trees))
         # vLLM's sampler handles batches without any tree, and a request's seed must give the same
         # token whether or not others in its batch have a tree.
-        (no_tree,) = ((num_drafts == 0) | prefills).nonzero()
+        lost = self.request_trees.draft_rows_for(reqs) < 0
+        (no_tree,) = ((num_drafts == 0) | prefills | lost).nonzero()
         if len(no_tree):
             without = async_tensor_h2d(no_tree, device=logits.device)
             paths.tokens[without, 0] = self._draw(
@@ -224,24 +225,21 @@ class TreeRejectionSampler(RejectionSampler):
         self, verified: list[Verified], batch: InputBatch
     ) -> tuple[VerifiedPaths, LogprobsTensors | None]:
         """What was verified in parts, in the order of the batch's requests."""
-        if len(verified) == 1:
-            return verified[0].paths, verified[0].logprobs
-        places = np.concatenate([part.places for part in verified if part.places is not None])
-        order = async_tensor_h2d(np.argsort(places), device=batch.idx_mapping.device)
-        columns = zip(*(part.paths for part in verified), strict=True)
-        paths = VerifiedPaths(*(torch.cat(column)[order] for column in columns))
-        scores = [part.logprobs for part in verified if part.logprobs is not None]
-        if not scores:
-            return paths, None
-        num_reqs, width = paths.path.shape
-        rows = (order.unsqueeze(1) * width + torch.arange(width, device=order.device)).flatten()
-        together = LogprobsTensors.cat(scores)
-        return paths, LogprobsTensors(
-            together.logprob_token_ids[rows],
-            together.logprobs[rows],
-            together.selected_token_ranks[rows],
-            list(range(0, num_reqs * width + 1, width)),
-        )
+        (_, paths, logprobs), *others = verified
+        num_reqs, width = batch.num_reqs, paths.path.shape[1]
+        if others:
+            places = np.concatenate([part.places for part in verified if part.places is not None])
+            order = async_tensor_h2d(np.argsort(places), device=batch.idx_mapping.device)
+            columns = zip(*(part.paths for part in verified), strict=True)
+            paths = VerifiedPaths(*(torch.cat(column)[order] for column in columns))
+            scores = [part.logprobs for part in verified if part.logprobs is not None]
+            if scores:
+                rows = order.unsqueeze(1) * width + torch.arange(width, device=order.device)
+                logprobs = LogprobsTensors.cat(scores).filter(rows.flatten())
+        if logprobs is not None:
+            bounds = list(range(0, num_reqs * width + 1, width))
+            logprobs = logprobs._replace(cu_num_generated_tokens=bounds)
+        return paths, logprobs
 
     def _verify_each_tree(
         self,
@@ -254,32 +252,37 @@ class TreeRejectionSampler(RejectionSampler):
         draft: DraftBuffers,
     ) -> VerifiedPaths:
         """Verify each request with its own tree. Nearly every batch has a single tree."""
-
-        def verify(
-            # [num_reqs]
-            num_nodes: torch.Tensor,
-            state: DraftState,
-        ) -> VerifiedPaths:
-            checked = target._replace(num_nodes=num_nodes.to(torch.int32))
-            return self.rule.verify(checked, requests, state)
-
-        num_nodes = target.num_nodes
-        if len(self.request_trees.trees) == 1:
-            return verify(num_nodes, draft.states[0])
+        states, num_nodes = draft.states, target.num_nodes.to(torch.int32)
         tree_index = self.request_trees.index_for(reqs)
-        first, *others = np.unique(tree_index[num_drafts > 0]) if num_drafts.any() else [0]
-        if not others:
-            return verify(num_nodes, draft.states[first])
-        width = 1 + max(draft.states[index].tree.depth for index in (first, *others))
+        draft_rows = self.request_trees.draft_rows_for(reqs)
+        drafted = (num_drafts > 0) & (draft_rows >= 0)
+        present: list[int] = np.unique(tree_index[drafted]).tolist() or [0]
+        # unless some have another tree, or have lost their draft
+        is_everyones = len(present) == 1 and not num_drafts[~drafted].any()
 
-        def verify_tree(index: int) -> tuple[torch.Tensor, VerifiedPaths]:
-            mine = async_tensor_h2d(tree_index == index, device=num_nodes.device)
-            return mine, verify(num_nodes * mine, draft.states[index]).padded(width)
+        def verify(index: int) -> tuple[torch.Tensor | None, VerifiedPaths]:
+            state, mine_np = states[index], drafted & (tree_index == index)
+            mine = None if is_everyones else async_tensor_h2d(mine_np, device=num_nodes.device)
+            own = target._replace(num_nodes=num_nodes if mine is None else num_nodes * mine)
+            own_requests = requests
+            if state.rows is not None:
+                nobodys = len(state.rows.seeds) - 1
+                rows_np = np.where(mine_np, draft_rows, nobodys)
+                rows = async_tensor_h2d(rows_np, device=num_nodes.device)
+                temperature = torch.zeros_like(state.rows.temperature)
+                temperature[rows] = target.temperature[requests.req_idx]
+                own = own._replace(temperature=temperature)
+                own_requests = Requests(rows, requests.root_positions, *state.rows)
+            return mine, self.rule.verify(own, own_requests, state)
 
-        _, merged = verify_tree(first)
-        for index in others:
-            mine, paths = verify_tree(index)
-            merged = paths.where(mine, merged)
+        if len(present) == 1:
+            return verify(present[0])[1]
+        width = 1 + max(states[index].tree.depth for index in present)
+        (_, merged), *others = map(verify, present)
+        merged = merged.padded(width)
+        for mine, paths in others:
+            assert mine is not None  # with several trees
+            merged = paths.padded(width).where(mine, merged)
         return merged
 
     def process(
@@ -414,22 +417,20 @@ class TreeRejectionSampler(RejectionSampler):
         idx_mapping: torch.Tensor,
         paths: VerifiedPaths,
     ) -> LogprobsTensors | None:
-        """The log-probabilities of the emitted tokens, from the rows along each accepted path; None
-        if no request of the batch asks for any."""
+        """The log-probabilities of the emitted tokens, a row for each depth, from the rows along
+        each accepted path; None if no request of the batch asks for any."""
         sampler = self.sampler
         dims = sampler.get_logprobs_dims(batch.idx_mapping_np)
         if dims is None:
             return None
         num_logprobs, max_per_req_token_ids = dims
-        num_reqs, width = paths.path.shape
         rows = (row_start.unsqueeze(1) + paths.path.clamp(min=0)).flatten()
         return compute_topk_scores(
             logits[rows],
             num_logprobs,
             paths.tokens.clamp(min=0).flatten(),  # what is past a path's end is not read
-            list(range(0, num_reqs * width + 1, width)),
             logprob_token_ids_state=sampler.logprob_token_ids_state,
-            expanded_idx_mapping=idx_mapping.repeat_interleave(width),
+            expanded_idx_mapping=idx_mapping.repeat_interleave(paths.path.shape[1]),
             max_per_req_token_ids=max_per_req_token_ids,
             logits_mode=sampler.logprobs_mode in ("raw_logits", "processed_logits"),
         )

@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
-def tensor_bytes(owner: object) -> int:
-    """The bytes of the tensors that an object holds as attributes."""
-    return sum(t.nbytes for t in vars(owner).values() if isinstance(t, torch.Tensor))
-
-
 def weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
     """The bytes of this rank's weights, including those that vLLM's CPU kernels have repacked.
 
@@ -63,8 +58,8 @@ def most_rows(vllm_config: "VllmConfig") -> int:
     that the schedule drafts a tree for, as far as the token budget lets them in."""
     scheduler, schedule = vllm_config.scheduler_config, spechub_config(vllm_config).schedule
     rows = max(
-        schedule.most_requests(tree, scheduler.max_num_seqs) * (1 + tree.num_nodes)
-        for tree in schedule.trees
+        reqs * (1 + tree.num_nodes)
+        for tree, reqs in schedule.most_requests(scheduler.max_num_seqs).items()
     )
     return min(rows, scheduler.max_num_batched_tokens)
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from vllm_spechub.config import spechub_config
 from vllm_spechub.integration.memory import (
     kv_cache_share,
-    tensor_bytes,
     weight_bytes,
 )
 from vllm_spechub.trees.drawing import draw
@@ -51,7 +50,7 @@ def summarize(
         ("verification", f"{config.verification}{sharpened}"),
         *_trees(config.schedule),
         ("memory added", f"{weights / 2**20:,.1f} MiB of draft weights"),
-        ("", f"{tensor_bytes(proposer.draft_logits) / 2**20:,.1f} MiB for the draft's logits"),
+        ("", f"{proposer.draft_logits.num_bytes / 2**20:,.1f} MiB for the draft's logits"),
         ("", f"{reserved_bytes / 2**20:,.1f} MiB for the target's logits"),
         ("", f"{share:.0%} of every KV cache block"),
         ("off", "; ".join(off) or "nothing"),

@@ -8,8 +8,8 @@ lets the verification rule draw every child. A subclass computes the rows: with 
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.states import SamplingStates
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
@@ -75,6 +76,8 @@ class DraftStep:
     skip_attn: bool
     # where the first request stands in the batch that the target has read
     first_req: int = 0
+    # [num_reqs] int64, the row of each request's draft; its state's index, unless rows are given
+    draft_rows: torch.Tensor = field(kw_only=True)
 
     @property
     def num_reqs(self) -> int:
@@ -96,6 +99,7 @@ class DraftStep:
             num_rejected=self.num_rejected[requests],
             accepted_paths=None if paths is None else paths[requests],
             first_req=self.first_req + first,
+            draft_rows=self.draft_rows[requests],
         )
 
 
@@ -148,7 +152,11 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             get_max_chunk_logits(self.vocab_size),
         )
         self.draft_logits = DraftBuffers(
-            self.schedule.trees, self.max_num_reqs, self.vocab_size, self.logits_dtype(), device
+            self.schedule.most_requests(self.max_num_reqs),
+            self.max_num_reqs,
+            self.vocab_size,
+            self.logits_dtype(),
+            device,
         )
 
     @classmethod
@@ -245,12 +253,11 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         At depth 0 these are the roots: each request's last token, or the first one of its prompt
         that the target has not read yet.
         """
-        idx_mapping = step.batch.idx_mapping
         if depth == 0:
             positions = step.root_positions.clamp(max=self.max_model_len - 1)
-            return self.req_states.all_token_ids.gpu[idx_mapping, positions].long()
+            return self.req_states.all_token_ids.gpu[step.batch.idx_mapping, positions].long()
         rows = level.rows(step.num_reqs)
-        return state.tokens[idx_mapping[rows.req], rows.column]
+        return state.tokens[step.draft_rows[rows.req], rows.column]
 
     @torch.inference_mode()
     def propose(
@@ -291,14 +298,14 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             Tokens [num_reqs, num_nodes of the largest tree], the drafted tree's first, in node
             order.
         """
-        batch, buffers = input_batch, self.draft_logits
-        idx_mapping, reqs = batch.idx_mapping, batch.idx_mapping_np
-        index = 0
+        batch, reqs = input_batch, input_batch.idx_mapping_np
+        trees: Iterable[int] = range(len(self.draft_logits.states))  # a trial drafts them all
         if num_speculative_tokens is not None:
             index = self.schedule.index(num_speculative_tokens)
-        if index is None and self.may_pause(batch):
+            trees = () if index is None else (index,)
+        if not trees and self.may_pause(batch):
             self.request_trees.pause_reading(reqs)
-            return buffers.tokens[idx_mapping]
+            return self._nothing(batch.num_reqs)
         step = self._step(
             batch,
             num_rejected,
@@ -308,14 +315,51 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             skip_attn_for_dummy_run,
         )
         carried = self.read(step)
-        if index is None:
-            return buffers.tokens[idx_mapping]
-        if not dummy_run:
-            self.request_trees.record_drafted(reqs, index)
-        state = buffers.states[index]
-        for part, of_part in self._parts(step, carried, state):
-            self._draft(part, of_part, state, temperature, seeds)
-        return buffers.tokens[idx_mapping]
+        tokens = None
+        for index in trees:
+            state = self.draft_logits.states[index]
+            if not dummy_run:
+                self.request_trees.record_drafted(reqs, index)
+            drafting = self._with_rows(step, index, temperature, seeds)
+            for part, of_part in self._parts(drafting, carried, state):
+                self._draft(part, of_part, state, temperature, seeds)
+            tokens = state.tokens[drafting.draft_rows]
+        if tokens is None:
+            return self._nothing(batch.num_reqs)
+        missing = self.draft_logits.num_nodes - tokens.shape[1], batch.num_reqs - len(tokens)
+        if any(missing):
+            tokens = torch.nn.functional.pad(tokens, (0, missing[0], 0, missing[1]))
+        return tokens
+
+    def _nothing(self, num_reqs: int) -> torch.Tensor:
+        """What `propose` returns if it drafts nothing."""
+        shape = num_reqs, self.draft_logits.num_nodes
+        return torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+    def _with_rows(
+        self,
+        step: DraftStep,
+        index: int,
+        # [max_num_reqs]
+        temperature: torch.Tensor,
+        # [max_num_reqs]
+        seeds: torch.Tensor,
+    ) -> DraftStep:
+        """The step, with a row for each request's draft among those of a tree. Requests for which
+        there is no row are left out: only start-up has more of them than the schedule says."""
+        rows = self.draft_logits.states[index].rows
+        if rows is None:
+            return step
+        most = len(rows.seeds) - 1
+        if step.num_reqs > most:
+            step = step.part(0, most)
+        given = np.arange(step.num_reqs)
+        if not step.dummy_run:
+            given = self.request_trees.draft_rows_for(step.batch.idx_mapping_np)
+        draft_rows = async_tensor_h2d(given, device=self.device)
+        rows.temperature[draft_rows] = temperature[step.batch.idx_mapping]
+        rows.seeds[draft_rows] = seeds[step.batch.idx_mapping]
+        return replace(step, draft_rows=draft_rows)
 
     def _parts(
         self, step: DraftStep, carried: Carried, state: DraftState
@@ -349,7 +393,9 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         truncated = np.empty(0, dtype=np.int64)
         if not step.dummy_run:
             (truncated,) = truncates(self.sampling_states, reqs).nonzero()
-        requests = Requests(idx_mapping, step.root_positions, temperature, seeds)
+        if state.rows is not None:
+            temperature, seeds = state.rows
+        requests = Requests(step.draft_rows, step.root_positions, temperature, seeds)
         for depth, level in enumerate(state.levels):
             logits, carried = self.level_logits(step, depth, level, state, carried)
             truncate(logits, self.sampling_states, idx_mapping, reqs, truncated)
@@ -381,4 +427,5 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             accepted_paths=None if dummy_run else self.request_trees.accepted_paths(batch),
             dummy_run=dummy_run,
             skip_attn=dummy_run and skip_attn,
+            draft_rows=batch.idx_mapping,
         )

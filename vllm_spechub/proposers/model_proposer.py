@@ -73,11 +73,10 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         if the target's own pass over the trees is a graph and the draft's is not too wide."""
         most: dict[int, int] = {}
         tokens = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        for tree in self.schedule.trees:
-            reqs = self.schedule.most_requests(tree, self.max_num_reqs)
-            reqs = min(reqs, tokens // (1 + tree.num_nodes))
+        for tree, reqs in self.schedule.most_requests(self.max_num_reqs).items():
+            in_graph = min(reqs, tokens // (1 + tree.num_nodes))
             for rows in self.rows_of(tree):
-                fitting = min(reqs, self.max_num_tokens // rows)
+                fitting = min(in_graph, self.max_num_tokens // rows)
                 most[rows] = max(most.get(rows, 0), fitting)
         return most
 
