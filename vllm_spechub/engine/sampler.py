@@ -151,6 +151,20 @@ class TreeRejectionSampler(RejectionSampler):
             accepted_paths=paths.path,
         )
 
+    def verify_nothing(self, draft: DraftBuffers, dtype: torch.dtype) -> None:
+        """Verify a request without drafts against rows of a dtype, as each tree is verified, and
+        move none of its KV."""
+        states = self.sampler.sampling_states
+        for state in draft.states:
+            num_rows = 1 + state.tree.num_nodes
+            one = torch.zeros(1, dtype=torch.int64, device=state.tokens.device)
+            rows = torch.zeros(num_rows, dtype=torch.int64, device=one.device)
+            logits = torch.zeros(num_rows, states.vocab_size, dtype=dtype, device=one.device)
+            temperature, seeds = state.rows or (states.temperature.gpu, states.seeds.gpu)
+            target = TargetRows(logits, temperature, one.int(), one.int(), rows.int(), rows)
+            requests = Requests(one, one, temperature, seeds)
+            self.compactor(one, self.rule.verify(target, requests, state).path)
+
     def _verify(
         self,
         rows: ProcessedRows,

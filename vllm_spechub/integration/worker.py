@@ -7,6 +7,7 @@ from typing import Any
 import vllm.envs as envs
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_spechub.integration import patches
 from vllm_spechub.integration.memory import verification_bytes
@@ -14,6 +15,7 @@ from vllm_spechub.integration.patch import apply_all
 from vllm_spechub.integration.reporting import reporting
 from vllm_spechub.integration.select import attention_backend, platform
 from vllm_spechub.integration.startup_summary import summarize
+from vllm_spechub.integration.warm_up import warm_up_trees
 
 logger = logging.getLogger("vllm.spechub")
 
@@ -70,6 +72,14 @@ class SpecHubWorker(Worker):
                         self.reserved_bytes,
                     )
                 )
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        if (
+            self.device_config.device_type != "cpu"
+            and self.vllm_config.kernel_config.enable_jit_warmup
+        ):
+            warm_up_trees(self._v2_runner, self.execute_model, self.sample_tokens)
+        return super().compile_or_warm_up_model()
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         super().wake_up(tags)

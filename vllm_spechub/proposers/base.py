@@ -103,6 +103,11 @@ class DraftStep:
         )
 
 
+def _rows_of(carried: Carried, requests: slice) -> Carried:
+    """What `read` returned for some of a step's requests."""
+    return tree_map_only(torch.Tensor, itemgetter(requests), carried)
+
+
 class TreeProposer(BaseSpeculator, Generic[Carried]):
     """Drafts one tree per request and step.
 
@@ -321,7 +326,8 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             if not dummy_run:
                 self.request_trees.record_drafted(reqs, index)
             drafting = self._with_rows(step, index, temperature, seeds)
-            for part, of_part in self._parts(drafting, carried, state):
+            of_drafting = _rows_of(carried, slice(drafting.num_reqs))
+            for part, of_part in self._parts(drafting, of_drafting, state):
                 self._draft(part, of_part, state, temperature, seeds)
             tokens = state.tokens[drafting.draft_rows]
         if tokens is None:
@@ -374,9 +380,8 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         if most > ALIGNED:  # kernels are compiled for tensors that begin at aligned addresses
             most -= most % ALIGNED
         for first in range(0, num_reqs, most):
-            part = slice(first, min(first + most, num_reqs))
-            of_part = tree_map_only(torch.Tensor, itemgetter(part), carried)
-            yield step.part(part.start, part.stop), of_part
+            last = min(first + most, num_reqs)
+            yield step.part(first, last), _rows_of(carried, slice(first, last))
 
     def _draft(
         self,

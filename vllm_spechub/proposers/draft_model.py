@@ -25,7 +25,6 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
-from vllm_spechub.attention.visibility import TreeVisibility
 from vllm_spechub.config import SpecHubConfig
 from vllm_spechub.proposers.base import DraftStep
 from vllm_spechub.proposers.heads import sign_of_a_head
@@ -229,34 +228,10 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
             starts_np,
             end,
             unused,
-            self._up_to_roots(step, counts, positions, root[req]),
+            self.up_to_roots(step, counts, positions, root[req]),
         )
         # A request that still lags has no root among its rows, and drafts from its last row.
         return hidden[starts[:-1] + torch.minimum(root, end - 1) - begin]
-
-    def _up_to_roots(
-        self,
-        step: DraftStep,
-        # [num_reqs]
-        counts: np.ndarray,
-        # [num_tokens]
-        positions: torch.Tensor,
-        # [num_tokens], each row's request's
-        roots: torch.Tensor,
-    ) -> TreeVisibility | None:
-        """What the rows of `read` see; None if each is a token, and sees those before it.
-
-        Rows past the root write nothing, so what stands in their slots is nobody's. They may see no
-        more than the root does.
-        """
-        drafts = step.batch.num_draft_tokens_per_req
-        if drafts is None or (self.device.type == "cpu" and self.graphs is None):
-            return None
-        return TreeVisibility(
-            visible_until=(torch.minimum(positions, roots) + 1).to(torch.int32),
-            tree_mask=torch.zeros_like(positions),
-            num_tree_tokens=np.where(drafts[: step.num_reqs] > 0, counts, 0),
-        )
 
     def _rows_to_feed(self, step: DraftStep) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which requests' drafts lag, [num_reqs] bool; how many of each request's scheduled tokens
@@ -278,11 +253,8 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
             # placeholder.
             skipped += (drafts > 0) & ~batch.is_prefilling_np[:num_reqs] & (lag == 0)
         counts = lengths - skipped + 1
-        if self.graphs is not None and not (lag.any() or batch.is_prefilling_np.any()):
-            # A few unused rows make the batch uniform, as graphs need it.
-            rows = int(trees.depths_for(reqs).max()) + 1
-            if rows * num_reqs <= self.max_num_tokens:
-                counts[:] = rows
+        if not lag.any():
+            counts = self.made_uniform(step, counts)
         # The rows that this step leaves free are for the requests that lag.
         room = int(self.max_num_tokens - counts.sum())
         return lag > 0, skipped, counts + trees.catch_up(reqs, room)

@@ -106,6 +106,43 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         if self.graphs is not None:
             self.graphs.capture_passes()
 
+    def made_uniform(
+        self,
+        step: DraftStep,
+        # [num_reqs]
+        counts: np.ndarray,
+    ) -> np.ndarray:
+        """The numbers of rows of `read`, the same for all requests if a graph may run them: a few
+        unused rows make a batch uniform, unless it then exceeds what a pass may hold. [num_reqs]"""
+        if self.graphs is None or step.batch.is_prefilling_np.any():
+            return counts
+        rows = int(self.request_trees.depths_for(step.batch.idx_mapping_np).max()) + 1
+        return np.full_like(counts, rows) if rows * len(counts) <= self.max_num_tokens else counts
+
+    def up_to_roots(
+        self,
+        step: DraftStep,
+        # [num_reqs] the numbers of rows
+        counts: np.ndarray,
+        # [num_tokens] the rows' positions
+        positions: torch.Tensor,
+        # [num_tokens] the position of the last token that is read of each row's request
+        last: torch.Tensor,
+    ) -> TreeVisibility | None:
+        """What the rows of `read` see; None if each is a token, and sees those before it.
+
+        Rows past the last token write nothing, so what stands in their slots is nobody's. They may
+        see no more than the last token does.
+        """
+        prefills = step.batch.is_prefilling_np[: step.num_reqs]
+        if prefills.all() or (self.device.type == "cpu" and self.graphs is None):
+            return None
+        return TreeVisibility(
+            visible_until=(torch.minimum(positions, last) + 1).to(torch.int32),
+            tree_mask=torch.zeros_like(positions),
+            num_tree_tokens=np.where(prefills, 0, counts),
+        )
+
     def run_level(
         self, step: DraftStep, depth: int, level: DraftLevel, state: DraftState
     ) -> torch.Tensor:
@@ -191,7 +228,7 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
             seq_lens.to(torch.int32),
             bound,
             tree,
-            step.first_req,
+            first_req=step.first_req,
         )
         graphs = self.graphs
         graph = graphs.fitting(draft_pass) if graphs and not step.dummy_run else None
