@@ -15,7 +15,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
+from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import (
     CudaGraphManager,
     ModelCudaGraphManager,
@@ -23,13 +25,21 @@ from vllm.v1.worker.gpu.cudagraph_utils import (
 )
 
 from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids, worker
+from helpers.launches import Launches
 from helpers.metrics import spec_metrics
 from helpers.pair import PROMPTS, TARGET
 from helpers.schedules import SCHEDULE, params
 from vllm_spechub.attention import triton_backend
+from vllm_spechub.cpu.tree_kernels.compaction import HostKVCompactor
+from vllm_spechub.engine import layout, sampler
 from vllm_spechub.integration.platforms import PLATFORMS
+from vllm_spechub.proposers import base, draft_model
 from vllm_spechub.proposers.cuda_graphs import DraftGraphs
 from vllm_spechub.proposers.draft_model import DraftModelProposer
+from vllm_spechub.rules.base import TreeKernels
+from vllm_spechub.rules.draft_state import DraftState
+from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
+from vllm_spechub.triton_kernels.verification import kernel as verification
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 
@@ -57,7 +67,7 @@ def attention_of_gpus(monkeypatch):
     mixed = replace(
         cpu,
         attention_backend=PLATFORMS["cuda"].attention_backend,
-        cache_kernels=lambda: cpu.cache_kernels()._replace(cache_views=triton_backend.cache_views),
+        cache_kernels=lambda: PLATFORMS["cuda"].cache_kernels()._replace(compactor=HostKVCompactor),
     )
     monkeypatch.setitem(PLATFORMS, "cpu", mixed)
     monkeypatch.setattr(triton_backend.TritonTreeImpl, "do_kv_cache_update", write)
@@ -237,3 +247,53 @@ def test_what_vllm_profiles_graphs_with_is_dropped(monkeypatch):
 
         worker(llm).initialize_from_config(config)
         assert token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False)) == plain_greedy()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What this package would launch on a GPU, step by step."""
+    found = Launches()
+    cpu = PLATFORMS["cpu"].tree_kernels()
+    kernels = TreeKernels(
+        found.of_launcher(child_sampling.sample_children, cpu.sample_children),
+        found.of_launcher(verification.verify_tree, cpu.verify_tree),
+        DraftState.write_children,
+    )
+    monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], tree_kernels=lambda: kernels))
+    for module in (base, draft_model, layout, sampler):
+        copy = found.one("copy from host", module.async_tensor_h2d)
+        monkeypatch.setattr(module, "async_tensor_h2d", copy)
+    for owner, name, kind in (
+        (sampler, "get_num_sampled_and_rejected", "Triton"),
+        (BlockTables, "compute_slot_mappings", "Triton"),
+        (HostKVCompactor, "__call__", "Triton"),
+        (DraftModelProposer, "compute_draft_logits", "LM head"),
+        (DraftGraphs, "run_fullgraph", "graph"),
+    ):
+        monkeypatch.setattr(owner, name, found.one(kind, getattr(owner, name)))
+    copy = found.one("copy to host", sampler.TreeSamplerOutput.start_copy_to_host)
+    monkeypatch.setattr(sampler.TreeSamplerOutput, "start_copy_to_host", copy)
+    for owner, name in (
+        (layout.TreeLayout, "update"),
+        (triton_backend.TritonTreeMetadataBuilder, "build"),
+        (sampler.TreeRejectionSampler, "__call__"),
+        (sampler.TreeSamplerOutput, "start_copy_to_host"),
+        (DraftModelProposer, "propose"),
+    ):
+        stage = found.stage(name, getattr(owner, name), begins=name == "update")
+        monkeypatch.setattr(owner, name, stage)
+    return found
+
+
+@pytest.mark.usefixtures("attention_of_gpus", "replays")
+@pytest.mark.parametrize(("tree", "most"), [("binary:3", 106), (SCHEDULE, 117)])
+def test_launches_of_a_step(launches, tree, most):
+    """Of requests that all decode and need no processing: beside vLLM's own, at most so many."""
+    requests = [SamplingParams(temperature=1.0, seed=1, max_tokens=30, ignore_eos=True)] * 2
+    with engine(tree, verification="traversal") as llm:
+        capture_graphs(llm)
+        launches.steps.clear()
+        llm.generate(PROMPTS[:2], requests, use_tqdm=False)
+    decodes = [step for step in launches.steps if step["propose", "graph"] == 3]
+    assert len(decodes) > 4
+    assert max(step.total() for step in decodes) <= most

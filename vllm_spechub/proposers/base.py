@@ -261,8 +261,7 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         if depth == 0:
             positions = step.root_positions.clamp(max=self.max_model_len - 1)
             return self.req_states.all_token_ids.gpu[step.batch.idx_mapping, positions].long()
-        rows = level.rows(step.num_reqs)
-        return state.tokens[step.draft_rows[rows.req], rows.column]
+        return state.tokens[step.draft_rows.unsqueeze(1), level.columns].flatten()
 
     @torch.inference_mode()
     def propose(

@@ -9,13 +9,12 @@ these, for the batch sizes that draft such a tree.
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
@@ -26,7 +25,7 @@ from vllm_spechub.attention.visibility import TreeVisibility
 class DraftPass:
     """The inputs of one forward pass."""
 
-    # [num_tokens] int32
+    # [num_tokens] integers
     tokens: torch.Tensor
     # [num_tokens] int64, RoPE positions
     positions: torch.Tensor
@@ -35,7 +34,7 @@ class DraftPass:
     # [num_reqs + 1] int32, each request's first row, on the device and on the host
     starts: torch.Tensor
     starts_np: np.ndarray
-    # [num_reqs] int32
+    # [num_reqs] integers
     seq_lens: torch.Tensor
     # [num_reqs] int32 on the host, upper bounds on `seq_lens`
     seq_lens_bound: torch.Tensor
@@ -105,7 +104,11 @@ class DraftGraphs(CudaGraphManager):
         max_num_tokens = max(rows * sizes[-1] for rows, sizes in self.sizes.items())
         self.tokens = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
         self.positions = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
-        self.starts = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)
+        # by the number of rows per request: [most + 1], each request's first row
+        self.starts = {
+            rows: torch.arange(sizes[-1] + 1, dtype=torch.int32, device=device) * rows
+            for rows, sizes in self.sizes.items()
+        }
         self.seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         # [max_num_tokens, hidden_size], made by the first pass
         self.hidden: torch.Tensor | None = None
@@ -134,13 +137,12 @@ class DraftGraphs(CudaGraphManager):
         num_reqs = desc.num_reqs or 0
         rows = num_tokens // num_reqs
         starts_np = np.arange(num_reqs + 1, dtype=np.int32) * rows
-        self.starts[: num_reqs + 1] = async_tensor_h2d(starts_np, device=proposer.device)
         proposer.slots.fill_(PAD_SLOT_ID)
         dummy = DraftPass(
             self.tokens[:num_tokens],
             self.positions[:num_tokens],
             proposer.slots[:, :num_tokens],
-            self.starts[: num_reqs + 1],
+            self.starts[rows][: num_reqs + 1],
             starts_np,
             self.seq_lens[:num_reqs],
             torch.ones(num_reqs, dtype=torch.int32),
@@ -175,15 +177,14 @@ class DraftGraphs(CudaGraphManager):
             Hidden states [num_tokens, hidden_size], valid until the next replay.
         """
         num_tokens, num_reqs = len(draft_pass.tokens), len(draft_pass.seq_lens)
-        # This fills the attention backend's buffers. The capture already holds what it returns.
-        self.proposer.attention(draft_pass)
         self.tokens[:num_tokens] = draft_pass.tokens
         self.positions[:num_tokens] = draft_pass.positions
-        self.starts[: num_reqs + 1] = draft_pass.starts
         self.seq_lens[:num_reqs] = draft_pass.seq_lens
-        # Padding requests have no rows; their slots are padding already.
-        self.starts[num_reqs + 1 :] = num_tokens
-        self.seq_lens[num_reqs:] = 0
+        if desc.num_reqs != num_reqs:
+            # Padding requests see nothing; their slots are padding already.
+            self.seq_lens[num_reqs : desc.num_reqs] = 0
+        # This fills the attention backend's buffers. The capture already holds what it returns.
+        self.proposer.attention(replace(draft_pass, seq_lens=self.seq_lens[:num_reqs]))
         self.run_fullgraph(desc)
         assert self.hidden is not None  # since the first capture
         return self.hidden[:num_tokens]

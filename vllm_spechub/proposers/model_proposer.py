@@ -8,6 +8,7 @@ no compaction.
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -137,8 +138,9 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         prefills = step.batch.is_prefilling_np[: step.num_reqs]
         if prefills.all() or (self.device.type == "cpu" and self.graphs is None):
             return None
+        visible_until = torch.empty_like(positions, dtype=torch.int32)
         return TreeVisibility(
-            visible_until=(torch.minimum(positions, last) + 1).to(torch.int32),
+            visible_until=torch.add(torch.minimum(positions, last), 1, out=visible_until),
             tree_mask=torch.zeros_like(positions),
             num_tree_tokens=np.where(prefills, 0, counts),
         )
@@ -152,21 +154,22 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
             Hidden states [num_reqs * num_expanded, hidden_size].
         """
         num_reqs, num_expanded = step.num_reqs, len(level.nodes_np)
-        rows = level.rows(num_reqs)
-        root = step.root_positions[rows.req]
+        # [num_reqs, 1]
+        root = step.root_positions.unsqueeze(1)
+        visible_until = torch.empty(num_reqs, num_expanded, dtype=torch.int32, device=self.device)
         tree = TreeVisibility(
-            visible_until=root.to(torch.int32),
-            tree_mask=rows.ancestor_masks,
+            visible_until=visible_until.copy_(root).flatten(),
+            tree_mask=level.rows(num_reqs).ancestor_masks,
             num_tree_tokens=np.full(num_reqs, num_expanded),
         )
         return self.run_pass(
             step,
-            self.node_tokens(step, depth, level, state).to(torch.int32),
-            root + depth,
-            root + rows.nodes,
+            self.node_tokens(step, depth, level, state),
+            (root + level.depths).flatten(),
+            (root + level.nodes).flatten(),
             level.starts[: num_reqs + 1],
             level.starts_np[: num_reqs + 1],
-            step.root_positions + int(level.nodes_np[-1]) + 1,
+            step.root_positions + (int(level.nodes_np[-1]) + 1),
             None,
             tree,
         )
@@ -174,7 +177,7 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
     def run_pass(
         self,
         step: DraftStep,
-        # [num_tokens] int32
+        # [num_tokens] integers
         tokens: torch.Tensor,
         # [num_tokens] int64, RoPE positions
         positions: torch.Tensor,
@@ -201,17 +204,17 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         batch, last = step.batch, self.max_model_len - 1
         # The bound covers this step's tokens; a new tree adds its root and its nodes.
         nodes = self.schedule.trees[0].num_nodes
-        bound = batch.seq_lens_cpu_upper_bound[: step.num_reqs] + nodes + 1
+        bound = batch.seq_lens_cpu_upper_bound.numpy()[: step.num_reqs] + (nodes + 1)
         outside = unused
         if int(bound.max()) > last:
             # There are no slots beyond the last, which belongs to another token.
             outside = slots > last if unused is None else unused | (slots > last)
             positions, slots = positions.clamp(max=last), slots.clamp(max=last)
-            seq_lens, bound = seq_lens.clamp(max=last + 1), bound.clamp(max=last + 1)
+            seq_lens, bound = seq_lens.clamp(max=last + 1), bound.clip(max=last + 1)
         if self.draft_vocab_size < self.vocab_size:
             tokens = tokens.clamp(max=self.draft_vocab_size - 1)  # it has no rows for the others
         if step.skip_attn:
-            return self.run_model(tokens, positions, None, None)
+            return self.run_model(tokens.to(torch.int32), positions, None, None)
         mappings = self.block_tables.compute_slot_mappings(
             batch.idx_mapping, starts, slots, len(tokens), out=self.slots
         )
@@ -225,15 +228,16 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
             mappings,
             starts,
             starts_np,
-            seq_lens.to(torch.int32),
-            bound,
+            seq_lens,
+            torch.from_numpy(bound),
             tree,
             first_req=step.first_req,
         )
         graphs = self.graphs
         graph = graphs.fitting(draft_pass) if graphs and not step.dummy_run else None
         if graphs is None or graph is None:
-            return self.run_model(tokens, positions, *self.attention(draft_pass))
+            draft_pass = replace(draft_pass, seq_lens=seq_lens.to(torch.int32))
+            return self.run_model(tokens.to(torch.int32), positions, *self.attention(draft_pass))
         return graphs.replay(graph, draft_pass)
 
     def attention(

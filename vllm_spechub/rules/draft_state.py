@@ -35,6 +35,10 @@ class DraftLevel:
     nodes_np: np.ndarray
     num_children_np: np.ndarray
     max_children: int
+    # [num_expanded] each: int32; int64, where the node's token is among the request's; int64
+    nodes: torch.Tensor
+    columns: torch.Tensor
+    depths: torch.Tensor
     # breadth-first numbering makes both contiguous
     internal: slice
     children: slice
@@ -178,6 +182,9 @@ class DraftState:
             nodes_np=nodes,
             num_children_np=counts,
             max_children=max_children,
+            nodes=table(nodes),
+            columns=table(nodes.astype(np.int64) - 1),
+            depths=table(tree.depths[nodes].astype(np.int64)),
             internal=slice(first_internal, first_internal + len(nodes)),
             children=slice(first_child - 1, first_child - 1 + int(counts.sum())),
             select=None if has_child.all() else table(np.flatnonzero(has_child)),
