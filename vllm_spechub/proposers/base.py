@@ -327,7 +327,7 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             drafting = self._with_rows(step, index, temperature, seeds)
             of_drafting = _rows_of(carried, slice(drafting.num_reqs))
             for part, of_part in self._parts(drafting, of_drafting, state):
-                self._draft(part, of_part, state, temperature, seeds)
+                self.draft(part, of_part, state, temperature, seeds)
             tokens = state.tokens[drafting.draft_rows]
         if tokens is None:
             return self._nothing(batch.num_reqs)
@@ -382,7 +382,7 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             last = min(first + most, num_reqs)
             yield step.part(first, last), _rows_of(carried, slice(first, last))
 
-    def _draft(
+    def draft(
         self,
         step: DraftStep,
         carried: Carried,
