@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vllm import SamplingParams
+from vllm.config import ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
@@ -20,6 +22,7 @@ from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from helpers.pair import DRAFT, ROOT, TARGET
 from vllm_spechub.config import Options, SpecHubConfig
+from vllm_spechub.config import _schedule as schedule_of
 from vllm_spechub.draft_kinds import MODEL
 from vllm_spechub.integration.refusals import Unsupported
 from vllm_spechub.registry import PROPOSERS, RULES, Registry
@@ -495,3 +498,26 @@ def test_registry_names_what_it_has():
     assert registry.load("a") is json.JSONDecoder
     with pytest.raises(ValueError, match="no rule 'b', allowed: a"):
         registry.load("b")
+
+
+TWO_RANGES = [[1, 4, "chain:2"], [5, None, None]]
+
+
+@pytest.mark.parametrize(
+    ("spec", "ranks", "ranges"),
+    [
+        ({}, 1, [(1, 8, 14), (9, 20, 6), (21, 128, 2), (129, 2**31 - 1, 0)]),
+        ({}, 2, None),  # vLLM does not vary the number of drafted tokens
+        ({"tree": "binary:3"}, 1, None),
+        ({"tree_by_batch_size": TWO_RANGES}, 1, [(1, 4, 2), (5, 2**31 - 1, 0)]),
+    ],
+)
+def test_the_default_on_cuda_follows_the_load(monkeypatch, spec, ranks, ranges):
+    """A tree that is named is drafted for every load."""
+    given = Options.model_validate({"method": "spechub", "model": DRAFT} | spec)
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    parallel = ParallelConfig(data_parallel_size=ranks)
+    schedule = schedule_of(given, SimpleNamespace(model=TARGET), parallel)
+    assert schedule.nodes_by_batch_size() == ranges
+    if ranges is None:
+        assert str(schedule.trees[0]) == "binary:3"

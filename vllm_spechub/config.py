@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 DEFAULT_TREE = "binary:3"
+DEFAULT_SCHEDULE_ON_CUDA = (
+    (1, 8, DEFAULT_TREE),
+    (9, 20, "binary:2"),
+    (21, 128, "chain:2"),
+    (129, None, None),
+)
+"""What is drafted on CUDA unless the user says otherwise. Up to 8 requests a step mostly reads
+weights, and nodes are nearly free; from there on they cost arithmetic. The bounds are an estimate
+for a target of 8B parameters on an H100 (docs/benchmarks.md); `vllm-spechub tune` measures them."""
 AUTO = "auto"
 
 HINTS = {
@@ -179,7 +188,7 @@ def create_config(
     given = _validate(options, declared)
     proposer = PROPOSERS.load(given.proposer)
     proposer.check_options(options, target_model_config)
-    schedule = _schedule(given, target_model_config)
+    schedule = _schedule(given, target_model_config, target_parallel_config)
     try:
         spechub = SpecHubConfig(
             method=proposer.vllm_method,
@@ -243,8 +252,18 @@ def _describe(where: tuple[int | str, ...]) -> tuple[str, str | None]:
     return name, option.description if option else None
 
 
-def _schedule(given: Options, target_model_config: "ModelConfig") -> TreeSchedule:
+def _schedule(
+    given: Options,
+    target_model_config: "ModelConfig",
+    target_parallel_config: "ParallelConfig",
+) -> TreeSchedule:
     if given.tree_by_batch_size is None:
+        from vllm.platforms import current_platform
+
+        # vLLM does not vary the number of drafted tokens with data parallelism.
+        varies = current_platform.is_cuda() and target_parallel_config.data_parallel_size == 1
+        if varies and "tree" not in given.model_fields_set:
+            return TreeSchedule.parse(DEFAULT_SCHEDULE_ON_CUDA, given.verification)
         return TreeSchedule.constant(given.tree)
     if isinstance(given.tree_by_batch_size, TreeSchedule):
         return given.tree_by_batch_size

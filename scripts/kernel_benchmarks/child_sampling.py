@@ -12,7 +12,7 @@ import torch
 
 from kernel_benchmarks.measure import Case, Plot, grid, tree_for
 from kernel_benchmarks.sampling import DTYPES, Requests, draft_rows
-from vllm_spechub.rules.draft_state import DraftBuffers
+from vllm_spechub.rules.draft_state import DraftState
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.child_sampling import reference
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES, DEFAULT_RULE
@@ -49,7 +49,7 @@ def prepare(
     batch, vocab, dtype = setting["batch"], setting["vocab"], DTYPES[setting["dtype"]]
     tree = tree or tree_for(setting["rule"], setting["nodes"])
     requests = Requests(batch, vocab, tree, setting["temperature"], 1.0, device)
-    level = DraftBuffers([tree], batch, 1, dtype, device).states[0].levels[depth]
+    level = DraftState.empty(tree, batch, 1, dtype, device).levels[depth]
     rows = level.rows(batch)
     logits = draft_rows((len(rows.nodes), vocab), dtype, device)
     of_rows = requests.drafting.rows(rows.req)

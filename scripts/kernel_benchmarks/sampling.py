@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from vllm_spechub.rules.draft_state import DraftBuffers, DraftState
+from vllm_spechub.rules.draft_state import DraftState
 from vllm_spechub.trees.schedule import TreeSchedule
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels import arguments
@@ -140,7 +140,7 @@ class Requests:
         batch, params = self.batch, self.sampler.sampling_states
         reqs = batch.idx_mapping_np
         (chosen,) = truncates(params, reqs).nonzero()
-        (state,) = DraftBuffers([self.tree], len(reqs), self.vocab, dtype, self.device).states
+        state = DraftState.empty(self.tree, len(reqs), self.vocab, dtype, self.device)
         for level in state.levels:
             rows = level.rows(batch.num_reqs)
             logits = draft_rows((len(rows.nodes), self.vocab), dtype, self.device)

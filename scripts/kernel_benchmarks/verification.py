@@ -10,6 +10,7 @@ vLLM: its own rejection sampler, `apply_sampling_params` and `rejection_sample` 
 chain of as many drafted tokens. It has no host version.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ import torch
 from kernel_benchmarks.measure import Case, Plot, grid, tree_for
 from kernel_benchmarks.sampling import DTYPES, Requests, disturb
 from vllm_spechub.trees.tree import TokenTree
-from vllm_spechub.triton_kernels.arguments import TargetRows
+from vllm_spechub.triton_kernels import arguments
+from vllm_spechub.triton_kernels.arguments import Drafts, TargetRows, TreeTables, VerifiedPaths
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES, DEFAULT_RULE
 from vllm_spechub.triton_kernels.verification import reference
 
@@ -61,21 +63,28 @@ def prepare(setting: dict[str, Any], device: torch.device, tree: TokenTree | Non
     tokens = torch.cat([draft.tokens.new_zeros(batch.num_reqs, 1), draft.tokens], dim=1).flatten()
     num_nodes = torch.full_like(requests.row_start, tree.num_nodes)
 
-    def target() -> TargetRows:
-        rows, temperature = requests.tree_sampler.process(logits, batch)
-        return TargetRows(rows, temperature, requests.row_start, num_nodes, tokens)
-
-    drafted = draft.drafts, requests.drafting, draft.tables
+    def parts() -> Iterator[tuple[TargetRows, Drafts, arguments.Requests, TreeTables]]:
+        for part in requests.tree_sampler.process(logits, batch):
+            own, own_tokens, drafting = num_nodes, tokens, requests.drafting
+            if part.places is not None:  # all requests use top-p, and come in several parts
+                own, own_tokens = own[part.places], own_tokens[part.source]
+                drafting = drafting.rows(part.places)
+            target = TargetRows(part.logits, part.temperature, part.row_start, own, own_tokens)
+            yield target, draft.drafts, drafting, draft.tables
 
     def verify(verify_rows=platform().tree_kernels().verify_tree):
-        return verify_rows(target(), *drafted, level_sizes=tree.level_sizes, rule=rule)
+        found = [verify_rows(*part, level_sizes=tree.level_sizes, rule=rule) for part in parts()]
+        if len(found) == 1:
+            return found[0]
+        return VerifiedPaths(*map(torch.cat, zip(*found, strict=True)))
 
     expected, found = verify(reference.verify_tree), verify()
     wrong = torch.zeros(batch.num_reqs, dtype=torch.bool, device=device)
     for one, other in zip(found, expected, strict=True):
         wrong |= (one != other).view(batch.num_reqs, -1).any(dim=1)
     inner = draft.tables.num_children > 0
-    num_inner = int((reference.reach(target(), *drafted, rule=rule)[:, inner] > 0).sum())
+    reach = torch.cat([reference.reach(*part, rule=rule) for part in parts()])
+    num_inner = int((reach[:, inner] > 0).sum())
     last = expected.path.max(dim=1).values.long()
     num_rows = num_inner * (2 if setting["temperature"] else 1) + int((~inner[last]).sum())
     return Case(

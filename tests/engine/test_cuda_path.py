@@ -7,20 +7,39 @@ buffers is missing here as it would be in a replay. What stays untested is the d
 that the captured kernels may be captured.
 """
 
+import gc
+import weakref
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
-from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.cudagraph_utils import (
+    CudaGraphManager,
+    ModelCudaGraphManager,
+    profile_cudagraph_memory,
+)
 
-from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids
+from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids, worker
+from helpers.launches import Launches
 from helpers.metrics import spec_metrics
 from helpers.pair import DRAFT, EAGLE3, PROMPTS, TARGET
 from helpers.schedules import SCHEDULE, params
 from vllm_spechub.attention import triton_backend
+from vllm_spechub.cpu.tree_kernels.compaction import HostKVCompactor
+from vllm_spechub.engine import layout, sampler
 from vllm_spechub.integration.platforms import PLATFORMS
+from vllm_spechub.proposers import base, draft_model
+from vllm_spechub.proposers.cuda_graphs import DraftGraphs
+from vllm_spechub.proposers.draft_model import DraftModelProposer
+from vllm_spechub.rules.base import TreeKernels
+from vllm_spechub.rules.draft_state import DraftState
+from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
+from vllm_spechub.triton_kernels.verification import kernel as verification
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 
@@ -48,7 +67,7 @@ def attention_of_gpus(monkeypatch):
     mixed = replace(
         cpu,
         attention_backend=PLATFORMS["cuda"].attention_backend,
-        cache_kernels=lambda: cpu.cache_kernels()._replace(cache_views=triton_backend.cache_views),
+        cache_kernels=lambda: PLATFORMS["cuda"].cache_kernels()._replace(compactor=HostKVCompactor),
     )
     monkeypatch.setitem(PLATFORMS, "cpu", mixed)
     monkeypatch.setattr(triton_backend.TritonTreeImpl, "do_kv_cache_update", write)
@@ -84,8 +103,9 @@ def replays(monkeypatch):
 def capture_graphs(llm) -> None:
     """Do what the runner does on a GPU after it has its KV cache."""
     runner = model_runner(llm)
-    runner.compilation_config.cudagraph_capture_sizes = SIZES
-    runner.compilation_config.max_cudagraph_capture_size = SIZES[-1]
+    sizes = [size for size in SIZES if size <= runner.max_num_tokens]
+    runner.compilation_config.cudagraph_capture_sizes = sizes
+    runner.compilation_config.max_cudagraph_capture_size = sizes[-1]
     manager = ModelCudaGraphManager(
         runner.vllm_config, runner.device, CUDAGraphMode.NONE, runner.decode_query_len
     )
@@ -150,3 +170,133 @@ def test_a_draft_equal_to_the_target_through_graphs(replays):
         metrics = spec_metrics(llm)
     assert replays
     assert metrics["num_accepted_tokens"] > 0.98 * metrics["num_draft_tokens"]
+
+
+@pytest.mark.usefixtures("attention_of_gpus", "replays")
+def test_graphs_for_the_batches_that_the_schedule_drafts_for():
+    with engine(SCHEDULE) as llm:
+        capture_graphs(llm)
+        captured = model_runner(llm).speculator.graphs.graphs
+        sizes = Counter((desc.uniform_token_count, desc.num_reqs) for desc in captured)
+    # levels of two and four nodes, and four rows to read, for two requests at most; the chain's for
+    # four at most
+    trees = {(rows, reqs) for rows in (2, 4) for reqs in (1, 2)}
+    chains = {(rows, reqs) for rows in (1, 3) for reqs in (1, 2, 4)}
+    assert set(sizes) == trees | chains
+    assert set(sizes.values()) == {1}
+
+
+@pytest.mark.usefixtures("attention_of_gpus", "replays")
+def test_graphs_and_uniform_passes_keep_to_the_budget(monkeypatch):
+    widths = []
+    run_model = DraftModelProposer.run_model
+
+    def spy(self, tokens, *args):
+        widths.append(len(tokens))
+        return run_model(self, tokens, *args)
+
+    monkeypatch.setattr(DraftModelProposer, "run_model", spy)
+    with engine("chain:8", max_num_batched_tokens=40) as llm:
+        capture_graphs(llm)
+        assert token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False)) == plain_greedy()
+    assert 36 in widths  # four requests
+    assert max(widths) <= 40
+
+
+@pytest.mark.usefixtures("attention_of_gpus", "replays")
+def test_no_row_sees_what_was_not_written(monkeypatch):
+    """A replay has rows for tokens that may have been accepted, and were not."""
+    replay, finite = DraftGraphs.replay, []
+
+    def spy(self, *args):
+        hidden = replay(self, *args)
+        finite.append(bool(hidden.isfinite().all()))
+        return hidden
+
+    monkeypatch.setattr(DraftGraphs, "replay", spy)
+    with engine("chain:3") as llm:
+        capture_graphs(llm)
+        for layer in model_runner(llm).compilation_config.static_forward_context.values():
+            layer.kv_cache.fill_(torch.nan)
+        assert token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False)) == plain_greedy()
+    assert len(finite) > 40
+    assert all(finite)
+
+
+@pytest.mark.usefixtures("attention_of_gpus", "replays")
+def test_what_vllm_profiles_graphs_with_is_dropped(monkeypatch):
+    """Its cache and its graphs, neither of which the engine will use."""
+    pool = "vllm.platforms.cpu.CpuPlatform.graph_pool_handle"
+    monkeypatch.setattr(pool, lambda self: None, raising=False)
+    with engine("binary:3") as llm:
+        runner = model_runner(llm)
+        config, caches, graphs = runner.kv_cache_config, [], []
+        runner.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+        runner.compilation_config.cudagraph_capture_sizes = SIZES
+        runner.compilation_config.max_cudagraph_capture_size = SIZES[-1]
+        capture = runner.capture_model
+
+        def spy(**options):
+            caches.extend(StorageWeakRef(cache.untyped_storage()) for cache in runner.kv_caches)
+            graphs.append(weakref.ref(runner.speculator.graphs))
+            return capture(**options)
+
+        monkeypatch.setattr(runner, "capture_model", spy)
+        profile_cudagraph_memory(runner)
+        gc.collect()
+        assert len(caches) > 2
+        assert all(cache.expired() for cache in caches)
+        assert [graph() for graph in graphs] == [None]
+
+        worker(llm).initialize_from_config(config)
+        assert token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False)) == plain_greedy()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What this package would launch on a GPU, step by step."""
+    found = Launches()
+    cpu = PLATFORMS["cpu"].tree_kernels()
+    kernels = TreeKernels(
+        found.of_launcher(child_sampling.sample_children, cpu.sample_children),
+        found.of_launcher(verification.verify_tree, cpu.verify_tree),
+        DraftState.write_children,
+    )
+    monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], tree_kernels=lambda: kernels))
+    for module in (base, draft_model, layout, sampler):
+        copy = found.one("copy from host", module.async_tensor_h2d)
+        monkeypatch.setattr(module, "async_tensor_h2d", copy)
+    for owner, name, kind in (
+        (sampler, "get_num_sampled_and_rejected", "Triton"),
+        (BlockTables, "compute_slot_mappings", "Triton"),
+        (HostKVCompactor, "__call__", "Triton"),
+        (DraftModelProposer, "compute_draft_logits", "LM head"),
+        (DraftGraphs, "run_fullgraph", "graph"),
+    ):
+        monkeypatch.setattr(owner, name, found.one(kind, getattr(owner, name)))
+    copy = found.one("copy to host", sampler.TreeSamplerOutput.start_copy_to_host)
+    monkeypatch.setattr(sampler.TreeSamplerOutput, "start_copy_to_host", copy)
+    for owner, name in (
+        (layout.TreeLayout, "update"),
+        (triton_backend.TritonTreeMetadataBuilder, "build"),
+        (sampler.TreeRejectionSampler, "__call__"),
+        (sampler.TreeSamplerOutput, "start_copy_to_host"),
+        (DraftModelProposer, "propose"),
+    ):
+        stage = found.stage(name, getattr(owner, name), begins=name == "update")
+        monkeypatch.setattr(owner, name, stage)
+    return found
+
+
+@pytest.mark.usefixtures("attention_of_gpus", "replays")
+@pytest.mark.parametrize(("tree", "most"), [("binary:3", 106), (SCHEDULE, 117)])
+def test_launches_of_a_step(launches, tree, most):
+    """Of requests that all decode and need no processing: beside vLLM's own, at most so many."""
+    requests = [SamplingParams(temperature=1.0, seed=1, max_tokens=30, ignore_eos=True)] * 2
+    with engine(tree, verification="traversal") as llm:
+        capture_graphs(llm)
+        launches.steps.clear()
+        llm.generate(PROMPTS[:2], requests, use_tqdm=False)
+    decodes = [step for step in launches.steps if step["propose", "graph"] == 3]
+    assert len(decodes) > 4
+    assert max(step.total() for step in decodes) <= most

@@ -6,6 +6,7 @@ parameters make of that node's own path (`oracle.py`).
 """
 
 from functools import cache
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -280,13 +281,14 @@ def test_only_requests_that_ask_for_it_are_processed(llm, monkeypatch):
     def count_steps(self, logits, batch):
         monkeypatch.setattr(runner_sampler, "apply_sampling_params", count_rows)
         try:
-            result = process(self, logits, batch)
+            parts = list(process(self, logits, batch))
         finally:
             monkeypatch.setattr(runner_sampler, "apply_sampling_params", apply)
         steps.append(len(logits))
         if not processed:
-            assert result[0] is logits
-        return result
+            assert len(parts) == 1
+            assert parts[0].logits is logits
+        return parts
 
     def count_truncated(rows, **options):
         truncated.append(len(rows))
@@ -319,6 +321,31 @@ def test_only_requests_that_ask_for_it_are_processed(llm, monkeypatch):
     processed_rows, truncated_rows = rows_of(*ordinary, *both)
     assert processed_rows <= {15, 32, 47}
     assert truncated_rows == {1, 2, 4}
+
+
+def test_rows_that_are_processed_part_by_part(llm, monkeypatch):
+    """Nothing depends on it: tokens, the reason to stop, log-probabilities."""
+    from vllm_spechub.engine import sampler
+
+    parts, process = [], sampler.TreeRejectionSampler.process
+
+    def count_parts(self, logits, batch):
+        found = list(process(self, logits, batch))
+        parts.append(sum(part.source is not None for part in found))
+        return found
+
+    monkeypatch.setattr(sampler.TreeRejectionSampler, "process", count_parts)
+    outcomes = []
+    for rows in (10_000, 40):
+        monkeypatch.setattr(sampler, "get_max_chunk_logits", lambda _vocab_size, rows=rows: rows)
+        parts.clear()
+        outputs = llm.generate(TEXTS, list(CASES.values()), use_tqdm=False)
+        outcomes.append((answers(outputs), [logprob_rows(output) for output in outputs]))
+        assert (max(parts) > 2) == (rows == 40)
+    (whole, scores), (in_parts, other_scores) = outcomes
+    assert in_parts == whole
+    for one, other in zip(chain(*scores), chain(*other_scores), strict=True):
+        assert other == pytest.approx(one, abs=1e-4)
 
 
 def test_match_answers_as_plain_decoding():

@@ -6,14 +6,15 @@ import torch
 from vllm import SamplingParams
 
 from helpers.distributions import assert_prefixes_follow
-from helpers.engines import engine, token_ids
-from helpers.metrics import spechub_metrics
+from helpers.engines import engine, plain_engine, token_ids
+from helpers.metrics import spec_metrics, spechub_metrics
 from helpers.oracle import assert_same_row, processed_row, reference_model, resolved
 from helpers.pair import PROMPTS, TARGET
 from helpers.recording import recorded_nodes, request_of
 from helpers.schedules import SCHEDULE, params
 from vllm_spechub.engine.sampler import TreeRejectionSampler
 from vllm_spechub.rules.kernel_rule import KernelRule
+from vllm_spechub.trees.schedule import TreeSchedule
 from vllm_spechub.trees.tree import TokenTree
 
 # the other way round: wide trees leave most requests out of a tight budget, chains let them in
@@ -32,16 +33,18 @@ def emitted_by_tree(monkeypatch):
     """
     batches: list[dict[int, list[int]]] = []
     original, verify = TreeRejectionSampler.__call__, KernelRule.verify
-    trees: dict[int, TokenTree] = {}
+    drafts: set[tuple[TokenTree, int]] = set()
 
     def check(self, target, requests, state):
-        for req in requests.req_idx[target.num_nodes > 0].tolist():
-            assert state.tree == trees[req]
+        for row in requests.req_idx[target.num_nodes > 0].tolist():
+            assert (state.tree, row) in drafts
         return verify(self, target, requests, state)
 
     def spy(self, logits, batch, *args, **kwargs):
         reqs = batch.idx_mapping_np
-        trees.update(zip(reqs.tolist(), self.request_trees.trees_for(reqs), strict=True))
+        rows = self.request_trees.draft_rows_for(reqs).tolist()
+        drafts.clear()
+        drafts.update(zip(self.request_trees.trees_for(reqs), rows, strict=True))
         with monkeypatch.context() as patch:  # the worker's warm-up verifies, too
             patch.setattr(KernelRule, "verify", check)
             output = original(self, logits, batch, *args, **kwargs)
@@ -157,3 +160,17 @@ def test_prefixes_follow_the_target_while_the_width_changes(emitted_by_tree):
     assert {"2", "3", "14"} <= set(steps)
     assert sum(len(emitted) > 1 for emitted in emitted_by_tree) > 30
     assert_prefixes_follow(output, prompt, wanted)
+
+
+def test_requests_whose_drafts_found_no_room(monkeypatch):
+    """They decode plainly in that step. Rows are short here as they are when many requests keep
+    the drafts of steps that they missed."""
+    most = dict.fromkeys(TreeSchedule.parse([[1, None, "binary:3"]], "match").trees, 3)
+    monkeypatch.setattr(TreeSchedule, "most_requests", lambda self, max_num_reqs: most)
+    requests = [*params()[:3], *params(temperature=1.0, seed=1)[3:]]
+    with plain_engine() as llm:
+        expected = token_ids(llm.generate(PROMPTS, requests, use_tqdm=False))
+    with engine("binary:3", verification="match") as llm:
+        assert token_ids(llm.generate(PROMPTS, requests, use_tqdm=False)) == expected
+        metrics = spec_metrics(llm)
+    assert metrics["num_accepted_tokens"] > 30

@@ -94,8 +94,12 @@ def is_schedule(tree) -> bool:
     return isinstance(tree, list) and isinstance(tree[0], list)
 
 
+def worker(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
 def model_runner(llm):
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    return worker(llm).model_runner
 
 
 def greedy_params(max_tokens=40, **options):

@@ -30,18 +30,21 @@ def recorded_nodes():
 
     def spy(self, logits, batch):
         raw = logits.clone()
-        processed, temperature = process(self, logits, batch)
         trees = self.request_trees.trees_for(batch.idx_mapping_np)
-        for r, (req_id, tree) in enumerate(zip(batch.req_ids, trees, strict=True)):
-            start, end = batch.cu_num_logits_np[r : r + 2]
-            rows = batch.logits_indices[start:end]
-            tokens, root = batch.input_ids[rows].tolist(), int(batch.positions[rows[0]])
-            remaining = float(temperature[batch.idx_mapping[r]])
-            for node in range(end - start if end - start > 1 else 0):
-                path = tuple(tokens[i] for i in tree.paths[node][1:])
-                row = processed[start + node].clone()
-                nodes.append(Node(req_id, root, path, raw[start + node], row, remaining))
-        return processed, temperature
+        for part in process(self, logits, batch):
+            everyone = range(batch.num_reqs)
+            places = everyone if part.places_np is None else part.places_np.tolist()
+            for r, first_row in zip(places, part.row_start.tolist(), strict=True):
+                start, end = batch.cu_num_logits_np[r : r + 2]
+                rows = batch.logits_indices[start:end]
+                tokens, root = batch.input_ids[rows].tolist(), int(batch.positions[rows[0]])
+                remaining = float(part.temperature[batch.idx_mapping[r]])
+                for node in range(end - start if end - start > 1 else 0):
+                    path = tuple(tokens[i] for i in trees[r].paths[node][1:])
+                    row = part.logits[first_row + node].clone()
+                    id_ = batch.req_ids[r]
+                    nodes.append(Node(id_, root, path, raw[start + node], row, remaining))
+            yield part
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TreeRejectionSampler, "process", spy)

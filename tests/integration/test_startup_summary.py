@@ -8,6 +8,7 @@ import torch
 from vllm_spechub.config import SpecHubConfig
 from vllm_spechub.integration.memory import kv_cache_share, verification_bytes
 from vllm_spechub.integration.startup_summary import draw
+from vllm_spechub.trees.schedule import TreeSchedule
 from vllm_spechub.trees.tree import TokenTree
 
 
@@ -34,18 +35,27 @@ def test_the_drafts_share_of_a_block():
     assert kv_cache_share(config, {"d0", "d1"}, sharing=["t1", "d1"]) == 0.5
 
 
-def test_rows_to_verify():
-    """15 rows instead of one for each of 256 requests, bf16 and fp32, unless the budget is less."""
+def test_bytes_to_verify():
+    """The rows that the schedule lets a step have: logits in bf16, a part of them in fp32 with its
+    copy, and the hidden states of the step."""
 
-    def size(budget):
-        scheduler = SimpleNamespace(max_num_seqs=256, max_num_batched_tokens=budget)
-        model = SimpleNamespace(dtype=torch.bfloat16, get_vocab_size=lambda: 128256)
-        spec = object.__new__(SpecHubConfig)
-        spec.num_speculative_tokens = 14
-        return verification_bytes(
-            SimpleNamespace(scheduler_config=scheduler, model_config=model, speculative_config=spec)
+    def size(budget, *ranges, max_num_seqs=1024):
+        scheduler = SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+        model = SimpleNamespace(
+            dtype=torch.bfloat16, get_vocab_size=lambda: 128256, get_hidden_size=lambda: 4096
         )
+        spec = object.__new__(SpecHubConfig)
+        spec.schedule = TreeSchedule.parse(ranges, "traversal")
+        hidden = budget * 4096 * 2
+        config = SimpleNamespace(
+            scheduler_config=scheduler, model_config=model, speculative_config=spec
+        )
+        return verification_bytes(config) - hidden
 
-    assert size(8192) == 256 * 14 * 128256 * 6
-    assert size(1000) == (1000 - 256) * 128256 * 6
-    assert size(200) == 0
+    in_fp32 = 2**30 // (128256 * 4)
+    assert size(16384, (1, None, "binary:3")) == 128256 * (1024 * 15 * 2 + in_fp32 * 6)
+    assert size(8192, (1, None, "binary:3")) == 128256 * (8192 * 2 + in_fp32 * 6)
+    assert size(8192, (1, None, "binary:3"), max_num_seqs=8) == 128256 * 120 * 8
+    assert (
+        size(8192, (1, 8, "binary:3"), (9, 100, "chain:2"), (101, None, None)) == 128256 * 300 * 8
+    )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vllm_spechub import TokenTree
-from vllm_spechub.rules.draft_state import DraftBuffers
+from vllm_spechub.rules.draft_state import DraftState
 from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
 from vllm_spechub.rules.match_rule import MatchRule
 from vllm_spechub.triton_kernels.arguments import Requests, TargetRows
@@ -17,7 +17,7 @@ def verified(num_nodes: list[int], node_tokens: list[int], drawn: list[int]):
     """Emitted tokens and paths of requests whose rows stand one after the other."""
     num_reqs = len(num_nodes)
     starts = [sum(num_nodes[:r]) + r for r in range(num_reqs)]
-    (state,) = DraftBuffers([TREE], num_reqs, 9, torch.float32, torch.device("cpu")).states
+    state = DraftState.empty(TREE, num_reqs, 9, torch.float32, torch.device("cpu"))
     everyone, ones = torch.arange(num_reqs), torch.ones(num_reqs)
     target = TargetRows(
         torch.zeros(len(node_tokens), 9),

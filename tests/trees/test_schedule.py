@@ -57,3 +57,12 @@ def test_refused(spec, message):
         TreeSchedule.parse(spec, "ordered")
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_most_requests_that_draft_each_tree():
+    ranges = [[1, 2, "binary:3"], [3, 8, "chain:2"], [9, 9, "binary:3"], [10, None, "chain:1"]]
+    schedule = TreeSchedule.parse(ranges, "ordered")
+    most = {str(tree): reqs for tree, reqs in schedule.most_requests(64).items()}
+    assert most == {"binary:3": 9, "chain:2": 8, "chain:1": 64}
+    most = {str(tree): reqs for tree, reqs in schedule.most_requests(6).items()}
+    assert most == {"binary:3": 2, "chain:2": 6, "chain:1": 0}

@@ -147,14 +147,8 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # vLLM would capture all its draft steps in one graph, where the tree could not change.
         self.supports_draft_decode_metadata_update = False
-        scheduler = vllm_config.scheduler_config
-        speculative = vllm_config.speculative_config
-        nodes = 0 if speculative is None else speculative.num_speculative_tokens
-        # A draft pass adds a root to each request's tokens, or feeds whole levels of every tree.
-        max_num_tokens = max(
-            scheduler.max_num_batched_tokens + scheduler.max_num_seqs,
-            scheduler.max_num_seqs * (2 + nodes),
-        )
+        # No pass of the target or the draft is wider.
+        max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         # [max_num_tokens] each
         self.visible_until = torch.full((max_num_tokens,), CAUSAL, dtype=torch.int32, device=device)
         self.tree_mask = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
@@ -180,7 +174,7 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
         if num_tokens > len(self.visible_until):
             raise ValueError(
                 f"common_attn_metadata: {num_tokens} tokens exceed {len(self.visible_until)}, "
-                "what max_num_batched_tokens and max_num_seqs leave room for"
+                "the engine's max_num_batched_tokens"
             )
         trees = np.zeros(0, dtype=np.int64)
         if tree is None:

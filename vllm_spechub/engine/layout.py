@@ -70,8 +70,8 @@ class TreeLayout:
         rows = async_tensor_h2d(row, device=self.device)
         positions = batch.positions[:num_tokens]
         torch.add(positions, self._rope_offset[rows], out=self.positions[:num_tokens])
-        self.visible_until[:num_tokens] = positions + self._until_offset[rows]
-        self.tree_mask[:num_tokens] = self._mask[rows]
+        torch.add(positions, self._until_offset[rows], out=self.visible_until[:num_tokens])
+        torch.index_select(self._mask, 0, rows, out=self.tree_mask[:num_tokens])
         return TreeVisibility(
             visible_until=self.visible_until[:num_tokens],
             tree_mask=self.tree_mask[:num_tokens],

@@ -72,8 +72,9 @@ class TreeModelState(DefaultModelState):
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
     ) -> None:
+        # The worker binds, once the caches are those of the engine: vLLM makes and drops others to
+        # learn how much memory its graphs take, and a bound compactor would keep them alive.
         self.bind_compactor = partial(self.compactor.bind, kv_cache_config, block_tables)
-        self.bind_compactor()
 
     def wake_up(self) -> None:
         """Restore the small tensors whose contents sleep mode discards."""

@@ -27,6 +27,14 @@ class RequestTrees:
         self._depths = np.array([tree.depth for tree in schedule.trees])
         # [max_num_reqs] place in `trees`
         self._index = np.zeros(max_num_reqs, dtype=np.int64)
+        # By tree, [most_requests] whose draft each row holds, -1 for nobody's. None if a request's
+        # row is that of its state.
+        self._owners = [
+            np.full(most, -1) if most < max_num_reqs else None
+            for most in schedule.most_requests(max_num_reqs).values()
+        ]
+        # [max_num_reqs] the row of the request's draft; -1 if it has none, or lost it
+        self._draft_row = np.full(max_num_reqs, -1)
         # [max_num_reqs] upper bound on the tokens before the next one that the draft has not read
         self._draft_lag = np.zeros(max_num_reqs, dtype=np.int64)
         # [max_num_reqs] the first position that the draft has not read, at most the last root's
@@ -37,6 +45,7 @@ class RequestTrees:
     def add_request(self, req_index: int) -> None:
         """Begin a request, in the place of one that has ended."""
         self._draft_lag[req_index] = 0
+        self._release(np.array([req_index]))
 
     def record_drafted(
         self,
@@ -44,8 +53,42 @@ class RequestTrees:
         reqs: np.ndarray,
         index: int,
     ) -> None:
-        """Record that these requests draft the tree with this place in the schedule."""
+        """Record that these requests draft the tree with this place in the schedule, and give each
+        of them a row for its draft.
+
+        A request that missed steps keeps its draft, and so the rows may be used up. Then others
+        lose theirs, and have no tree in their next step.
+        """
+        self._release(reqs)
         self._index[reqs] = index
+        owners = self._owners[index]
+        if owners is None:
+            self._draft_row[reqs] = reqs
+            return
+        rows = np.argsort(owners, kind="stable")[: len(reqs)]  # nobody's first
+        self._draft_row[owners[rows][owners[rows] >= 0]] = -1
+        owners[rows] = reqs[: len(rows)]
+        self._draft_row[reqs[: len(rows)]] = rows
+
+    def _release(
+        self,
+        # [num_reqs]
+        reqs: np.ndarray,
+    ) -> None:
+        for index, owners in enumerate(self._owners):
+            if owners is not None:
+                owned = self._draft_row[reqs[self._index[reqs] == index]]
+                owners[owned[owned >= 0]] = -1
+        self._draft_row[reqs] = -1
+
+    def draft_rows_for(
+        self,
+        # [num_reqs]
+        reqs: np.ndarray,
+    ) -> np.ndarray:
+        """The row of each request's draft among those of its tree; -1 if it has none. [num_reqs]
+        int64"""
+        return self._draft_row[reqs]
 
     def index_for(
         self,

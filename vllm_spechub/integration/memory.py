@@ -6,18 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
 from vllm_spechub.config import spechub_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
-
-
-def tensor_bytes(owner: object) -> int:
-    """The bytes of the tensors that an object holds as attributes."""
-    tensors = [value for value in vars(owner).values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def weight_bytes(
@@ -64,14 +59,24 @@ def kv_cache_share(
     return ours / total if total else 0.0
 
 
-def verification_bytes(vllm_config: "VllmConfig") -> int:
-    """The bytes of the target's logits for a full batch of the largest trees, in the model's dtype
-    and again in fp32 for sampling parameters, beyond one row per request.
+def most_rows(vllm_config: "VllmConfig") -> int:
+    """The most rows of logits that the trees of a step are verified against: those of the requests
+    that the schedule drafts a tree for, as far as the token budget lets them in."""
+    scheduler, schedule = vllm_config.scheduler_config, spechub_config(vllm_config).schedule
+    rows = max(
+        reqs * (1 + tree.num_nodes)
+        for tree, reqs in schedule.most_requests(scheduler.max_num_seqs).items()
+    )
+    return min(rows, scheduler.max_num_batched_tokens)
 
-    vLLM's profiling run, which sizes the KV cache, has that one row per request.
-    """
-    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
-    nodes = spechub_config(vllm_config).num_speculative_tokens
-    rows = min(scheduler.max_num_seqs * (1 + nodes), scheduler.max_num_batched_tokens)
-    rows -= min(scheduler.max_num_seqs, rows)
-    return rows * model.get_vocab_size() * (model.dtype.itemsize + torch.float32.itemsize)
+
+def verification_bytes(vllm_config: "VllmConfig") -> int:
+    """The bytes that a step holds at most while it verifies: the target's hidden states and logits,
+    and a part of the logits in fp32 with its copy, for requests with sampling parameters."""
+    model = vllm_config.model_config
+    vocab_size, size = model.get_vocab_size(), model.dtype.itemsize
+    rows = most_rows(vllm_config)
+    in_fp32 = min(rows, get_max_chunk_logits(vocab_size))
+    hidden = vllm_config.scheduler_config.max_num_batched_tokens * model.get_hidden_size() * size
+    logits = rows * vocab_size * size
+    return hidden + logits + in_fp32 * vocab_size * (size + torch.float32.itemsize)

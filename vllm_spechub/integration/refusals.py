@@ -69,6 +69,13 @@ def engine_refusals(vllm_config: "VllmConfig", platform: Platform) -> Iterator[t
         f"scheduler_cls={scheduler!r}: spechub supplies its own scheduler; leave "
         "scheduler_cls unset",
     )
+    budget = vllm_config.scheduler_config.max_num_batched_tokens
+    widest = max(max(map(len, tree.internal_levels())) for tree in spechub.schedule.trees)
+    yield (
+        widest > budget,
+        f"max_num_batched_tokens={budget} is less than the {widest} nodes that the draft reads at "
+        "once of one tree; raise it, or choose a narrower tree",
+    )
     yield (
         parallel.pipeline_parallel_size > 1,
         "pipeline_parallel_size > 1 is not supported; use tensor_parallel_size",

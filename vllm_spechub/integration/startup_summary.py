@@ -9,8 +9,6 @@ import torch
 from vllm_spechub.config import spechub_config
 from vllm_spechub.integration.memory import (
     kv_cache_share,
-    tensor_bytes,
-    verification_bytes,
     weight_bytes,
 )
 from vllm_spechub.trees.drawing import draw
@@ -28,6 +26,7 @@ def summarize(
     target: torch.nn.Module,
     proposer: "TreeProposer",
     kv_cache_config: "KVCacheConfig",
+    reserved_bytes: int,
 ) -> str:
     """Describe an engine in a few lines: draft, rule, trees, the memory added, what is off and why.
 
@@ -36,6 +35,7 @@ def summarize(
         target: the target, with which a head shares weights.
         proposer: what drafts its trees, with its weights loaded.
         kv_cache_config: which layers share the KV cache's blocks.
+        reserved_bytes: what is kept free for verification.
     """
     config = spechub_config(vllm_config)
     # A proposer may have no model of its own.
@@ -56,8 +56,8 @@ def summarize(
         ("verification", f"{config.verification}{sharpened}"),
         *_trees(config.schedule),
         ("memory added", f"{weights / 2**20:,.1f} MiB of draft weights"),
-        ("", f"{tensor_bytes(proposer.draft_logits) / 2**20:,.1f} MiB for the draft's logits"),
-        ("", f"{verification_bytes(vllm_config) / 2**20:,.1f} MiB for the target's logits"),
+        ("", f"{proposer.draft_logits.num_bytes / 2**20:,.1f} MiB for the draft's logits"),
+        ("", f"{reserved_bytes / 2**20:,.1f} MiB for the target's logits"),
         ("", f"{share:.0%} of every KV cache block"),
         ("off", "; ".join(off) or "nothing"),
     ]

@@ -4,9 +4,11 @@
 import logging
 from typing import Any
 
+import vllm.envs as envs
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_spechub.integration import patches
 from vllm_spechub.integration.memory import verification_bytes
@@ -14,12 +16,16 @@ from vllm_spechub.integration.patch import apply_all
 from vllm_spechub.integration.reporting import reporting
 from vllm_spechub.integration.select import attention_backend, platform
 from vllm_spechub.integration.startup_summary import summarize
+from vllm_spechub.integration.warm_up import warm_up_trees
 
 logger = logging.getLogger("vllm.spechub")
 
 
 class SpecHubWorker(Worker):
     """vLLM's GPU worker with draft trees."""
+
+    # bytes kept free for verification, beyond those that vLLM keeps free for a forward pass
+    reserved_bytes = 0
 
     @property
     def _v2_runner(self) -> Any:
@@ -49,21 +55,45 @@ class SpecHubWorker(Worker):
         return DraftTokenIds(drafts.req_ids, [nodes[:count] for nodes, count in shortened])
 
     def determine_available_memory(self) -> int:
-        """The bytes that vLLM finds, less those that verifying a full batch of trees needs, which
-        vLLM's profiling run does not see."""
+        """The bytes that vLLM finds, less those that verifying a full batch of trees needs beyond
+        what vLLM has seen in use while it profiled a forward pass."""
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes:
             return available  # the user's own number
-        return available - verification_bytes(self.vllm_config)
+        self.reserved_bytes = max(0, verification_bytes(self.vllm_config) - self._profiled_bytes())
+        return available - self.reserved_bytes
+
+    def _profiled_bytes(self) -> int:
+        """The bytes that a forward pass takes and gives back, as vLLM has profiled it; 0 where it
+        profiles none."""
+        peak: int = getattr(self, "peak_activation_memory", 0)
+        if envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS:
+            peak -= getattr(self, "cudagraph_memory_estimate", 0)  # these stay
+        return peak
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
+        self._v2_runner.model_state.bind_compactor()
         if self.is_driver_worker:
             with reporting("the start-up summary"):
                 runner = self._v2_runner
                 logger.info(
-                    summarize(self.vllm_config, runner.model, runner.speculator, kv_cache_config)
+                    summarize(
+                        self.vllm_config,
+                        runner.model,
+                        runner.speculator,
+                        kv_cache_config,
+                        self.reserved_bytes,
+                    )
                 )
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        if (
+            self.device_config.device_type != "cpu"
+            and self.vllm_config.kernel_config.enable_jit_warmup
+        ):
+            warm_up_trees(self._v2_runner, self.execute_model, self.sample_tokens)
+        return super().compile_or_warm_up_model()
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         super().wake_up(tags)

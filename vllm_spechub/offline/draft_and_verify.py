@@ -15,7 +15,7 @@ import torch
 from vllm_spechub.registry import RULES
 from vllm_spechub.rules.acceptance import check_probs
 from vllm_spechub.rules.base import TreeKernels, check_rule
-from vllm_spechub.rules.draft_state import DraftBuffers, DraftState
+from vllm_spechub.rules.draft_state import DraftState
 from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.arguments import Drafts, Requests, TargetRows
@@ -101,7 +101,7 @@ def draft_tree(
     root = torch.empty(batch_size, 0, dtype=torch.int64, device=device)
     logits = _draft_logits(tree, 0, draft_probs_fn, root, None)
     device, vocab_size = logits.device, logits.shape[1]
-    (state,) = DraftBuffers([tree], batch_size, vocab_size, torch.float32, device).states
+    state = DraftState.empty(tree, batch_size, vocab_size, torch.float32, device)
     everyone = torch.arange(batch_size, device=device)
     ones = torch.ones(batch_size, device=device)
     requests = Requests(everyone, torch.zeros_like(everyone), ones, seeds.to(device))

@@ -8,15 +8,20 @@ lets the verification rule draw every child. A subclass computes the rows: with 
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.states import SamplingStates
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
@@ -30,6 +35,20 @@ from vllm_spechub.triton_kernels.arguments import Requests
 
 Carried = TypeVar("Carried")
 """What a proposer hands from one level to the next, such as hidden states."""
+
+ALIGNED = 16
+OF_REQUESTS = (
+    "idx_mapping",
+    "idx_mapping_np",
+    "num_scheduled_tokens",
+    "num_draft_tokens_per_req",
+    "seq_lens",
+    "seq_lens_cpu_upper_bound",
+    "is_prefilling_np",
+)
+"""The batch's fields with an entry for each request that a part of a step has for its own."""
+BOUNDS_OF_REQUESTS = ("query_start_loc", "query_start_loc_np", "cu_num_logits", "cu_num_logits_np")
+"""Those with one more entry, each request's first token or row in the whole batch."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +74,38 @@ class DraftStep:
     dummy_run: bool
     # whether it is a dummy run before there is a KV cache
     skip_attn: bool
+    # where the first request stands in the batch that the target has read
+    first_req: int = 0
+    # [num_reqs] int64, the row of each request's draft; its state's index, unless rows are given
+    draft_rows: torch.Tensor = field(kw_only=True)
 
     @property
     def num_reqs(self) -> int:
         return self.batch.num_reqs
+
+    def part(self, first: int, last: int) -> "DraftStep":
+        """The step for the requests `first` to `last - 1` only. Hidden states, tokens and positions
+        stay those of the whole batch, where `query_start_loc` says which are a request's."""
+        batch, requests, bounds = self.batch, slice(first, last), slice(first, last + 1)
+        of_requests = {name: getattr(batch, name) for name in OF_REQUESTS}
+        of_bounds = {name: getattr(batch, name)[bounds] for name in BOUNDS_OF_REQUESTS}
+        of_requests = {n: v if v is None else v[requests] for n, v in of_requests.items()}
+        paths = self.accepted_paths
+        return replace(
+            self,
+            batch=replace(batch, num_reqs=last - first, **of_requests, **of_bounds),
+            first_positions=self.first_positions[requests],
+            root_positions=self.root_positions[requests],
+            num_rejected=self.num_rejected[requests],
+            accepted_paths=None if paths is None else paths[requests],
+            first_req=self.first_req + first,
+            draft_rows=self.draft_rows[requests],
+        )
+
+
+def _rows_of(carried: Carried, requests: slice) -> Carried:
+    """What `read` returned for some of a step's requests."""
+    return tree_map_only(torch.Tensor, itemgetter(requests), carried)
 
 
 class TreeProposer(BaseSpeculator, Generic[Carried]):
@@ -111,8 +158,13 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         self.max_model_len = vllm_config.model_config.max_model_len
         self.vocab_size = vllm_config.model_config.get_vocab_size()
+        # A wider pass is one that vLLM has compiled nothing for; more rows of logits are too large.
+        self.max_rows = min(
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            get_max_chunk_logits(self.vocab_size),
+        )
         self.draft_logits = DraftBuffers(
-            self.schedule.trees,
+            self.schedule.most_requests(self.max_num_reqs),
             self.max_num_reqs,
             self.vocab_size,
             self.logits_dtype(),
@@ -184,7 +236,8 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         postponing it.
 
         Returns:
-            What `level_logits` needs for the roots.
+            What `level_logits` needs for the roots: a tensor, tuple or dict of tensors that have a
+            row for each request. A large batch drafts its requests part by part.
         """
 
     def level_logits(
@@ -193,7 +246,7 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         """Compute the draft's logits at the internal nodes of one depth.
 
         Args:
-            step: the step that drafts.
+            step: the step that drafts, or the part of it that some of its requests are.
             depth: 0 for the roots.
             level: the nodes; `level.rows(step.num_reqs)` lays them out for the batch.
             state: holds the tokens drafted so far; `node_tokens` picks those of a level.
@@ -214,12 +267,10 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         At depth 0 these are the roots: each request's last token, or the first one of its prompt
         that the target has not read yet.
         """
-        idx_mapping = step.batch.idx_mapping
         if depth == 0:
             positions = step.root_positions.clamp(max=self.max_model_len - 1)
-            return self.req_states.all_token_ids.gpu[idx_mapping, positions].long()
-        rows = level.rows(step.num_reqs)
-        return state.tokens[idx_mapping[rows.req], rows.column]
+            return self.req_states.all_token_ids.gpu[step.batch.idx_mapping, positions].long()
+        return state.tokens[step.draft_rows.unsqueeze(1), level.columns].flatten()
 
     @torch.inference_mode()
     def propose(
@@ -261,14 +312,14 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             order.
         """
         self.num_useful_nodes = None
-        batch, buffers = input_batch, self.draft_logits
-        idx_mapping, reqs = batch.idx_mapping, batch.idx_mapping_np
-        index = 0
+        batch, reqs = input_batch, input_batch.idx_mapping_np
+        trees: Iterable[int] = range(len(self.draft_logits.states))  # a trial drafts them all
         if num_speculative_tokens is not None:
             index = self.schedule.index(num_speculative_tokens)
-        if index is None and self.may_pause(batch):
+            trees = () if index is None else (index,)
+        if not trees and self.may_pause(batch):
             self.request_trees.pause_reading(reqs)
-            return buffers.tokens[idx_mapping]
+            return self._nothing(batch.num_reqs)
         step = self._step(
             batch,
             num_rejected,
@@ -278,12 +329,70 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             skip_attn_for_dummy_run,
         )
         carried = self.read(step)
-        if index is None:
-            return buffers.tokens[idx_mapping]
-        if not dummy_run:
-            self.request_trees.record_drafted(reqs, index)
-        self.draft(step, carried, buffers.states[index], temperature, seeds)
-        return buffers.tokens[idx_mapping]
+        tokens = None
+        for index in trees:
+            state = self.draft_logits.states[index]
+            if not dummy_run:
+                self.request_trees.record_drafted(reqs, index)
+            drafting = self._with_rows(step, index, temperature, seeds)
+            of_drafting = _rows_of(carried, slice(drafting.num_reqs))
+            for part, of_part in self._parts(drafting, of_drafting, state):
+                self.draft(part, of_part, state, temperature, seeds)
+            tokens = state.tokens[drafting.draft_rows]
+        if tokens is None:
+            return self._nothing(batch.num_reqs)
+        missing = self.draft_logits.num_nodes - tokens.shape[1], batch.num_reqs - len(tokens)
+        if any(missing):
+            tokens = torch.nn.functional.pad(tokens, (0, missing[0], 0, missing[1]))
+        return tokens
+
+    def _nothing(self, num_reqs: int) -> torch.Tensor:
+        """What `propose` returns if it drafts nothing."""
+        shape = num_reqs, self.draft_logits.num_nodes
+        return torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+    def _with_rows(
+        self,
+        step: DraftStep,
+        index: int,
+        # [max_num_reqs]
+        temperature: torch.Tensor,
+        # [max_num_reqs]
+        seeds: torch.Tensor,
+    ) -> DraftStep:
+        """The step, with a row for each request's draft among those of a tree. Requests for which
+        there is no row are left out: only start-up has more of them than the schedule says."""
+        rows = self.draft_logits.states[index].rows
+        if rows is None:
+            return step
+        most = len(rows.seeds) - 1
+        if step.num_reqs > most:
+            step = step.part(0, most)
+        given = np.arange(step.num_reqs)
+        if not step.dummy_run:
+            given = self.request_trees.draft_rows_for(step.batch.idx_mapping_np)
+        draft_rows = async_tensor_h2d(given, device=self.device)
+        rows.temperature[draft_rows] = temperature[step.batch.idx_mapping]
+        rows.seeds[draft_rows] = seeds[step.batch.idx_mapping]
+        return replace(step, draft_rows=draft_rows)
+
+    def _parts(
+        self, step: DraftStep, carried: Carried, state: DraftState
+    ) -> Iterator[tuple[DraftStep, Carried]]:
+        """The step in parts of so many requests that no level has more than `max_rows` rows, and
+        what `read` returned for each part's requests."""
+        num_reqs = step.num_reqs
+        widest = max(len(level.nodes_np) for level in state.levels)
+        # One that looks its drafts up has neither passes nor logits.
+        most = num_reqs if self.point_masses else max(1, self.max_rows // widest)
+        if num_reqs <= most:
+            yield step, carried
+            return
+        if most > ALIGNED:  # kernels are compiled for tensors that begin at aligned addresses
+            most -= most % ALIGNED
+        for first in range(0, num_reqs, most):
+            last = min(first + most, num_reqs)
+            yield step.part(first, last), _rows_of(carried, slice(first, last))
 
     def draft(
         self,
@@ -298,13 +407,16 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         """Draft a tree for each request of a step, level by level.
 
         A proposer of point masses may override this in place of `level_logits`. It writes the
-        nodes' tokens to `state.tokens` and 0 to `state.drafts.sampled`.
+        nodes' tokens to the rows `step.draft_rows` of `state.tokens`, and 0 to those of
+        `state.drafts.sampled`.
         """
         idx_mapping, reqs = step.batch.idx_mapping, step.batch.idx_mapping_np
         truncated = np.empty(0, dtype=np.int64)
         if not step.dummy_run:
             (truncated,) = truncates(self.sampling_states, reqs).nonzero()
-        requests = Requests(idx_mapping, step.root_positions, temperature, seeds)
+        if state.rows is not None:
+            temperature, seeds = state.rows
+        requests = Requests(step.draft_rows, step.root_positions, temperature, seeds)
         for depth, level in enumerate(state.levels):
             logits, carried = self.level_logits(step, depth, level, state, carried)
             truncate(logits, self.sampling_states, idx_mapping, reqs, truncated)
@@ -336,4 +448,5 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             accepted_paths=None if dummy_run else self.request_trees.accepted_paths(batch),
             dummy_run=dummy_run,
             skip_attn=dummy_run and skip_attn,
+            draft_rows=batch.idx_mapping,
         )

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward passes of a proposer's model as CUDA graphs.
 
-vLLM 0.32 runs a separate draft model eagerly. Here a graph is captured for each captured batch size
-and each number of rows per request that a pass may have: one row per expanded node of a depth, or,
-if every request verified a whole tree, one per token that may have been accepted and one for the
-new root.
+vLLM 0.32 runs a separate draft model eagerly. Here a graph is captured for each number of rows per
+request that a pass may have: one row per expanded node of a depth, or, if every request verified a
+whole tree, one per token that may have been accepted and one for the new root. And for each of
+these, for the batch sizes that draft such a tree.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
@@ -26,7 +25,7 @@ from vllm_spechub.attention.visibility import TreeVisibility
 class DraftPass:
     """The inputs of one forward pass."""
 
-    # [num_tokens] int32
+    # [num_tokens] integers
     tokens: torch.Tensor
     # [num_tokens] int64, RoPE positions
     positions: torch.Tensor
@@ -35,7 +34,7 @@ class DraftPass:
     # [num_reqs + 1] int32, each request's first row, on the device and on the host
     starts: torch.Tensor
     starts_np: np.ndarray
-    # [num_reqs] int32
+    # [num_reqs] integers
     seq_lens: torch.Tensor
     # [num_reqs] int32 on the host, upper bounds on `seq_lens`
     seq_lens_bound: torch.Tensor
@@ -43,6 +42,8 @@ class DraftPass:
     tree: TreeVisibility | None = None
     # [num_tokens, fed_size] hidden states; None for a model that reads tokens only
     fed: torch.Tensor | None = None
+    # where the first request stands in the batch, as the block tables do
+    first_req: int = 0
 
 
 class PassRunner(Protocol):
@@ -79,49 +80,43 @@ class PassRunner(Protocol):
         ...
 
 
-class PassGraphs(CudaGraphManager):
-    """vLLM's graphs, for passes of `decode_query_len` rows per request."""
-
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, rows: int) -> None:
-        super().__init__(vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=rows)
-
-    def _init_candidates(self) -> None:
-        rows, sizes = self.decode_query_len, self.compilation_config.cudagraph_capture_sizes
-        self._capture_descs[CUDAGraphMode.FULL] = [
-            BatchExecutionDescriptor(
-                CUDAGraphMode.FULL, num_tokens=size * rows, num_reqs=size, uniform_token_count=rows
-            )
-            for size in sorted({min(size, self.max_num_reqs) for size in sizes}, reverse=True)
-        ]
-
-    def fitting(self, num_reqs: int) -> BatchExecutionDescriptor | None:
-        """The smallest captured batch that has room for `num_reqs` requests."""
-        num_tokens = num_reqs * self.decode_query_len
-        fitting = [desc for desc in self.graphs if desc.num_tokens >= num_tokens]
-        return min(fitting, key=lambda desc: desc.num_tokens, default=None)
+def batch_sizes(most: int) -> list[int]:
+    """The batch sizes to capture up to a largest one: 1, 2, 4, every 8, and the largest."""
+    return sorted({size for size in (1, 2, 4, *range(8, most, 8), most) if size <= most})
 
 
-class DraftGraphs:
+class DraftGraphs(CudaGraphManager):
     """Captures passes and replays them. A replay sees its batch through the buffers here, those of
     the attention backend, `proposer.slots` and the block tables, and through nothing else.
 
+    It is a manager of vLLM's, so that vLLM drops the graphs that it has captured to learn how much
+    memory they take.
+
     Args:
         proposer: the proposer whose model runs, with its attention set up.
-        rows_per_request: the numbers of rows per request that a pass may have.
+        rows_per_request: by the number of rows per request that a pass may have, the most requests
+            of such a pass.
     """
 
-    def __init__(self, proposer: PassRunner, rows_per_request: Iterable[int]) -> None:
+    def __init__(self, proposer: PassRunner, rows_per_request: Mapping[int, int]) -> None:
+        self.sizes = {rows: batch_sizes(most) for rows, most in rows_per_request.items() if most}
+        widest = max(self.sizes)
+        super().__init__(
+            proposer.vllm_config,
+            proposer.device,
+            CUDAGraphMode.FULL_DECODE_ONLY,
+            decode_query_len=widest,
+        )
         self.proposer = proposer
         device, max_num_reqs = proposer.device, proposer.max_num_reqs
-        # The widest first, because the others then fit into the memory of its graphs.
-        self.by_rows = {
-            rows: PassGraphs(proposer.vllm_config, device, rows)
-            for rows in sorted(set(rows_per_request), reverse=True)
-        }
-        max_num_tokens = max_num_reqs * max(self.by_rows)
+        max_num_tokens = max(rows * sizes[-1] for rows, sizes in self.sizes.items())
         self.tokens = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
         self.positions = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
-        self.starts = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)
+        # by the number of rows per request: [most + 1], each request's first row
+        self.starts = {
+            rows: torch.arange(sizes[-1] + 1, dtype=torch.int32, device=device) * rows
+            for rows, sizes in self.sizes.items()
+        }
         self.seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.fed: torch.Tensor | None = None
         if proposer.fed_size:
@@ -131,26 +126,36 @@ class DraftGraphs:
         # [max_num_tokens, ..., hidden_size], made by the first pass
         self.hidden: torch.Tensor | None = None
 
-    def capture(self) -> None:
+    def _init_candidates(self) -> None:
+        descs = [self._descriptor(r, size) for r, sizes in self.sizes.items() for size in sizes]
+        # The widest first, because the others then fit into the memory of its graph.
+        descs.sort(key=lambda desc: desc.num_tokens, reverse=True)
+        self._capture_descs[CUDAGraphMode.FULL] = descs
+
+    @staticmethod
+    def _descriptor(rows: int, num_reqs: int) -> BatchExecutionDescriptor:
+        return BatchExecutionDescriptor(
+            CUDAGraphMode.FULL, rows * num_reqs, num_reqs, uniform_token_count=rows
+        )
+
+    def capture_passes(self) -> None:
         """Capture a graph for each number of rows per request and each batch size."""
-        for rows, graphs in self.by_rows.items():
-            title = f"Capturing draft CUDA graphs, {rows} rows per request"
-            graphs.capture(partial(self._captured, rows), progress_bar_desc=title)
+        self.capture(self._captured, progress_bar_desc="Capturing draft CUDA graphs")
 
     def _captured(
-        self, rows: int, desc: BatchExecutionDescriptor, warmup: bool
+        self, desc: BatchExecutionDescriptor, warmup: bool
     ) -> Callable[[CUDAGraphMode], None]:
         """Prepare a pass over the buffers. Returns the function that runs it within a capture."""
         proposer, num_tokens = self.proposer, desc.num_tokens
-        num_reqs = num_tokens // rows
+        num_reqs = desc.num_reqs or 0
+        rows = num_tokens // num_reqs
         starts_np = np.arange(num_reqs + 1, dtype=np.int32) * rows
-        self.starts[: num_reqs + 1] = async_tensor_h2d(starts_np, device=proposer.device)
         proposer.slots.fill_(PAD_SLOT_ID)
         dummy = DraftPass(
             self.tokens[:num_tokens],
             self.positions[:num_tokens],
             proposer.slots[:, :num_tokens],
-            self.starts[: num_reqs + 1],
+            self.starts[rows][: num_reqs + 1],
             starts_np,
             self.seq_lens[:num_reqs],
             torch.ones(num_reqs, dtype=torch.int32),
@@ -167,12 +172,17 @@ class DraftGraphs:
         return forward
 
     def fitting(self, draft_pass: DraftPass) -> BatchExecutionDescriptor | None:
-        """The graph for a pass; None if none was captured for its numbers of rows and requests."""
+        """The smallest graph that has room for a pass; None if none was captured for as many rows
+        per request."""
         counts = np.diff(draft_pass.starts_np)
-        graphs = self.by_rows.get(int(counts[0]))
-        if graphs is None or (counts != counts[0]).any():
+        sizes = self.sizes.get(int(counts[0]))
+        # A graph reads the block tables from their first row on.
+        if not self._graphs_captured or draft_pass.first_req or sizes is None:
             return None
-        return graphs.fitting(len(counts))
+        place = bisect_left(sizes, len(counts))
+        if place == len(sizes) or (counts != counts[0]).any():
+            return None
+        return self._descriptor(int(counts[0]), sizes[place])
 
     def replay(self, desc: BatchExecutionDescriptor, draft_pass: DraftPass) -> torch.Tensor:
         """Run a pass by replaying its graph.
@@ -181,18 +191,17 @@ class DraftGraphs:
             Hidden states [num_tokens, ..., hidden_size], valid until the next replay.
         """
         num_tokens, num_reqs = len(draft_pass.tokens), len(draft_pass.seq_lens)
-        # This fills the attention backend's buffers. The capture already holds what it returns.
-        self.proposer.attention(draft_pass)
         self.tokens[:num_tokens] = draft_pass.tokens
         self.positions[:num_tokens] = draft_pass.positions
         if self.fed is not None:
             assert draft_pass.fed is not None  # what the proposer's `fed_size` says
             self.fed[:num_tokens] = draft_pass.fed
-        self.starts[: num_reqs + 1] = draft_pass.starts
         self.seq_lens[:num_reqs] = draft_pass.seq_lens
-        # Padding requests have no rows; their slots are padding already.
-        self.starts[num_reqs + 1 :] = num_tokens
-        self.seq_lens[num_reqs:] = 0
-        self.by_rows[num_tokens // num_reqs].run_fullgraph(desc)
+        if desc.num_reqs != num_reqs:
+            # Padding requests see nothing; their slots are padding already.
+            self.seq_lens[num_reqs : desc.num_reqs] = 0
+        # This fills the attention backend's buffers. The capture already holds what it returns.
+        self.proposer.attention(replace(draft_pass, seq_lens=self.seq_lens[:num_reqs]))
+        self.run_fullgraph(desc)
         assert self.hidden is not None  # since the first capture
         return self.hidden[:num_tokens]

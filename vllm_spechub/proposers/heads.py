@@ -172,7 +172,8 @@ class HeadProposer(ModelProposer[torch.Tensor]):
         local = async_tensor_h2d(local_np, device=device)
         first, root = step.first_positions, step.root_positions
         positions = first[req] + local
-        unused = positions >= root[req]
+        last = (root - 1)[req]
+        unused = positions > last
         if step.dummy_run:
             tokens = torch.zeros_like(positions, dtype=torch.int32)
         else:
@@ -188,7 +189,7 @@ class HeadProposer(ModelProposer[torch.Tensor]):
             starts_np,
             first + torch.diff(starts),
             unused,
-            None,
+            self.up_to_roots(step, counts, positions, last),
             self.target_states(step, rows),
         )
         return given[starts[:-1] + root - first - 1]
@@ -204,10 +205,7 @@ class HeadProposer(ModelProposer[torch.Tensor]):
             counts -= step.num_rejected.numpy()  # there is no device to wait for
         elif batch.num_draft_tokens_per_req is not None:
             counts -= np.maximum(batch.num_draft_tokens_per_req[:num_reqs] - depths, 0)
-        if self.graphs is not None and not batch.is_prefilling_np.any():
-            # A few unused rows make the batch uniform, as graphs need it.
-            counts[:] = depths.max() + 1
-        return counts
+        return self.made_uniform(step, counts)
 
     def _kept_rows(
         self,

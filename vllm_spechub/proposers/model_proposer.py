@@ -6,6 +6,7 @@ The next step writes the accepted tokens again, in their final slots, so the dra
 no compaction.
 """
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from vllm_spechub.proposers.base import Carried, DraftStep, TreeProposer
 from vllm_spechub.proposers.cuda_graphs import DraftGraphs, DraftPass
 from vllm_spechub.rules.base import VerificationRule
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
+from vllm_spechub.trees.tree import TokenTree
 
 
 class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
@@ -108,12 +110,24 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
             logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
         return logits
 
-    def rows_per_request(self) -> set[int]:
-        """The numbers of rows per request that a pass may have, if no request reads its prompt."""
-        states = self.draft_logits.states
-        levels = {len(level.nodes_np) for state in states for level in state.levels[1:]}
-        # The rows of `read`, after a whole tree: as many tokens as may have been emitted.
-        return levels | {tree.depth + 1 for tree in self.schedule.trees}
+    def rows_of(self, tree: TokenTree) -> Iterator[int]:
+        """The numbers of rows per request of the passes that expand a tree."""
+        yield from map(len, tree.internal_levels()[1:])
+        # Those of `read`, after a whole tree: as many as may have been emitted.
+        yield tree.depth + 1
+
+    def rows_per_request(self) -> dict[int, int]:
+        """By the number of rows per request that a pass may have if no request reads its prompt,
+        the most requests that it is captured for: as many as the schedule drafts such a tree for,
+        if the target's own pass over the trees is a graph and the draft's is not too wide."""
+        most: dict[int, int] = {}
+        tokens = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        for tree, reqs in self.schedule.most_requests(self.max_num_reqs).items():
+            in_graph = min(reqs, tokens // (1 + tree.num_nodes))
+            for rows in self.rows_of(tree):
+                fitting = min(in_graph, self.max_num_tokens // rows)
+                most[rows] = max(most.get(rows, 0), fitting)
+        return most
 
     def set_attn(
         self,
@@ -124,22 +138,60 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         **kwargs: Any,
     ) -> None:
         super().set_attn(model_state, kv_cache_config, block_tables, *args, **kwargs)
-        widest = max(self.rows_per_request(), default=1)
         self.slots = torch.empty(
             block_tables.num_kv_cache_groups,
-            max(self.max_num_tokens + self.max_num_reqs, self.max_num_reqs * widest),
+            self.max_num_tokens,
             dtype=torch.int64,
             device=self.device,
         )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         self.graphs = None
-        if cudagraph_mode.decode_mode() == CUDAGraphMode.FULL:
-            self.graphs = DraftGraphs(self, self.rows_per_request())
+        rows_per_request = self.rows_per_request()
+        if cudagraph_mode.decode_mode() == CUDAGraphMode.FULL and any(rows_per_request.values()):
+            self.graphs = DraftGraphs(self, rows_per_request)
 
     def capture(self) -> None:
         if self.graphs is not None:
-            self.graphs.capture()
+            self.graphs.capture_passes()
+
+    def made_uniform(
+        self,
+        step: DraftStep,
+        # [num_reqs]
+        counts: np.ndarray,
+    ) -> np.ndarray:
+        """The numbers of rows of `read`, the same for all requests if a graph may run them: a few
+        unused rows make a batch uniform, unless it then exceeds what a pass may hold. [num_reqs]"""
+        if self.graphs is None or step.batch.is_prefilling_np.any():
+            return counts
+        rows = int(self.request_trees.depths_for(step.batch.idx_mapping_np).max()) + 1
+        return np.full_like(counts, rows) if rows * len(counts) <= self.max_num_tokens else counts
+
+    def up_to_roots(
+        self,
+        step: DraftStep,
+        # [num_reqs] the numbers of rows
+        counts: np.ndarray,
+        # [num_tokens] the rows' positions
+        positions: torch.Tensor,
+        # [num_tokens] the position of the last token that is read of each row's request
+        last: torch.Tensor,
+    ) -> TreeVisibility | None:
+        """What the rows of `read` see; None if each is a token, and sees those before it.
+
+        Rows past the last token write nothing, so what stands in their slots is nobody's. They may
+        see no more than the last token does.
+        """
+        prefills = step.batch.is_prefilling_np[: step.num_reqs]
+        if prefills.all() or (self.device.type == "cpu" and self.graphs is None):
+            return None
+        visible_until = torch.empty_like(positions, dtype=torch.int32)
+        return TreeVisibility(
+            visible_until=torch.add(torch.minimum(positions, last), 1, out=visible_until),
+            tree_mask=torch.zeros_like(positions),
+            num_tree_tokens=np.where(prefills, 0, counts),
+        )
 
     def run_level(
         self,
@@ -156,22 +208,22 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
             Hidden states [num_reqs * num_expanded, ..., hidden_size].
         """
         num_reqs, num_expanded = step.num_reqs, len(level.nodes_np)
-        rows = level.rows(num_reqs)
-        roots = step.root_positions - self.shift
-        root = roots[rows.req]
+        # [num_reqs, 1]
+        root = (step.root_positions - self.shift).unsqueeze(1)
+        visible_until = torch.empty(num_reqs, num_expanded, dtype=torch.int32, device=self.device)
         tree = TreeVisibility(
-            visible_until=root.to(torch.int32),
-            tree_mask=rows.ancestor_masks,
+            visible_until=visible_until.copy_(root).flatten(),
+            tree_mask=level.rows(num_reqs).ancestor_masks,
             num_tree_tokens=np.full(num_reqs, num_expanded),
         )
         return self.run_pass(
             step,
-            self.node_tokens(step, depth, level, state).to(torch.int32),
-            root + depth,
-            root + rows.nodes,
+            self.node_tokens(step, depth, level, state),
+            (root + level.depths).flatten(),
+            (root + level.nodes).flatten(),
             level.starts[: num_reqs + 1],
             level.starts_np[: num_reqs + 1],
-            roots + int(level.nodes_np[-1]) + 1,
+            root.squeeze(1) + (int(level.nodes_np[-1]) + 1),
             None,
             tree,
             fed,
@@ -180,7 +232,7 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
     def run_pass(
         self,
         step: DraftStep,
-        # [num_tokens] int32
+        # [num_tokens] integers
         tokens: torch.Tensor,
         # [num_tokens] int64, RoPE positions
         positions: torch.Tensor,
@@ -209,17 +261,17 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         batch, last = step.batch, self.max_model_len - 1
         # The bound covers this step's tokens; a new tree adds its root and its nodes.
         nodes = self.schedule.trees[0].num_nodes
-        bound = batch.seq_lens_cpu_upper_bound[: step.num_reqs] + nodes + 1
+        bound = batch.seq_lens_cpu_upper_bound.numpy()[: step.num_reqs] + (nodes + 1)
         outside = unused
         if int(bound.max()) > last:
             # There are no slots beyond the last, which belongs to another token.
             outside = slots > last if unused is None else unused | (slots > last)
             positions, slots = positions.clamp(max=last), slots.clamp(max=last)
-            seq_lens, bound = seq_lens.clamp(max=last + 1), bound.clamp(max=last + 1)
+            seq_lens, bound = seq_lens.clamp(max=last + 1), bound.clip(max=last + 1)
         if self.draft_vocab_size < self.vocab_size:
             tokens = tokens.clamp(max=self.draft_vocab_size - 1)  # it has no rows for the others
         if step.skip_attn:
-            return self.run_model(tokens, positions, None, None, fed)
+            return self.run_model(tokens.to(torch.int32), positions, None, None, fed)
         mappings = self.block_tables.compute_slot_mappings(
             batch.idx_mapping, starts, slots, len(tokens), out=self.slots
         )
@@ -227,14 +279,24 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
             mappings.fill_(PAD_SLOT_ID)
         elif outside is not None:
             mappings.masked_fill_(outside, PAD_SLOT_ID)
-        lens = seq_lens.to(torch.int32)
         draft_pass = DraftPass(
-            tokens, positions, mappings, starts, starts_np, lens, bound, tree, fed
+            tokens,
+            positions,
+            mappings,
+            starts,
+            starts_np,
+            seq_lens,
+            torch.from_numpy(bound),
+            tree,
+            fed,
+            step.first_req,
         )
         graphs = self.graphs
         graph = graphs.fitting(draft_pass) if graphs and not step.dummy_run else None
         if graphs is None or graph is None:
-            return self.run_model(tokens, positions, *self.attention(draft_pass), fed)
+            draft_pass = dataclasses.replace(draft_pass, seq_lens=seq_lens.to(torch.int32))
+            metadata = self.attention(draft_pass)
+            return self.run_model(tokens.to(torch.int32), positions, *metadata, fed)
         return graphs.replay(graph, draft_pass)
 
     def attention(
@@ -242,6 +304,7 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """A pass's attention metadata and KV slots, by layer."""
         num_reqs, tree = len(draft_pass.seq_lens), draft_pass.tree
+        in_batch = slice(draft_pass.first_req, draft_pass.first_req + num_reqs)
         metadata = build_attn_metadata(
             attn_groups=self.attn_groups,
             num_reqs=num_reqs,
@@ -251,7 +314,7 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
             max_query_len=int(np.diff(draft_pass.starts_np).max()),
             seq_lens=draft_pass.seq_lens,
             max_seq_len=self.max_model_len,
-            block_tables=[table[:num_reqs] for table in self.block_tables.input_block_tables],
+            block_tables=[table[in_batch] for table in self.block_tables.input_block_tables],
             slot_mappings=draft_pass.slot_mappings,
             kv_cache_config=self.kv_cache_config,
             seq_lens_cpu_upper_bound=draft_pass.seq_lens_bound,

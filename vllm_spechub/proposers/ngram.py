@@ -214,12 +214,17 @@ class NgramProposer(TreeProposer[None]):
         parents = state.tables.parents[1:]
         last_sibling = state.tables.first_child[parents] + state.tables.num_children[parents] - 1
         useful = []
-        for reqs, last in zip(step.batch.idx_mapping.split(most), roots.split(most), strict=True):
+        for reqs, rows, last in zip(
+            step.batch.idx_mapping.split(most),
+            step.draft_rows.split(most),
+            roots.split(most),
+            strict=True,
+        ):
             texts = self.req_states.all_token_ids.gpu[reqs, :width]
             continuations = find_continuations(texts, last, state.tree.depth, options)
             tree, found = tree_of(continuations, state)
-            state.tokens[reqs, : state.tree.num_nodes] = tree
-            state.drafts.sampled[reqs] = 0
+            state.tokens[rows] = tree
+            state.drafts.sampled[rows] = 0
             useful.append((last_sibling * found).amax(dim=1))
         self.num_useful_nodes = torch.cat(useful)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`DraftBuffers`, `DraftState`: what verification must know of how a tree was drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,6 +37,10 @@ class DraftLevel:
     nodes_np: np.ndarray
     num_children_np: np.ndarray
     max_children: int
+    # [num_expanded] each: int32; int64, where the node's token is among the request's; int64
+    nodes: torch.Tensor
+    columns: torch.Tensor
+    depths: torch.Tensor
     # breadth-first numbering makes both contiguous
     internal: slice
     children: slice
@@ -45,7 +49,7 @@ class DraftLevel:
     select: torch.Tensor | None
     # of as many requests as there may be
     all_rows: LevelRows
-    # [max_num_reqs + 1] int32, each request's first row, on the device and on the host
+    # [most_requests + 1] int32, each request's first row, on the device and on the host
     starts: torch.Tensor
     starts_np: np.ndarray
     _rows: dict[int, LevelRows] = field(default_factory=dict)
@@ -59,68 +63,80 @@ class DraftLevel:
 
 
 class DraftBuffers:
-    """What requests have drafted, with room for the largest of several trees.
+    """What requests have drafted, for each of several trees.
 
     Args:
-        trees: those that requests may draft.
+        most_requests: by tree, how many requests' drafts there is room for. Where it is
+            `max_num_reqs`, a request's drafts stand in its own row, else in a row that it is given.
         max_num_reqs: request-state slots.
         vocab_size: width of a draft row.
-        dtype: of the draft logits, kept as the draft model gave them: what is verified must be
-            what was drawn.
+        dtype: of the draft logits.
         device: where the buffers live.
         point_masses: no child is ever drawn, so nothing need be remembered of a draft's logits.
     """
 
     def __init__(
         self,
-        trees: Sequence[TokenTree],
+        most_requests: Mapping[TokenTree, int],
         max_num_reqs: int,
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
         point_masses: bool = False,
     ) -> None:
-        num_nodes = max(tree.num_nodes for tree in trees)
-        # only nodes with children have a distribution to remember
-        num_internal = max(len(tree.internal_nodes) for tree in trees)
-        # [max_num_reqs, num_nodes], node i in column i - 1
-        self.tokens = torch.zeros(max_num_reqs, num_nodes, dtype=torch.int64, device=device)
-        # [max_num_reqs, num_internal, vocab_size], truncated, before temperature
-        self.logits = torch.zeros(
-            1 if point_masses else max_num_reqs,
-            num_internal,
-            vocab_size,
-            dtype=dtype,
-            device=device,
-        ).expand(max_num_reqs, -1, -1)
-        # [max_num_reqs, num_internal], bit s for a child in slot s that was drawn
-        self.sampled = torch.zeros(max_num_reqs, num_internal, dtype=torch.int32, device=device)
-        drafts = Drafts(self.logits, self.sampled)
-        self.states = [DraftState(tree, self.tokens, drafts) for tree in trees]
+        self.states = [
+            DraftState.empty(
+                tree,
+                most,
+                vocab_size,
+                dtype,
+                device,
+                given=most < max_num_reqs,
+                point_masses=point_masses,
+            )
+            for tree, most in most_requests.items()
+        ]
+        self.num_nodes = max(state.tree.num_nodes for state in self.states)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all rows."""
+        tensors = [tensor for state in self.states for tensor in (state.tokens, *state.drafts)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+class DraftRows(NamedTuple):
+    """What rules read of a request by its row, where rows are given to requests."""
+
+    # [num_rows] float32
+    temperature: torch.Tensor
+    # [num_rows] int64
+    seeds: torch.Tensor
 
 
 class DraftState:
     """Per-request drafts of a static tree, and the tree's tables on the device.
 
-    The buffers may be those of a larger tree: a smaller one leaves the last columns unused.
-
     Args:
         tree: the tree that was drafted.
         tokens: int64, node i in column i - 1.
         drafts: how they were drafted.
+        rows: if rows are given to requests, of which the last one is nobody's; None if a row is
+            that of the request's state.
     """
 
     def __init__(
         self,
         tree: TokenTree,
-        # [max_num_reqs, num_nodes]
+        # [num_rows, num_nodes]
         tokens: torch.Tensor,
         drafts: Drafts,
+        rows: DraftRows | None = None,
     ) -> None:
         def table(array: np.ndarray) -> torch.Tensor:
             return torch.tensor(array, device=tokens.device)
 
-        self.tree, self.tokens, self.drafts = tree, tokens, drafts
+        self.tree, self.tokens, self.drafts, self.rows = tree, tokens, drafts, rows
         self.tables = TreeTables(
             table(tree.first_child),
             table(tree.num_children),
@@ -132,6 +148,45 @@ class DraftState:
             self._level(nodes, above, table)
             for nodes, above in zip(levels, [levels[0], *levels], strict=False)
         ]
+
+    @classmethod
+    def empty(
+        cls,
+        tree: TokenTree,
+        num_reqs: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        given: bool = False,
+        point_masses: bool = False,
+    ) -> "DraftState":
+        """With room for the drafts of so many requests, and if rows are given to them, one more.
+
+        Args:
+            dtype: of the draft logits, kept as the draft model gave them: what is verified must be
+                what was drawn.
+            point_masses: no child is ever drawn, so all requests share one row of logits.
+        """
+        num_rows, num_internal = num_reqs + given, len(tree.internal_nodes)
+        rows = None
+        if given:
+            rows = DraftRows(
+                torch.zeros(num_rows, device=device),
+                torch.zeros(num_rows, dtype=torch.int64, device=device),
+            )
+        # [num_rows, num_internal, vocab_size], truncated, before temperature; only nodes with
+        # children have a distribution to remember
+        logits = torch.zeros(
+            1 if point_masses else num_rows, num_internal, vocab_size, dtype=dtype, device=device
+        ).expand(num_rows, -1, -1)
+        # [num_rows, num_internal], bit s for a child in slot s that was drawn
+        sampled = torch.zeros(num_rows, num_internal, dtype=torch.int32, device=device)
+        return cls(
+            tree,
+            torch.zeros(num_rows, tree.num_nodes, dtype=torch.int64, device=device),
+            Drafts(logits, sampled),
+            rows,
+        )
 
     def _level(self, nodes: np.ndarray, above: np.ndarray, table) -> DraftLevel:
         tree = self.tree
@@ -148,6 +203,9 @@ class DraftState:
             nodes_np=nodes,
             num_children_np=counts,
             max_children=max_children,
+            nodes=table(nodes),
+            columns=table(nodes.astype(np.int64) - 1),
+            depths=table(tree.depths[nodes].astype(np.int64)),
             internal=slice(first_internal, first_internal + len(nodes)),
             children=slice(first_child - 1, first_child - 1 + int(counts.sum())),
             select=None if has_child.all() else table(np.flatnonzero(has_child)),

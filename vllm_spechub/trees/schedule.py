@@ -139,6 +139,15 @@ class TreeSchedule:
         trees = {r.tree: None for r in self.ranges if r.tree is not None}
         return tuple(sorted(trees, key=lambda tree: -tree.num_nodes))
 
+    def most_requests(self, max_num_reqs: int) -> dict[TokenTree, int]:
+        """For each tree, the most requests of a step that drafts it, if no step has more than
+        `max_num_reqs`. In the order of `trees`."""
+        most = dict.fromkeys(self.trees, 0)
+        for first, last, tree in self.ranges:
+            if tree is not None and first <= max_num_reqs:
+                most[tree] = max(most[tree], min(last or max_num_reqs, max_num_reqs))
+        return most
+
     @property
     def depth(self) -> int:
         """The depth of the deepest tree."""

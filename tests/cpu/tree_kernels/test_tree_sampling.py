@@ -15,7 +15,7 @@ from vllm_spechub.cpu.tree_kernels.sampling import (
 )
 from vllm_spechub.cpu.tree_kernels.warm_up import warm_up
 from vllm_spechub.rules.acceptance import acceptance
-from vllm_spechub.rules.draft_state import DraftBuffers
+from vllm_spechub.rules.draft_state import DraftState
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels import rng
 from vllm_spechub.triton_kernels.arguments import (
@@ -143,7 +143,7 @@ def test_same_tokens_as_the_references(rule, sharpening, tree):
 def test_children_are_stored_as_the_state_would(tree):
     tree = TokenTree.parse(tree)
     ours, theirs = (
-        DraftBuffers([tree], 9, 64, torch.float32, torch.device("cpu")).states[0] for _ in range(2)
+        DraftState.empty(tree, 9, 64, torch.float32, torch.device("cpu")) for _ in range(2)
     )
     reqs = torch.tensor([4, 1, 7])
     for level in ours.levels:

@@ -11,7 +11,7 @@ from vllm_spechub.cpu.tree_kernels.sampling import (
     write_tokens,
 )
 from vllm_spechub.rules.base import TreeKernels
-from vllm_spechub.rules.draft_state import DraftBuffers
+from vllm_spechub.rules.draft_state import DraftState
 from vllm_spechub.rules.kernel_rule import KernelRule
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.arguments import Requests, TargetRows
@@ -23,7 +23,7 @@ def warm_up() -> None:
     tree = TokenTree.chain(1)
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     logits = torch.zeros(1, 8)
-    (state,) = DraftBuffers([tree], 1, 8, torch.float32, torch.device("cpu")).states
+    state = DraftState.empty(tree, 1, 8, torch.float32, torch.device("cpu"))
     requests = Requests(zero, zero, one, zero)
     target = TargetRows(logits.expand(2, -1), one, zero, zero + 1, torch.zeros(2).long())
     kernels = TreeKernels(sample_children, verify_tree, write_tokens)

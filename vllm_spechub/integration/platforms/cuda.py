@@ -8,10 +8,10 @@ from vllm_spechub.rules.base import TreeKernels
 
 
 def _cache_kernels() -> CacheKernels:
-    from vllm_spechub.attention.triton_backend import cache_views
     from vllm_spechub.triton_kernels.compaction import KVCompactor
 
-    return CacheKernels(cache_views, KVCompactor)
+    # [num_blocks, num_kv_heads, block_size, 2 * head_size]: keys and values move side by side
+    return CacheKernels(lambda kv_cache: [kv_cache.transpose(1, 2)], KVCompactor)
 
 
 def _tree_kernels() -> TreeKernels:
