@@ -46,7 +46,7 @@ REPEATING = PROMPTS[5] + "a, b"
 
 
 def state_of(tree, device="cpu") -> DraftState:
-    trees = [TokenTree.parse(tree)]
+    trees = {TokenTree.parse(tree): 8}
     (state,) = DraftBuffers(trees, 8, 16, torch.float32, torch.device(device), True).states
     return state
 
@@ -200,7 +200,7 @@ def test_a_target_that_copies_is_accepted_in_full(tmp_path, verification):
         answers = token_ids(llm.generate(prompts, params, use_tqdm=False))
         metrics = spec_metrics(llm)
         buffers = model_runner(llm).speculator.draft_logits
-        memory = buffers.logits.untyped_storage().nbytes()
+        memory = buffers.states[0].drafts.logits.untyped_storage().nbytes()
     assert answers == [[token % 40 for token in range(8, 49)]] * 2
     # the first token comes from the prompt's step, and each tree gives one more than its depth
     assert metrics["num_drafts"] == 2 * 8
