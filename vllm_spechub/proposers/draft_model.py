@@ -9,7 +9,6 @@ reads what it missed when the schedule asks for trees again.
 """
 
 from bisect import bisect_left
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -242,9 +241,12 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
         np.cumsum(counts, out=starts_np[1:])
         req_np = np.repeat(np.arange(len(counts)), counts)
         local_np = np.arange(starts_np[-1]) - starts_np[req_np]
-        on_device = partial(async_tensor_h2d, device=self.device)
-        starts, req, local = map(on_device, (starts_np, req_np, local_np))
-        rows = FedRows(starts, req, local, starts_np)
+        rows = FedRows(
+            async_tensor_h2d(starts_np, device=self.device),
+            async_tensor_h2d(req_np, device=self.device),
+            async_tensor_h2d(local_np, device=self.device),
+            starts_np,
+        )
         if uniform:
             self.uniform_rows[most] = rows
             return rows.of(num_reqs, most)
