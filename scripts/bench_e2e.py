@@ -66,22 +66,28 @@ def pair_files(pair: Path) -> tuple[str, str, Path]:
 
 
 def compared(
-    target: str, draft: str, chains: Sequence[int], trees: Sequence[str]
+    target: str, drafts: Sequence[str], chains: Sequence[int], trees: Sequence[str]
 ) -> list[methods.Method]:
-    """All methods to measure. `auto` is one of them if a schedule was measured for this pair."""
+    """All methods to measure. `auto` is one of them if a schedule was measured for a draft."""
+    from vllm_spechub.draft_kinds import MODEL, read_head
     from vllm_spechub.trees.measured_schedule import measured_schedule
     from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
-    found = [methods.plain(), *(methods.chain(draft, length) for length in chains)]
-    found += [methods.spechub("SpecHub", draft)]
-    for tree in trees:
-        shape = json.loads(tree) if tree.startswith("[") else tree
-        found.append(methods.spechub(f"SpecHub {tree}", draft, tree=shape))
-    try:
-        measured_schedule(target, draft, DEFAULT_RULE)
-        found.append(methods.spechub("SpecHub auto", draft, tree_by_batch_size="auto"))
-    except ValueError as error:
-        console.print(f"without SpecHub auto: {error}", markup=False)
+    found = [methods.plain()]
+    for draft in drafts:
+        of = "" if draft == drafts[0] else f", {Path(draft).name}"
+        found += [methods.chain(draft, length, of) for length in chains]
+        found += [methods.spechub(f"SpecHub{of}", draft)]
+        for tree in trees:
+            shape = json.loads(tree) if tree.startswith("[") else tree
+            found.append(methods.spechub(f"SpecHub {tree}{of}", draft, tree=shape))
+        head = read_head(draft)
+        try:
+            measured_schedule(target, draft, head.kind if head else MODEL, DEFAULT_RULE)
+            schedule = {"tree_by_batch_size": "auto"}
+            found.append(methods.spechub(f"SpecHub auto{of}", draft, **schedule))
+        except ValueError as error:
+            console.print(f"without SpecHub auto{of}: {error}", markup=False)
     return found
 
 
@@ -132,7 +138,9 @@ def main(
     target: Annotated[
         str | None, typer.Argument(help="The target model: a folder or a Hugging Face name.")
     ] = None,
-    draft: Annotated[str | None, typer.Option(help="The draft model.")] = None,
+    draft: Annotated[
+        list[str], typer.Option(help="A draft model or head; repeatable.", show_default=False)
+    ] = [],
     prompts: Annotated[
         Path | None,
         typer.Option(help="JSON lines with `turns` or `prompt`, or text with a prompt per line."),
@@ -175,16 +183,18 @@ def main(
         preflight.check_output_folder("--out", out)
         options = preflight.parse_engine_options("--engine", engine)
         if make_pair is not None:
-            target, draft, prompts = pair_files(made_pair(make_pair))
+            target, own, prompts = pair_files(made_pair(make_pair))
+            draft = [own, *draft]
         elif target is None:
-            target, draft, prompts = pair_files(DEMO_PAIR)
+            target, own, prompts = pair_files(DEMO_PAIR)
+            draft = [own, *draft]
             options = DEMO_ENGINE | options
-        elif draft is None or prompts is None:
+        elif not draft or prompts is None:
             raise ValueError("a TARGET of your own needs --draft and --prompts")
-        preflight.check_models({"TARGET": target, "--draft": draft})
-        from vllm_spechub.offline.simulation.texts import PairDescription, read_prompts
+        for each in draft:
+            preflight.check_pair(target, "--draft", each, heads=True)
+        from vllm_spechub.offline.simulation.texts import read_prompts
 
-        PairDescription.read(target, draft, "--draft")
         encoded = encode(target, read_prompts(prompts))
         setup = Setup(target, draft, encoded, tokens, options, resident)
         points = [Point(b, t) for t in temperature for b in batch]

@@ -369,14 +369,41 @@ FEATURES = (
         ),
     ),
     Row(
-        ("EAGLE, Medusa and MTP heads", "DFlash and DSpark drafts"),
-        "refused",
-        "told by their configuration and the names of their weights; their path decides nothing",
+        ("EAGLE-3 and EAGLE heads", "MTP layers of MiMo and GLM-4.5"),
+        "works",
+        "EAGLE-3 in both formats, with a reduced vocabulary; told by their configuration and the "
+        "names of their weights, their path decides nothing; with sampling parameters, schedules, "
+        "prefix caching, tensor parallelism and CUDA graphs ([heads](docs/heads.md))",
         (
+            "proposers/test_heads.py::test_eagle3_rows",
+            "proposers/test_heads.py::test_rows_of_heads_that_read_the_last_layer",
+            "proposers/test_heads.py::test_the_kind_is_told_by_the_configuration_and_weights",
+            "proposers/test_heads.py::test_a_head_that_is_served_by_its_own_name",
+            "proposers/test_draft_model.py::test_a_path_decides_nothing",
+            "engine/test_heads.py::test_prefixes_follow_the_target",
+            "engine/test_heads.py::test_a_seed_fixes_the_tokens",
+            "engine/test_heads.py::test_a_chain_is_accepted_as_vllms_own_is",
+            "engine/test_cuda_path.py::test_graphs_replay_what_a_step_needs",
+            "engine/test_features.py::test_a_draft_whose_path_names_a_head",
+            "integration/test_parallel.py::test_tensor_parallelism_of_a_head",
+        ),
+    ),
+    Row(
+        (
+            "DFlash, DSpark, P-EAGLE, Medusa and MLP speculator heads",
+            "several or other MTP layers",
+            "heads of another target",
+        ),
+        "refused",
+        "before weights are loaded; a wrong `d2t` when they are",
+        (
+            "proposers/test_heads.py::test_what_does_not_fit_is_refused",
+            "proposers/test_heads.py::test_options_that_do_not_fit_are_refused",
+            "proposers/test_heads.py::test_targets_that_do_not_fit_are_refused",
+            "proposers/test_heads.py::test_the_map_to_the_targets_tokens",
+            "proposers/test_heads.py::test_a_missing_map_is_refused_when_weights_load",
             "proposers/test_draft_model.py::test_a_head_is_refused_by_its_configuration",
             "proposers/test_draft_model.py::test_a_head_that_calls_itself_a_model_is_refused",
-            "proposers/test_draft_model.py::test_a_path_decides_nothing",
-            "engine/test_features.py::test_a_draft_whose_path_names_a_head",
         ),
     ),
     Row(

@@ -16,6 +16,7 @@ import math
 import platform
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -139,16 +140,46 @@ def build(name: str, vocab_size: int, eos: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def rows(stream: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A batch of random windows. Returns [ROWS, CONTEXT + 1]."""
-    starts = torch.randint(0, len(stream) - CONTEXT - 1, (ROWS,), generator=generator)
-    return torch.stack([stream[s : s + CONTEXT + 1] for s in starts.tolist()])
+def windows(stream: torch.Tensor, count: int, length: int, generator) -> Iterator[torch.Tensor]:
+    """Endless batches of random windows of a stream, each [count, length]."""
+    while True:
+        starts = torch.randint(0, len(stream) - length, (count,), generator=generator)
+        yield torch.stack([stream[s : s + length] for s in starts.tolist()])
 
 
-def fit(name, model, teacher, stream, steps, peak_lr, generator, progress) -> None:
-    """Train `model` on the text (no teacher) or on the teacher's distribution over it."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
+def distillation_loss(model, teacher):
+    """A loss of [count, length] tokens: on the text itself (no teacher) or on the teacher's law."""
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        inputs, labels = batch[:, :-1], batch[:, 1:]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=inputs).logits.float()
+            if teacher is None:
+                wanted = labels.reshape(-1)
+            else:
+                with torch.no_grad():
+                    wanted = teacher(input_ids=inputs).logits.float().softmax(-1).flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted)
+
+    return loss
+
+
+def progress_bars() -> Progress:
+    """One bar for each model that is trained."""
+    return Progress(
+        TextColumn("{task.description:>6}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def fit(name, model, loss_of, batches, steps, peak_lr, progress) -> None:
+    """Train the parameters of `model` that need gradients, one batch of tokens a step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() > 1]
+    vectors = [p for p in trained if p.dim() == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         lr=peak_lr,
@@ -162,32 +193,28 @@ def fit(name, model, teacher, stream, steps, peak_lr, generator, progress) -> No
     task = progress.add_task(name, total=steps, loss=float("nan"))
     smoothed = None
     for _ in range(steps):
-        batch = rows(stream, generator)
-        inputs, labels = batch[:, :-1], batch[:, 1:]
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=inputs).logits.float()
-            if teacher is None:
-                wanted = labels.reshape(-1)
-            else:
-                with torch.no_grad():
-                    wanted = teacher(input_ids=inputs).logits.float().softmax(-1).flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted)
+        loss = loss_of(next(batches))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         smoothed = loss.item() if smoothed is None else 0.98 * smoothed + 0.02 * loss.item()
         progress.update(task, advance=1, loss=smoothed)
 
 
+def evenly_spaced(stream: torch.Tensor, length: int, most: int) -> torch.Tensor:
+    """Windows from the whole stream, about `most`. Returns [num_windows, length]."""
+    all_windows = stream[: len(stream) // length * length].view(-1, length)
+    return all_windows[:: max(1, len(all_windows) // most)]
+
+
 @torch.no_grad()
 def evaluate(target, draft, stream: torch.Tensor, max_windows: int = 200) -> dict[str, float]:
     """Held-out losses (nats per token) and overlap: the mean of sum_i min(p_i, q_i) at T = 1."""
-    windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    windows = windows[:: max(1, len(windows) // max_windows)]
+    texts = evenly_spaced(stream, CONTEXT, max_windows)
     totals = {"target_loss": 0.0, "draft_loss": 0.0, "overlap": 0.0}
-    for window in windows.split(ROWS):
+    for window in texts.split(ROWS):
         p = target(input_ids=window).logits.float()
         q = draft(input_ids=window).logits.float()
         labels = window[:, 1:].reshape(-1)
@@ -196,7 +223,7 @@ def evaluate(target, draft, stream: torch.Tensor, max_windows: int = 200) -> dic
             totals[key] += loss.item() * len(window)
         overlap = torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1).mean()
         totals["overlap"] += overlap.item() * len(window)
-    return {key: round(total / len(windows), 4) for key, total in totals.items()}
+    return {key: round(total / len(texts), 4) for key, total in totals.items()}
 
 
 def save(model, tokenizer, folder: Path) -> None:
@@ -231,21 +258,18 @@ def main(
     target_size, draft_size = target.num_parameters(), draft.num_parameters()
     console.print(f"target {target_size:,} parameters, draft {draft_size:,}")
 
-    columns = (
-        TextColumn("{task.description:>6}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        fit("target", target, None, train, target_steps, 3e-3, generator, progress)
+    batches = windows(train, ROWS, CONTEXT + 1, generator)
+    with progress_bars() as progress:
+        fit(
+            "target", target, distillation_loss(target, None), batches, target_steps, 3e-3, progress
+        )
         target = (
             target.bfloat16().float().eval()
         )  # what will be stored is what the draft learns from
         progress.console.print(
             f"held-out texts, after training the target: {evaluate(target, draft, held_out)}"
         )
-        fit("draft", draft, target, train, draft_steps, 4e-3, generator, progress)
+        fit("draft", draft, distillation_loss(draft, target), batches, draft_steps, 4e-3, progress)
     draft = draft.bfloat16().float().eval()
     card = {
         **evaluate(target, draft, held_out),

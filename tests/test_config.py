@@ -20,6 +20,7 @@ from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from helpers.pair import DRAFT, ROOT, TARGET
 from vllm_spechub.config import Options, SpecHubConfig
+from vllm_spechub.draft_kinds import MODEL
 from vllm_spechub.integration.refusals import Unsupported
 from vllm_spechub.registry import PROPOSERS, RULES, Registry
 from vllm_spechub.rules.base import build_rule
@@ -107,7 +108,7 @@ def test_a_measured_schedule(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no schedule was measured .* `vllm-spechub tune .*` mea"):
         configured({"tree_by_batch_size": "auto"})
     ranges = [[1, 4, "binary:3"], [5, None, None]]
-    keep(TARGET, DRAFT, "traversal", ranges)
+    keep(TARGET, DRAFT, MODEL, "traversal", ranges)
     spec = configured({"tree_by_batch_size": "auto"}).speculative_config
     assert spec.schedule == TreeSchedule.parse(ranges, "traversal")
     with pytest.raises(ValueError, match="no schedule was measured for this pair with 'ordered'"):
@@ -469,7 +470,7 @@ def test_a_proposer_without_a_model(install, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no schedule was measured .*; give the ranges"):
         repeats(tree_by_batch_size="auto")
     ranges = [[1, 4, "chain:2"], [5, None, None]]
-    keep(TARGET, "repeats", "traversal", ranges)
+    keep(TARGET, None, "repeats", "traversal", ranges)
     found = repeats(tree_by_batch_size="auto").schedule
     assert found == TreeSchedule.parse(ranges, "traversal")
 

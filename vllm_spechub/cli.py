@@ -46,7 +46,10 @@ PLOT_MODULE = "matplotlib.pyplot"
 # Options that several commands share
 Target = Annotated[str, typer.Argument(help="The target model: a folder or a Hugging Face name.")]
 Draft = Annotated[str, typer.Argument(help="The draft model, with the target's tokenizer.")]
-DraftOption = Annotated[str, typer.Option(help="The draft model, with the target's tokenizer.")]
+DraftOption = Annotated[
+    str,
+    typer.Option(help="The draft model, a head, or for its own MTP layer the target once more."),
+]
 Prompts = Annotated[
     Path,
     typer.Option(
@@ -137,7 +140,7 @@ def simulate(
         if out is not None:
             preflight.check_modules(PLOT_MODULE)
             preflight.check_output_folder("--out", out)
-        preflight.check_models({"TARGET": target, "DRAFT": draft})
+        preflight.check_pair(target, "DRAFT", draft)
         variants = _parse_rules(rule)
         from vllm_spechub.offline.simulation import report, study, yardstick
 
@@ -211,7 +214,7 @@ def shape(
         preflight.check_modules("transformers")
         if rates_file is not None:
             preflight.check_output_file("--rates", rates_file)
-        preflight.check_models({"TARGET": target, "DRAFT": draft})
+        preflight.check_pair(target, "DRAFT", draft)
         (variant,) = _parse_rules([rule])
         others = _parse_rules(None) if rates_file else []
         from vllm_spechub.offline.simulation import study
@@ -282,7 +285,7 @@ def explain(
         preflight.check_modules("transformers")
         if out is not None:
             _check_picture(out)
-        preflight.check_models({"TARGET": target, "DRAFT": draft})
+        preflight.check_pair(target, "DRAFT", draft)
         _parse_rules([rule])
         from vllm_spechub.offline import explain
         from vllm_spechub.offline.simulation.load import placement
@@ -321,7 +324,7 @@ def tune(
             "--rule",
             "-r",
             help="A rule to choose from; repeatable.",
-            show_default="all rules that draft trees, but match",
+            show_default="all that draft trees, but match; for a head, traversal",
         ),
     ] = None,
     temperature: Temperature = 1.0,
@@ -365,8 +368,15 @@ def tune(
     with one_line_errors(notes):
         preflight.check_modules("transformers", PLOT_MODULE)
         preflight.check_output_file("--out", out)
-        preflight.check_models({"TARGET": target, "--draft": draft})
+        preflight.check_pair(target, "--draft", draft, heads=True)
+        from vllm_spechub.draft_kinds import MODEL, read_head
+
+        head = read_head(draft)
         rules = _parse_tree_rules(rule)
+        if head is not None and len(rules) > 1:
+            if rule is not None:
+                raise ValueError("--rule: a head is measured with one rule; name one, or none")
+            rules = (DEFAULT_RULE,)
         engine_options = preflight.parse_engine_options("--engine", engine)
         from vllm_spechub.measure.benchmark.machine import provenance
         from vllm_spechub.measure.benchmark.report import write_csv
@@ -374,10 +384,7 @@ def tune(
         from vllm_spechub.measure.tuning.request import TuningRequest
         from vllm_spechub.measure.tuning.run import Tuning
         from vllm_spechub.measure.tuning.state import State
-        from vllm_spechub.offline.simulation.texts import PairDescription
         from vllm_spechub.trees import measured_schedule
-
-        PairDescription.read(target, draft, "--draft")
 
         preflight.check_output_folder("VLLM_CACHE_ROOT:", measured_schedule.folder())
         request = TuningRequest(
@@ -404,7 +411,8 @@ def tune(
             raise typer.Exit(130) from None
         output.print(report.table(tuned))
         write_csv(list(state.rows.values()), out.with_suffix(".csv"), about)
-        kept = measured_schedule.keep(target, draft, tuned.rule, tuned.schedule)
+        proposer = head.kind if head else MODEL
+        kept = measured_schedule.keep(target, draft, proposer, tuned.rule, tuned.schedule)
         if tuned.speculates:
             config = json.dumps(report.speculative_config(tuned, draft), indent=1)
             out.write_text(config + "\n", encoding="utf-8")

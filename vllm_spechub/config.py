@@ -14,6 +14,7 @@ from vllm.config import LoadConfig, SpeculativeConfig
 from vllm.config.cache import CacheDType
 from vllm.config.utils import config
 
+from vllm_spechub.draft_kinds import MODEL, MTP, proposer_for
 from vllm_spechub.registry import METHOD, PROPOSERS, RULES
 from vllm_spechub.trees.best_tree import parse_tree
 from vllm_spechub.trees.measured_schedule import measured_schedule
@@ -45,7 +46,7 @@ class Options(BaseModel):
 
     method: Literal["spechub"] = METHOD
     model: str | None = Field(None, description="a folder or a Hugging Face id")
-    """The draft model."""
+    """The draft model or head. Without it, the target's own MTP layer drafts, if there is one."""
     verification: str = DEFAULT_RULE
     """The name of the verification rule. It stands before the trees, which may depend on it."""
     tree: TokenTree = TokenTree.parse(DEFAULT_TREE)
@@ -59,8 +60,8 @@ class Options(BaseModel):
         1.0, strict=True, gt=0, allow_inf_nan=False, description="a finite number above 0"
     )
     """The power to which the draft's distribution is raised where a rule samples a child."""
-    proposer: str = "draft_model"
-    """The name of the proposer, which drafts the trees."""
+    proposer: str = MODEL
+    """The name of the proposer, which drafts the trees; by default the one that fits the draft."""
     # The options below are vLLM's own, and are passed on to it unchanged.
     kv_cache_dtype: CacheDType | None = None
     draft_tensor_parallel_size: int | None = Field(
@@ -172,6 +173,8 @@ def create_config(
     Raises:
         ValueError: one line that names the key and what is allowed.
     """
+    if "proposer" not in options:
+        options = options | {"proposer": proposer_for(options, target_model_config)}
     declared = _declared_by_proposer(options)
     given = _validate(options, declared)
     proposer = PROPOSERS.load(given.proposer)
@@ -207,7 +210,7 @@ def create_config(
 
 def _declared_by_proposer(options: dict[str, Any]) -> list[str]:
     """The keys that the chosen proposer declares; none if there is no such proposer."""
-    name = options.get("proposer", Options.model_fields["proposer"].default)
+    name = options["proposer"]
     return sorted(PROPOSERS.load(name).options) if name in PROPOSERS else []
 
 
@@ -245,9 +248,11 @@ def _schedule(given: Options, target_model_config: "ModelConfig") -> TreeSchedul
         return TreeSchedule.constant(given.tree)
     if isinstance(given.tree_by_batch_size, TreeSchedule):
         return given.tree_by_batch_size
-    rule = given.verification
-    draft = given.model or given.proposer
+    rule, target = given.verification, target_model_config.model
     try:
-        return TreeSchedule.parse(measured_schedule(target_model_config.model, draft, rule), rule)
+        # a target's own MTP layer is measured as a draft in the target's folder
+        draft = given.model or (target if given.proposer == MTP else None)
+        measured = measured_schedule(target, draft, given.proposer, rule)
+        return TreeSchedule.parse(measured, rule)
     except ValueError as error:
         raise ValueError(f"speculative_config['tree_by_batch_size']: {error}") from None

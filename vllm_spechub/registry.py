@@ -77,6 +77,11 @@ RULES = Registry(
 )
 PROPOSERS = Registry(
     "proposer",
-    {"draft_model": "vllm_spechub.proposers.draft_model:DraftModelProposer"},
+    {
+        "draft_model": "vllm_spechub.proposers.draft_model:DraftModelProposer",
+        "eagle": "vllm_spechub.proposers.heads:EagleProposer",
+        "eagle3": "vllm_spechub.proposers.heads:Eagle3Proposer",
+        "mtp": "vllm_spechub.proposers.heads:MTPProposer",
+    },
     "vllm_spechub.proposers",
 )

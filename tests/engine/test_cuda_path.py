@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphM
 
 from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids
 from helpers.metrics import spec_metrics
-from helpers.pair import PROMPTS, TARGET
+from helpers.pair import DRAFT, EAGLE3, PROMPTS, TARGET
 from helpers.schedules import SCHEDULE, params
 from vllm_spechub.attention import triton_backend
 from vllm_spechub.integration.platforms import PLATFORMS
@@ -101,6 +101,7 @@ def capture_graphs(llm) -> None:
         runner.block_tables,
         runner.attn_groups,
         runner.kv_cache_config,
+        use_aux_hidden_state_outputs=runner.use_aux_hidden_state_outputs,
     )
     runner.speculator.capture()
 
@@ -114,12 +115,14 @@ def test_the_backend_in_an_engine(budget):
 
 
 @pytest.mark.usefixtures("attention_of_gpus")
-@pytest.mark.parametrize("tree", ["binary:3", SCHEDULE])
-def test_graphs_replay_what_a_step_needs(tree, replays):
+@pytest.mark.parametrize(
+    ("tree", "draft"), [("binary:3", DRAFT), (SCHEDULE, DRAFT), (SCHEDULE, EAGLE3)]
+)
+def test_graphs_replay_what_a_step_needs(tree, draft, replays):
     """Tokens and acceptance are those of the same engine without graphs."""
     answers, metrics = [], []
     for graphs in (False, True):
-        with engine(tree, verification="traversal") as llm:
+        with engine(tree, draft=draft, verification="traversal") as llm:
             if graphs:
                 capture_graphs(llm)
             outputs = llm.generate(PROMPTS, params(), use_tqdm=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo pair's folders, and the prompts that tests give it."""
+"""The folders of the demo pair and of its head, and the prompts that tests give it."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 PAIR = SCRIPTS / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
+EAGLE3 = str(PAIR / "eagle3")
 
 PROMPTS = [
     "def parse_header(line):\n",

@@ -14,7 +14,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from helpers.engines import engine, greedy_params, plain_greedy, token_ids
 from helpers.metrics import spec_metrics
-from helpers.pair import DRAFT, PROMPTS, TARGET
+from helpers.pair import DRAFT, EAGLE3, PROMPTS, TARGET
 
 TREE = "binary:2"
 SEEDED = [
@@ -57,6 +57,27 @@ def test_tensor_parallelism(one_core_each):
         os.kill(workers[1].proc.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match=r"[Ee]xecutor|[Ww]orker|cancelled"):
             llm.generate(PROMPTS, greedy_params(), use_tqdm=False)
+
+
+def test_tensor_parallelism_of_a_head(one_core_each):
+    """The head is split like its target, and its small vocabulary is gathered on every rank."""
+    expected = plain_greedy()
+    with engine(TREE, draft=EAGLE3) as llm:
+        seeded = token_ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False))
+    options = {
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        "worker_extension_cls": "helpers.decisions.DecisionRecorder",
+    }
+    with engine(TREE, draft=EAGLE3, **options) as llm:
+        llm.collective_rpc("record_decisions")
+        assert token_ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False)) == seeded
+        answers = token_ids(llm.generate(PROMPTS[:4], greedy_params(16), use_tqdm=False))
+        assert answers == [answer[:16] for answer in expected[:4]]
+        assert spec_metrics(llm)["num_accepted_tokens"] > 20
+        first, second = llm.collective_rpc("recorded_decisions")
+    assert len(first) > 10
+    assert first == second
 
 
 def test_data_parallelism(one_core_each, monkeypatch):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from helpers import vocabularies
 from helpers.models import edited
-from helpers.pair import DRAFT, PAIR, TARGET
+from helpers.pair import DRAFT, EAGLE3, PAIR, TARGET
 from vllm_spechub.cli import _parse_tree_rules, app
 from vllm_spechub.measure.benchmark import interleaved
 from vllm_spechub.measure.benchmark.interleaved import Failure, Row
@@ -108,6 +108,16 @@ def test_models_exist(tmp_path, arguments):
     assert_refused(no_model, f"{str(tmp_path)!r} has no model")
     no_folder = ["./gone" if argument == TARGET else argument for argument in arguments]
     assert_refused(no_folder, "TARGET './gone' has no model: there is no such folder")
+
+
+@COMMANDS
+def test_heads_run_in_engines_only(arguments):
+    arguments = [EAGLE3 if argument == DRAFT else argument for argument in arguments]
+    if arguments[0] in ("simulate", "shape", "explain"):
+        assert_refused(arguments, f"DRAFT {EAGLE3!r} is a head (vLLM reads its configuration as Ea")
+    elif arguments[0] == "tune":
+        rules = ["--rule", "rrs", "--rule", "rrsw"]
+        assert_refused([*arguments, *rules], "--rule: a head is measured with one rule; name one")
 
 
 @COMMANDS

@@ -10,8 +10,12 @@ from typer.testing import CliRunner
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
-from helpers.pair import DRAFT, PAIR, TARGET
+from helpers.engines import engine
+from helpers.metrics import spec_metrics
+from helpers.oracle import tokens_of
+from helpers.pair import DRAFT, EAGLE3, PAIR, PROMPTS, TARGET
 from vllm_spechub.cli import app
+from vllm_spechub.draft_kinds import MODEL
 from vllm_spechub.measure.benchmark import interleaved
 from vllm_spechub.measure.benchmark.decoding import Decoded
 from vllm_spechub.measure.benchmark.engine import EngineFailed
@@ -26,10 +30,12 @@ from vllm_spechub.measure.tuning.choose import (
     curve,
     draft_costs,
 )
+from vllm_spechub.measure.tuning.request import TuningRequest
 from vllm_spechub.measure.tuning.run import Tuned, tree_spec
 from vllm_spechub.measure.tuning.state import State
 from vllm_spechub.trees import measured_schedule as store
 from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.triton_kernels.rules import rates_of
 
 
 def row(method="x", batch=1, repetition=0, gain=1.0, drafts=10, accepted=(), temperature=1.0):
@@ -154,7 +160,7 @@ def fake(monkeypatch):
 
 
 METHODS = [plain(), *(spechub(name, DRAFT, title=name) for name in ("a", "b", "c"))]
-SETUP = Setup(TARGET, DRAFT, [[1, 2, 3]], tokens=8, resident=3)
+SETUP = Setup(TARGET, [DRAFT], [[1, 2, 3]], tokens=8, resident=3)
 
 
 def interleaved_runs(known=(), repetitions=2):
@@ -248,21 +254,71 @@ def test_table_and_plot(tuned, tmp_path):
 
 def test_schedules_are_kept_for_pair_rule_and_machine(tuned, monkeypatch):
     with pytest.raises(ValueError, match=r"vllm-spechub tune .* --prompts FILE") as refusal:
-        store.measured_schedule(TARGET, DRAFT, "rrsw")
+        store.measured_schedule(TARGET, DRAFT, MODEL, "rrsw")
     assert "--rule rrsw" in str(refusal.value)
     assert "\n" not in str(refusal.value)
-    store.keep(TARGET, DRAFT, "traversal", tuned.schedule)
+    store.keep(TARGET, DRAFT, MODEL, "traversal", tuned.schedule)
     monkeypatch.chdir(PAIR)
-    assert store.measured_schedule("target", "draft", "traversal") == tuned.schedule
-    for other in (("target", "target", "traversal"), ("target", "draft", "rrsw")):
+    assert store.measured_schedule("target", "draft", MODEL, "traversal") == tuned.schedule
+    for other in (
+        ("target", "target", MODEL, "traversal"),
+        ("target", "draft", "eagle3", "traversal"),
+        ("target", "draft", MODEL, "rrsw"),
+    ):
         with pytest.raises(ValueError, match="no schedule was measured"):
             store.measured_schedule(*other)
-    store.keep(TARGET, DRAFT, "rrs", [[1, None, None]])
+    store.keep(TARGET, DRAFT, MODEL, "rrs", [[1, None, None]])
     with pytest.raises(ValueError, match="leave speculation off"):
-        store.measured_schedule(TARGET, DRAFT, "rrs")
+        store.measured_schedule(TARGET, DRAFT, MODEL, "rrs")
     monkeypatch.setattr(store, "device_name", lambda: "another")
     with pytest.raises(ValueError, match="on another with"):
-        store.measured_schedule(TARGET, DRAFT, "traversal")
+        store.measured_schedule(TARGET, DRAFT, MODEL, "traversal")
+
+
+def test_a_heads_acceptance_is_counted_in_engines(fake, monkeypatch, tmp_path):
+    """The slots of complete trees, one engine for each number of children."""
+    monkeypatch.setattr(rates, "EngineProcess", fake)
+    trees, slots = [], {1: [60], 2: [70, 15], 3: [70, 15, 5], 4: [70, 15, 5, 0]}
+
+    def call(self, function, depth, *arguments):
+        assert function is rates.accepted_by_slot
+        return 100, slots[len(trees)]
+
+    def start(self, options, log):
+        assert options["speculative_config"]["verification"] == rates_of("traversal")
+        trees.append(options["speculative_config"]["tree"])
+        self.name = trees[-1]
+
+    monkeypatch.setattr(fake, "call", call)
+    monkeypatch.setattr(fake, "__init__", start)
+    request = TuningRequest(
+        TARGET, EAGLE3, PAIR / "prompts.jsonl", None, ("traversal",), 1.0, (4,), (1,), (1, 4),
+        2, 8, 1, {},
+    )  # fmt: skip
+    setup = Setup(TARGET, [EAGLE3], [[1, 2, 3]], tokens=8)
+    measured = rates.measure_head(setup, request, lambda text: None)
+    assert trees == [f"kary:{k}:{depth}" for k, depth in rates.COMPLETE_TREES.items()]
+    by_slot = rates.rates_for_trees(measured.rates, "traversal")
+    assert by_slot == {k: [count / 100 for count in counts] for k, counts in slots.items()}
+    assert rates.best_rule(measured.tokens_per_step, "traversal") == "traversal"
+
+
+def test_slots_of_a_real_engine():
+    with engine(
+        "kary:2:2",
+        draft=EAGLE3,
+        verification="traversal",
+        worker_extension_cls="vllm_spechub.measure.benchmark.worker.Observed",
+        max_model_len=512,
+    ) as llm:
+        prompts = [tokens_of(prompt) for prompt in PROMPTS]
+        verified, accepted = rates.accepted_by_slot(llm, 2, prompts, 4, 1.0, 16)
+        metrics = spec_metrics(llm)
+    first, second, *_ = metrics["num_accepted_tokens_per_pos"]
+    assert verified == metrics["num_drafts"] + first
+    assert sum(accepted) == first + second
+    assert len(accepted) == 2
+    assert accepted[0] > accepted[1] > 0
 
 
 def test_tune_from_end_to_end(fake, monkeypatch, tmp_path):
@@ -283,7 +339,7 @@ def test_tune_from_end_to_end(fake, monkeypatch, tmp_path):
     assert done.exit_code == 0, done.output
     config = json.loads(out.read_text())
     assert config["verification"] == "ordered"
-    assert config["tree_by_batch_size"] == store.measured_schedule(TARGET, DRAFT, "ordered")
+    assert config["tree_by_batch_size"] == store.measured_schedule(TARGET, DRAFT, MODEL, "ordered")
     # two chains at two batches, of which the better one is measured again beside the schedule
     assert [name for name, _ in first].count("draft_model") == 4
     assert [name for name, _ in fake.calls].count("draft_model") == 2

@@ -222,7 +222,7 @@ SPECULATORS = {
 def test_a_head_is_refused_by_its_configuration(tmp_path, folder, changes, sign):
     """Before the target is loaded, whatever its folder is called."""
     head = folder_with(tmp_path / folder, drop, **changes)
-    assert_refused(HEAD.format(sign), head)
+    assert_refused(HEAD.format(sign), head, more={"proposer": "draft_model"})
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
@@ -237,8 +237,8 @@ def test_a_head_that_calls_itself_a_model_is_refused(hub, tmp_path, named, form)
         head = folder_with(tmp_path / "eagle", fuse)
     else:
         head = vocabularies.in_cache(hub, f"made/{tmp_path.name}", v2=[fuse])
-    options = {"more": {"revision": "v2"}} if named == "hub" else {}
-    assert_refused(HEAD.format("its weights have the layer 'fc.weight'"), head, **options)
+    more = {"proposer": "draft_model"} | ({"revision": "v2"} if named == "hub" else {})
+    assert_refused(HEAD.format("its weights have the layer 'fc.weight'"), head, more=more)
 
 
 def test_weights_that_cannot_be_read_decide_nothing(tmp_path):

@@ -19,15 +19,21 @@ def tensor_bytes(owner: object) -> int:
     return sum(t.nbytes for t in vars(owner).values() if isinstance(t, torch.Tensor))
 
 
-def weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
+def weight_bytes(
+    model: torch.nn.Module, dtype: torch.dtype, target: torch.nn.Module | None = None
+) -> int:
     """The bytes of this rank's weights, including those that vLLM's CPU kernels have repacked.
 
     Args:
         model: the model, with its weights loaded.
         dtype: of the repacked weights, which have left the module.
+        target: a model that shares modules with this one; they do not count.
     """
-    total: int = sum(parameter.nbytes for parameter in model.parameters())
-    for layer in model.modules():
+    shared = set(target.modules()) if target is not None else set()
+    own = [module for module in model.modules() if module not in shared]
+    parameters = {p for module in own for p in module.parameters(recurse=False)}
+    total: int = sum(parameter.nbytes for parameter in parameters)
+    for layer in own:
         weight = getattr(layer, "weight", None)
         if isinstance(layer, LinearBase) and weight is not None and weight.numel() == 0:
             # A layer that every rank holds whole has no sizes of a partition.

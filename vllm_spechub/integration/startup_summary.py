@@ -4,6 +4,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
+
 from vllm_spechub.config import spechub_config
 from vllm_spechub.integration.memory import (
     kv_cache_share,
@@ -22,19 +24,25 @@ if TYPE_CHECKING:
 
 
 def summarize(
-    vllm_config: "VllmConfig", proposer: "TreeProposer", kv_cache_config: "KVCacheConfig"
+    vllm_config: "VllmConfig",
+    target: torch.nn.Module,
+    proposer: "TreeProposer",
+    kv_cache_config: "KVCacheConfig",
 ) -> str:
     """Describe an engine in a few lines: draft, rule, trees, the memory added, what is off and why.
 
     Args:
         vllm_config: the engine's configuration.
+        target: the target, with which a head shares weights.
         proposer: what drafts its trees, with its weights loaded.
         kv_cache_config: which layers share the KV cache's blocks.
     """
     config = spechub_config(vllm_config)
     # A proposer may have no model of its own.
     model = getattr(proposer, "model", None)
-    weights = weight_bytes(model, config.draft_model_config.dtype) if model is not None else 0
+    weights = 0
+    if model is not None:
+        weights = weight_bytes(model, config.draft_model_config.dtype, target)
     sharpened = f", sharpening {config.sharpening:g}" if config.sharpening != 1 else ""
     layers = vllm_config.compilation_config.static_forward_context
     share = kv_cache_share(

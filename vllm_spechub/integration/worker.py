@@ -48,8 +48,9 @@ class SpecHubWorker(Worker):
         super().initialize_from_config(kv_cache_config)
         if self.is_driver_worker:
             with reporting("the start-up summary"):
+                runner = self._v2_runner
                 logger.info(
-                    summarize(self.vllm_config, self._v2_runner.speculator, kv_cache_config)
+                    summarize(self.vllm_config, runner.model, runner.speculator, kv_cache_config)
                 )
 
     def wake_up(self, tags: list[str] | None = None) -> None:

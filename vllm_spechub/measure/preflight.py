@@ -49,6 +49,33 @@ def check_models(models: Mapping[str, str]) -> None:
             raise ValueError(f"{option} {model!r} has no model: {reason}") from error
 
 
+def check_pair(target: str, option: str, draft: str, heads: bool = False) -> None:
+    """Read the configurations of a target and of its draft, and compare their vocabularies.
+
+    Args:
+        target: a folder or a Hugging Face name, as the draft.
+        option: what named the draft.
+        heads: whether the draft may be a head, which the target's engine will check.
+
+    Raises:
+        ValueError: neither a folder with a model nor a Hugging Face name, another vocabulary, or a
+            head.
+    """
+    from vllm_spechub.draft_kinds import read_head
+    from vllm_spechub.offline.simulation.texts import PairDescription
+
+    check_models({"TARGET": target})
+    head = read_head(draft)
+    if head is None:
+        check_models({option: draft})
+        PairDescription.read(target, draft, option)
+    elif not heads:
+        raise ValueError(
+            f"{option} {draft!r} is a head ({head.sign}), which runs only in an engine with its "
+            "target: `vllm-spechub tune` measures it there"
+        )
+
+
 def check_output_folder(option: str, folder: Path) -> None:
     """Make the folder unless it exists, and try to write into it.
 

@@ -41,6 +41,8 @@ class DraftPass:
     seq_lens_bound: torch.Tensor
     # None for ordinary causal tokens
     tree: TreeVisibility | None = None
+    # [num_tokens, fed_size] hidden states; None for a model that reads tokens only
+    fed: torch.Tensor | None = None
 
 
 class PassRunner(Protocol):
@@ -49,6 +51,9 @@ class PassRunner(Protocol):
     vllm_config: VllmConfig
     device: torch.device
     max_num_reqs: int
+    dtype: torch.dtype
+    # the width of the hidden states that a pass is fed, 0 if it reads tokens only
+    fed_size: int
     # [num_kv_cache_groups, most rows of a pass] int64
     slots: torch.Tensor
 
@@ -66,8 +71,11 @@ class PassRunner(Protocol):
         positions: torch.Tensor,
         attn_metadata: dict[str, Any] | None,
         slot_mappings: dict[str, torch.Tensor] | None,
+        # [num_tokens, fed_size]
+        fed: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Run the model once. Returns hidden states, [num_tokens, hidden_size]."""
+        """Run the model once. Returns hidden states, one or several per token, [num_tokens, ...,
+        hidden_size]."""
         ...
 
 
@@ -115,7 +123,12 @@ class DraftGraphs:
         self.positions = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
         self.starts = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
-        # [max_num_tokens, hidden_size], made by the first pass
+        self.fed: torch.Tensor | None = None
+        if proposer.fed_size:
+            self.fed = torch.zeros(
+                max_num_tokens, proposer.fed_size, dtype=proposer.dtype, device=device
+            )
+        # [max_num_tokens, ..., hidden_size], made by the first pass
         self.hidden: torch.Tensor | None = None
 
     def capture(self) -> None:
@@ -141,13 +154,14 @@ class DraftGraphs:
             starts_np,
             self.seq_lens[:num_reqs],
             torch.ones(num_reqs, dtype=torch.int32),
+            fed=None if self.fed is None else self.fed[:num_tokens],
         )
         metadata = proposer.attention(dummy, for_capture=True)
 
         def forward(_mode: CUDAGraphMode) -> None:
-            hidden = proposer.run_model(dummy.tokens, dummy.positions, *metadata)
+            hidden = proposer.run_model(dummy.tokens, dummy.positions, *metadata, dummy.fed)
             if self.hidden is None:
-                self.hidden = hidden.new_zeros(len(self.tokens), hidden.shape[1])
+                self.hidden = hidden.new_zeros(len(self.tokens), *hidden.shape[1:])
             self.hidden[:num_tokens] = hidden
 
         return forward
@@ -164,13 +178,16 @@ class DraftGraphs:
         """Run a pass by replaying its graph.
 
         Returns:
-            Hidden states [num_tokens, hidden_size], valid until the next replay.
+            Hidden states [num_tokens, ..., hidden_size], valid until the next replay.
         """
         num_tokens, num_reqs = len(draft_pass.tokens), len(draft_pass.seq_lens)
         # This fills the attention backend's buffers. The capture already holds what it returns.
         self.proposer.attention(draft_pass)
         self.tokens[:num_tokens] = draft_pass.tokens
         self.positions[:num_tokens] = draft_pass.positions
+        if self.fed is not None:
+            assert draft_pass.fed is not None  # what the proposer's `fed_size` says
+            self.fed[:num_tokens] = draft_pass.fed
         self.starts[: num_reqs + 1] = draft_pass.starts
         self.seq_lens[:num_reqs] = draft_pass.seq_lens
         # Padding requests have no rows; their slots are padding already.

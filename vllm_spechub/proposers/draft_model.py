@@ -9,12 +9,11 @@ reads what it missed when the schedule asks for trees again.
 """
 
 from bisect import bisect_left
-from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import ModelConfig, replace
+from vllm.config import ModelConfig
 from vllm.tokenizers import cached_tokenizer_from_config, get_tokenizer
 from vllm.tokenizers.registry import tokenizer_args_from_config
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -25,8 +24,8 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from vllm_spechub.config import SpecHubConfig
+from vllm_spechub.draft_kinds import head_of, tensor_names
 from vllm_spechub.proposers.base import DraftStep
-from vllm_spechub.proposers.heads import sign_of_a_head
 from vllm_spechub.proposers.model_proposer import ModelProposer
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
 from vllm_spechub.vocabulary import check_vocabularies, first_line
@@ -60,12 +59,12 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     @classmethod
     def check_config(cls, config: SpecHubConfig) -> None:
         draft, target = config.draft_model_config, config.target_model_config
-        sign = sign_of_a_head(draft)
-        if sign is not None:
+        head = head_of(draft.hf_config, tensor_names(draft.model, draft.revision))
+        if head is not None:
             raise ValueError(
                 f"speculative_config['model']: {draft.model!r} drafts from the target's hidden "
-                f"states ({sign}), but proposer {config.proposer!r} needs a model that runs by "
-                "itself; choose another draft"
+                f"states ({head.sign}), but proposer {config.proposer!r} needs a model that runs "
+                "by itself; choose another draft, or leave 'proposer' out"
             )
         if not _reads(draft, target.max_model_len):
             most = _longest(draft, target.max_model_len)
@@ -113,18 +112,8 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
     ) -> torch.nn.Module:
-        """Load the draft with its own sliding window, where vLLM would give it the target's."""
-        draft, shared = self.draft_model_config, self.vllm_config
-        layer_types = getattr(draft.hf_text_config, "layer_types", None)
-        # As vLLM decides for a target: layers of several types each know their own window.
-        uniform = layer_types is None or set(layer_types) == {"sliding_attention"}
-        window = draft.get_sliding_window() if uniform else None
-        self.vllm_config = copy(shared)
-        self.vllm_config.cache_config = replace(shared.cache_config, sliding_window=window)
-        try:
+        with self.own_sliding_window():
             return super().load_draft_model(target_model, target_attn_layer_names)
-        finally:
-            self.vllm_config = shared
 
     def set_attn(
         self,
@@ -149,29 +138,9 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
         positions: torch.Tensor,
         attn_metadata: dict[str, Any] | None,
         slot_mappings: dict[str, torch.Tensor] | None,
+        fed: torch.Tensor | None,
     ) -> torch.Tensor:
         return self._run_model(tokens, positions, attn_metadata, slot_mappings, None)
-
-    def compute_draft_logits(
-        self,
-        # [num_rows, hidden_size]
-        hidden_states: torch.Tensor,
-        spec_step_idx: int,
-    ) -> torch.Tensor:
-        """Compute logits over the target's vocabulary, [num_rows, vocab_size].
-
-        The draft's padding beyond that vocabulary is cut off, and tokens that the draft lacks get
-        -inf, so that they are never drafted.
-        """
-        logits = super().compute_draft_logits(hidden_states, spec_step_idx)
-        missing = self.vocab_size - self.draft_vocab_size
-        if missing:
-            logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
-        return logits
-
-    def rows_per_request(self) -> set[int]:
-        # The rows of `read`, after a whole tree: what may have been accepted, and the new root.
-        return super().rows_per_request() | {tree.depth + 1 for tree in self.schedule.trees}
 
     def may_pause(self, batch: InputBatch) -> bool:
         """Whether every request decodes its next token.

@@ -1,57 +1,388 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells heads, which draft from their target's hidden states, from models that run by themselves.
+"""Heads, which draft from their target's hidden states: EAGLE-3, EAGLE and MTP layers.
 
-vLLM tells some of them by words in the draft's path; here the configuration and the names of the
-weights count.
+A row of a head joins the hidden state at a position with the token after it, and predicts the token
+after that one. Its RoPE position and KV slot are those of the hidden state, so all rows are shifted
+by one. Below the root, the hidden state is the one that the head itself gave for the parent.
+
+Every step first feeds what the target has just read and kept: its hidden states are gone
+afterwards, so a head never pauses. The root's row is the last of them.
+
+EAGLE (arXiv 2401.15077), EAGLE-3 (arXiv 2503.01840), MTP (arXiv 2412.19437, section 2.2); vLLM's
+own chains of them are in `vllm/v1/worker/gpu/spec_decode/target_dependent_ar`.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import get_args
+from typing import Any
 
+import numpy as np
 import torch
-from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
-from vllm.config import ModelConfig
-from vllm.config.speculative import SpeculativeMethod
-from vllm.model_executor.models.registry import _SPECULATIVE_DECODING_MODELS
+from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
+from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.model_executor.model_loader.utils import get_model_cls
+from vllm.model_executor.models.interfaces import supports_any_eagle, supports_eagle3
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
+from vllm.v1.worker.gpu.spec_decode.eagle.utils import load_eagle_model
 
-FUSING_LAYERS = frozenset({"fc.weight", "model.fc.weight"})
-"""What joins a hidden state with a token in EAGLE's heads and those made after it. The first ones
-call themselves an ordinary model in their configuration."""
+from vllm_spechub.config import SpecHubConfig
+from vllm_spechub.draft_kinds import (
+    EAGLE,
+    EAGLE3,
+    MTP,
+    named_head,
+    tensor_names,
+)
+from vllm_spechub.proposers.base import DraftStep
+from vllm_spechub.proposers.model_proposer import ModelProposer
+from vllm_spechub.rules.base import VerificationRule
+from vllm_spechub.rules.draft_state import DraftLevel, DraftState
+
+MTP_ARCHITECTURES = ("MiMoMTPModel", "Glm4MoeMTPModel")
+"""The MTP layers that may draft trees: others have recurrent layers or MLA, use the target's cache,
+or are not tested."""
+OTHERS = "use a head that was trained for this target, or a model that runs by itself"
 
 
-def sign_of_a_head(draft: ModelConfig) -> str | None:
-    """What shows that a draft is a head; None for a model that runs by itself."""
-    model_type = draft.hf_config.model_type
-    if model_type in get_args(SpeculativeMethod):
-        return f"its configuration has model_type={model_type!r}"
-    for architecture in draft.architectures:
-        if architecture in _SPECULATIVE_DECODING_MODELS:
-            return f"vLLM reads its configuration as {architecture}"
-    for name in _tensor_names(draft):
-        if name in FUSING_LAYERS:
-            return f"its weights have the layer {name!r}"
-    return None
+class HeadProposer(ModelProposer[torch.Tensor]):
+    """Drafts with a head.
+
+    From level to level it carries what the head gives for each node, [num_reqs * num_expanded, 1 or
+    2, hidden_size]: the hidden state for its logits first, the one that its children are fed last.
+    """
+
+    shift = 1
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, rule: VerificationRule
+    ) -> None:
+        super().__init__(vllm_config, device, rule)
+        self.fed_size = self.hidden_size
+
+    @classmethod
+    def check_options(cls, options: dict[str, Any], target_model_config: ModelConfig) -> None:
+        super().check_options(options, target_model_config)
+        head = named_head(options, target_model_config)
+        if head is not None and head.kind != cls.vllm_method:
+            raise ValueError(
+                f"speculative_config['proposer'] is {options['proposer']!r}, but "
+                f"{options['model']!r} is none ({head.sign}); leave 'proposer' out"
+            )
+        # The first EAGLE heads call themselves a model, and their weights may not be here yet.
+        unknown = cls.vllm_method == EAGLE and not any(
+            tensor_names(options["model"], options.get("revision"))
+        )
+        if head is None and not unknown:
+            raise ValueError(
+                f"speculative_config['proposer'] is {options['proposer']!r}, but "
+                f"{options['model']!r} is a model that runs by itself; leave 'proposer' out"
+            )
+
+    @classmethod
+    def check_config(cls, config: SpecHubConfig) -> None:
+        draft, target = config.draft_model_config, config.target_model_config
+        for what, own, targets in (
+            ("hidden states of size", cls.target_hidden_size(draft), target.get_hidden_size()),
+            ("a vocabulary of size", draft.get_vocab_size(), target.get_vocab_size()),
+        ):
+            if own != targets:
+                raise ValueError(
+                    f"speculative_config['model']: the head needs a target with {what} {own}, but "
+                    f"this one has {targets}; {OTHERS}"
+                )
+        workers = config.target_parallel_config.tensor_parallel_size
+        if config.draft_tensor_parallel_size != workers:
+            raise ValueError(
+                "speculative_config['draft_tensor_parallel_size'] is "
+                f"{config.draft_tensor_parallel_size}, but a head is split like its target, over "
+                f"{workers}; leave it out"
+            )
+
+    @staticmethod
+    def target_hidden_size(draft: ModelConfig) -> int:
+        """The size of the target's hidden states that a head was made for."""
+        return draft.get_hidden_size()
+
+    @property
+    def attn_vllm_config(self) -> VllmConfig:
+        """The configuration that the head's attention was built with."""
+        return self.speculative_config.apply_draft_overrides(self.vllm_config)
+
+    def load_draft_model(
+        self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
+    ) -> torch.nn.Module:
+        with self.own_sliding_window():
+            return load_eagle_model(target_model, self.vllm_config)
+
+    def run_model(
+        self,
+        # [num_tokens] int32
+        tokens: torch.Tensor,
+        # [num_tokens] int64
+        positions: torch.Tensor,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        # [num_tokens, hidden_size]
+        fed: torch.Tensor | None,
+    ) -> torch.Tensor:
+        with set_forward_context(
+            attn_metadata,
+            self.vllm_config,
+            num_tokens=len(tokens),
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            slot_mapping=slot_mappings,
+            batch_descriptor=BatchDescriptor(num_tokens=len(tokens)),
+        ):
+            given = self.model(input_ids=tokens, positions=positions, hidden_states=fed)
+        if not isinstance(given, tuple):
+            return given.unsqueeze(1)
+        for_logits, feedback = given
+        if for_logits is feedback:
+            return feedback.unsqueeze(1)
+        return torch.stack((for_logits, feedback), dim=1)
+
+    def target_states(
+        self,
+        step: DraftStep,
+        # [num_rows] int64, rows of the target's batch
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the head is fed of the target's hidden states. [num_rows, hidden_size]"""
+        return step.hidden_states[rows]
+
+    def read(self, step: DraftStep) -> torch.Tensor:
+        """Feed the tokens that the target has just read and kept, each with the token after it.
+
+        Returns:
+            What the head gives for the roots, [num_reqs, 1 or 2, hidden_size].
+        """
+        batch, device, num_reqs = step.batch, self.device, step.num_reqs
+        counts = self._rows_to_feed(step)
+        starts_np = np.zeros(num_reqs + 1, dtype=np.int32)
+        np.cumsum(counts, out=starts_np[1:])
+        req_np = np.repeat(np.arange(num_reqs), counts)
+        local_np = np.arange(starts_np[-1]) - starts_np[req_np]
+
+        starts = async_tensor_h2d(starts_np, device=device)
+        req = async_tensor_h2d(req_np, device=device)
+        local = async_tensor_h2d(local_np, device=device)
+        first, root = step.first_positions, step.root_positions
+        positions = first[req] + local
+        unused = positions >= root[req]
+        if step.dummy_run:
+            tokens = torch.zeros_like(positions, dtype=torch.int32)
+        else:
+            after = (positions + 1).clamp(max=self.max_model_len - 1)
+            tokens = self.req_states.all_token_ids.gpu[batch.idx_mapping[req], after]
+        rows = batch.query_start_loc[req] + self._kept_rows(step, req, local)
+        given = self.run_pass(
+            step,
+            tokens,
+            positions,
+            positions,
+            starts,
+            starts_np,
+            first + torch.diff(starts),
+            unused,
+            None,
+            self.target_states(step, rows),
+        )
+        return given[starts[:-1] + root - first - 1]
+
+    def _rows_to_feed(self, step: DraftStep) -> np.ndarray:
+        """How many rows each request gets. [num_reqs] int64"""
+        batch, trees, num_reqs = step.batch, self.request_trees, step.num_reqs
+        counts = batch.num_scheduled_tokens[:num_reqs].astype(np.int64)
+        if step.dummy_run:
+            return counts
+        depths = trees.depths_for(batch.idx_mapping_np)
+        if self.device.type == "cpu":
+            counts -= step.num_rejected.numpy()  # there is no device to wait for
+        elif batch.num_draft_tokens_per_req is not None:
+            counts -= np.maximum(batch.num_draft_tokens_per_req[:num_reqs] - depths, 0)
+        if self.graphs is not None and not batch.is_prefilling_np.any():
+            # A few unused rows make the batch uniform, as graphs need it.
+            counts[:] = depths.max() + 1
+        return counts
+
+    def _kept_rows(
+        self,
+        step: DraftStep,
+        # [num_rows] int64, the row's request
+        req: torch.Tensor,
+        # [num_rows] int64, the row's place among those of its request
+        local: torch.Tensor,
+    ) -> torch.Tensor:
+        """Where each row's hidden state is among those of its request. [num_rows] int64
+
+        A tree's nodes stand in breadth-first order after the root, which is the last of a request's
+        ordinary tokens. Rows beyond what was kept point anywhere among those of the request.
+        """
+        batch, paths = step.batch, step.accepted_paths
+        ordinary = batch.num_scheduled_tokens[: step.num_reqs].astype(np.int64)
+        if paths is not None:
+            assert batch.num_draft_tokens_per_req is not None  # since there are trees
+            ordinary -= batch.num_draft_tokens_per_req[: step.num_reqs]
+        root = async_tensor_h2d(ordinary - 1, device=self.device)[req]
+        rows = torch.minimum(local, root)
+        if paths is None:
+            return rows
+        depth = (local - root).clamp(min=0, max=paths.shape[1] - 1)
+        return rows + paths[req, depth].clamp(min=0)
+
+    def level_logits(
+        self,
+        step: DraftStep,
+        depth: int,
+        level: DraftLevel,
+        state: DraftState,
+        carried: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        given = carried
+        if depth > 0:
+            parents = carried[level.rows(step.num_reqs).parent_rows, -1]
+            given = self.run_level(step, depth, level, state, parents)
+        return self.compute_draft_logits(given[:, 0], 0), given
 
 
-def _tensor_names(draft: ModelConfig) -> Iterator[str]:
-    """The names of a draft's weights, as far as their files are here already and can be read."""
-    folder = Path(draft.model)
-    if not folder.is_dir():
-        # vLLM has just read it
-        config = try_to_load_from_cache(draft.model, "config.json", revision=draft.revision)
-        if not isinstance(config, str):
-            return
-        folder = Path(config).parent
-    for file in folder.glob("*.safetensors"):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                yield from weights.keys()
-        except (SafetensorError, OSError):
-            continue
-    for file in folder.glob("pytorch_model*.bin"):
-        try:
-            yield from torch.load(file, map_location="meta", mmap=True, weights_only=True)
-        except Exception:  # any kind of pickle
-            continue
+class EagleProposer(HeadProposer):
+    """Drafts with an EAGLE head, which reads the target's last hidden state."""
+
+    vllm_method = EAGLE
+
+    @classmethod
+    def check_config(cls, config: SpecHubConfig) -> None:
+        super().check_config(config)
+        target = config.target_model_config
+        if not supports_any_eagle(get_model_cls(target)):
+            raise ValueError(
+                f"speculative_config['model']: vLLM has no EAGLE for {target.architecture}; use a "
+                "model that runs by itself"
+            )
+
+
+class Eagle3Proposer(HeadProposer):
+    """Drafts with an EAGLE-3 head, which reads the outputs of several of the target's layers.
+
+    Its vocabulary may be smaller than the target's. Then its logits are those of the target's
+    tokens, -inf where the head has none, so that everything else speaks the target's ids.
+    """
+
+    vllm_method = EAGLE3
+
+    @classmethod
+    def check_config(cls, config: SpecHubConfig) -> None:
+        super().check_config(config)
+        draft, target = config.draft_model_config.hf_config, config.target_model_config
+        if not supports_eagle3(get_model_cls(target)):
+            raise ValueError(
+                f"speculative_config['model']: vLLM has no EAGLE-3 for {target.architecture}; use "
+                "a model that runs by itself"
+            )
+        options = getattr(draft, "eagle_config", None) or {}
+        if not options.get("use_aux_hidden_state", True):
+            raise ValueError(
+                "speculative_config['model']: the head's eagle_config has "
+                "use_aux_hidden_state=false, but vLLM feeds auxiliary hidden states to every "
+                f"EAGLE-3 head; {OTHERS}"
+            )
+        deepest = target.get_total_num_hidden_layers()
+        layers = get_eagle3_aux_layers_from_config(config) or default_aux_layers(deepest)
+        count = getattr(draft, "num_aux_hidden_states", None) or len(
+            options.get("eagle_aux_hidden_state_layer_ids") or range(3)
+        )
+        if len(set(layers)) != count or not all(0 <= layer <= deepest for layer in layers):
+            raise ValueError(
+                f"speculative_config['model']: the head reads {count} of the target's layers, "
+                f"{list(layers)}; allowed: {count} different ones from 0 to {deepest}; {OTHERS}"
+            )
+
+    @staticmethod
+    def target_hidden_size(draft: ModelConfig) -> int:
+        return getattr(draft.hf_config, "target_hidden_size", None) or draft.get_hidden_size()
+
+    def load_draft_model(
+        self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
+    ) -> torch.nn.Module:
+        model = super().load_draft_model(target_model, target_attn_layer_names)
+        offsets = model.draft_id_to_target_id
+        if isinstance(offsets, torch.Tensor):
+            self._check_tokens(offsets)
+        return model
+
+    def _check_tokens(
+        self,
+        # [draft_vocab_size] int64, the target's id less the head's
+        offsets: torch.Tensor,
+    ) -> None:
+        """Check the map from the head's tokens to the target's.
+
+        Raises:
+            ValueError: one line that says what is wrong with it.
+        """
+        draft, vocab_size = self.draft_model_config, self.vocab_size
+        # What is missing in the checkpoint stays 0.
+        if not offsets.any() and "d2t" not in set(tensor_names(draft.model, draft.revision)):
+            wrong = "is missing"
+        else:
+            tokens = torch.arange(len(offsets), device=offsets.device) + offsets
+            if tokens.min() < 0 or tokens.max() >= vocab_size:
+                wrong = f"leaves the target's vocabulary, 0 to {vocab_size - 1}"
+            elif len(tokens.unique()) < len(tokens):
+                wrong = "names a token of the target twice"
+            else:
+                return
+        raise ValueError(
+            f"speculative_config['model']: d2t in the weights of {draft.model!r}, which maps the "
+            f"head's {len(offsets)} tokens to the target's, {wrong}; {OTHERS}"
+        )
+
+    def target_states(
+        self,
+        step: DraftStep,
+        # [num_rows] int64
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
+        assert step.aux_hidden_states is not None  # since vLLM's method is eagle3
+        states = torch.cat([layer[rows] for layer in step.aux_hidden_states], dim=-1)
+        model: Any = self.model
+        return model.combine_hidden_states(states)
+
+
+class MTPProposer(HeadProposer):
+    """Drafts with an MTP layer, by default the target's own, which is the same at every depth."""
+
+    vllm_method = MTP
+
+    @classmethod
+    def check_options(cls, options: dict[str, Any], target_model_config: ModelConfig) -> None:
+        head = named_head(options, target_model_config)
+        if options.get("model") is not None:
+            super().check_options(options, target_model_config)
+        elif head is None:
+            raise ValueError(
+                f"speculative_config['proposer'] is {options['proposer']!r}, but "
+                f"{target_model_config.architecture} brings no MTP layer; name a draft as 'model', "
+                "and leave 'proposer' out"
+            )
+        if head is not None and head.layers > 1:
+            raise ValueError(
+                f"speculative_config['proposer'] is {options['proposer']!r}, but there are "
+                f"{head.layers} MTP layers, each for a depth of its own; allowed: 1, which drafts "
+                "all depths"
+            )
+
+    @classmethod
+    def check_config(cls, config: SpecHubConfig) -> None:
+        architecture = config.draft_model_config.architecture
+        if architecture not in MTP_ARCHITECTURES:
+            raise ValueError(
+                f"speculative_config['proposer'] is {config.proposer!r}, but MTP layers that vLLM "
+                f"loads as {architecture} cannot draft trees, allowed: "
+                f"{', '.join(MTP_ARCHITECTURES)}; name a draft as 'model', and leave 'proposer' out"
+            )
+        super().check_config(config)
+
+
+def default_aux_layers(num_layers: int) -> tuple[int, ...]:
+    """The layers that vLLM collects if the head's configuration names none."""
+    return 2, num_layers // 2, num_layers - 3

@@ -7,11 +7,14 @@ no compaction.
 """
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig, replace
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
@@ -30,7 +33,15 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
     """A proposer that runs forward passes over trees: their slots, attention and CUDA graphs.
 
     A subclass loads the network (`load_draft_model`) and calls it (`run_model`).
+
+    Attributes:
+        shift: by how much the position and the KV slot of a token's row are lower than the token's
+            own: 1 for networks that read a token together with the hidden state before it.
+        fed_size: the width of the hidden states that a pass is fed, 0 if it reads tokens only.
     """
+
+    shift: ClassVar[int] = 0
+    fed_size: int = 0
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, rule: VerificationRule
@@ -58,13 +69,51 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         positions: torch.Tensor,
         attn_metadata: dict[str, Any] | None,
         slot_mappings: dict[str, torch.Tensor] | None,
+        # [num_tokens, fed_size]
+        fed: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Run the network once. Returns hidden states, [num_tokens, hidden_size]."""
+        """Run the network once. Returns hidden states, one or several per token, [num_tokens, ...,
+        hidden_size]."""
+
+    @contextmanager
+    def own_sliding_window(self) -> Iterator[None]:
+        """Within, a network that is loaded has its own sliding window, where vLLM would give it the
+        target's."""
+        draft, shared = self.draft_model_config, self.vllm_config
+        layer_types = getattr(draft.hf_text_config, "layer_types", None)
+        # As vLLM decides for a target: layers of several types each know their own window.
+        uniform = layer_types is None or set(layer_types) == {"sliding_attention"}
+        window = draft.get_sliding_window() if uniform else None
+        self.vllm_config = copy(shared)
+        self.vllm_config.cache_config = replace(shared.cache_config, sliding_window=window)
+        try:
+            yield
+        finally:
+            self.vllm_config = shared
+
+    def compute_draft_logits(
+        self,
+        # [num_rows, hidden_size]
+        hidden_states: torch.Tensor,
+        spec_step_idx: int,
+    ) -> torch.Tensor:
+        """Compute logits over the target's vocabulary, [num_rows, vocab_size].
+
+        The draft's padding beyond that vocabulary is cut off, and tokens that the draft lacks get
+        -inf, so that they are never drafted.
+        """
+        logits = super().compute_draft_logits(hidden_states, spec_step_idx)
+        missing = self.vocab_size - self.draft_vocab_size
+        if missing:
+            logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+        return logits
 
     def rows_per_request(self) -> set[int]:
         """The numbers of rows per request that a pass may have, if no request reads its prompt."""
         states = self.draft_logits.states
-        return {len(level.nodes_np) for state in states for level in state.levels[1:]}
+        levels = {len(level.nodes_np) for state in states for level in state.levels[1:]}
+        # The rows of `read`, after a whole tree: as many tokens as may have been emitted.
+        return levels | {tree.depth + 1 for tree in self.schedule.trees}
 
     def set_attn(
         self,
@@ -93,16 +142,23 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
             self.graphs.capture()
 
     def run_level(
-        self, step: DraftStep, depth: int, level: DraftLevel, state: DraftState
+        self,
+        step: DraftStep,
+        depth: int,
+        level: DraftLevel,
+        state: DraftState,
+        # [num_reqs * num_expanded, fed_size]
+        fed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Feed the nodes of one depth below the root.
 
         Returns:
-            Hidden states [num_reqs * num_expanded, hidden_size].
+            Hidden states [num_reqs * num_expanded, ..., hidden_size].
         """
         num_reqs, num_expanded = step.num_reqs, len(level.nodes_np)
         rows = level.rows(num_reqs)
-        root = step.root_positions[rows.req]
+        roots = step.root_positions - self.shift
+        root = roots[rows.req]
         tree = TreeVisibility(
             visible_until=root.to(torch.int32),
             tree_mask=rows.ancestor_masks,
@@ -115,9 +171,10 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
             root + rows.nodes,
             level.starts[: num_reqs + 1],
             level.starts_np[: num_reqs + 1],
-            step.root_positions + int(level.nodes_np[-1]) + 1,
+            roots + int(level.nodes_np[-1]) + 1,
             None,
             tree,
+            fed,
         )
 
     def run_pass(
@@ -139,13 +196,15 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         unused: torch.Tensor | None,
         # None for ordinary causal tokens
         tree: TreeVisibility | None,
+        # [num_tokens, fed_size]
+        fed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run one forward pass, eagerly or by replaying a graph.
 
         Positions and slots beyond the engine's maximal length are never used.
 
         Returns:
-            Hidden states [num_tokens, hidden_size], valid until the next pass.
+            Hidden states [num_tokens, ..., hidden_size], valid until the next pass.
         """
         batch, last = step.batch, self.max_model_len - 1
         # The bound covers this step's tokens; a new tree adds its root and its nodes.
@@ -160,7 +219,7 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         if self.draft_vocab_size < self.vocab_size:
             tokens = tokens.clamp(max=self.draft_vocab_size - 1)  # it has no rows for the others
         if step.skip_attn:
-            return self.run_model(tokens, positions, None, None)
+            return self.run_model(tokens, positions, None, None, fed)
         mappings = self.block_tables.compute_slot_mappings(
             batch.idx_mapping, starts, slots, len(tokens), out=self.slots
         )
@@ -168,13 +227,14 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
             mappings.fill_(PAD_SLOT_ID)
         elif outside is not None:
             mappings.masked_fill_(outside, PAD_SLOT_ID)
+        lens = seq_lens.to(torch.int32)
         draft_pass = DraftPass(
-            tokens, positions, mappings, starts, starts_np, seq_lens.to(torch.int32), bound, tree
+            tokens, positions, mappings, starts, starts_np, lens, bound, tree, fed
         )
         graphs = self.graphs
         graph = graphs.fitting(draft_pass) if graphs and not step.dummy_run else None
         if graphs is None or graph is None:
-            return self.run_model(tokens, positions, *self.attention(draft_pass))
+            return self.run_model(tokens, positions, *self.attention(draft_pass), fed)
         return graphs.replay(graph, draft_pass)
 
     def attention(

@@ -23,6 +23,8 @@ class LevelRows(NamedTuple):
     num_children: torch.Tensor
     # [num_rows] int64, where the node's token is among the request's
     column: torch.Tensor
+    # [num_rows] int64, the row of the node's parent in the level above; 0 for roots
+    parent_rows: torch.Tensor
     # [num_rows] int64, bit i stands for tree node i
     ancestor_masks: torch.Tensor
 
@@ -119,10 +121,15 @@ class DraftState:
             table(tree.internal_index),
             table(np.array([0, *tree.parents], dtype=np.int32)),
         )
-        self.levels = [self._level(nodes, table) for nodes in tree.internal_levels()]
+        levels = tree.internal_levels()
+        self.levels = [
+            self._level(nodes, above, table)
+            for nodes, above in zip(levels, [levels[0], *levels], strict=False)
+        ]
 
-    def _level(self, nodes: np.ndarray, table) -> DraftLevel:
+    def _level(self, nodes: np.ndarray, above: np.ndarray, table) -> DraftLevel:
         tree = self.tree
+        parents = np.searchsorted(above, np.array([0, *tree.parents])[nodes])
         counts = tree.num_children[nodes]
         max_children = int(counts.max())
         first_internal = int(tree.internal_index[nodes[0]])
@@ -130,6 +137,7 @@ class DraftState:
         has_child = np.arange(max_children) < counts[:, None]
         max_num_reqs = len(self.tokens)
         starts = np.arange(max_num_reqs + 1, dtype=np.int32) * len(nodes)
+        parent_rows = np.arange(max_num_reqs)[:, None] * len(above) + parents
         return DraftLevel(
             nodes_np=nodes,
             num_children_np=counts,
@@ -142,6 +150,7 @@ class DraftState:
                 nodes=table(np.tile(nodes, max_num_reqs)),
                 num_children=table(np.tile(counts, max_num_reqs)),
                 column=table(np.tile(nodes.astype(np.int64) - 1, max_num_reqs)),
+                parent_rows=table(parent_rows.ravel()),
                 ancestor_masks=table(np.tile(tree.ancestor_masks[nodes], max_num_reqs)),
             ),
             starts=table(starts),

@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vllm_spechub.registry import PROPOSERS
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
 Schedule = list[list[Any]]
@@ -49,11 +48,12 @@ def _model(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def _identity(target: str, draft: str, rule: str) -> dict[str, Any]:
+def _identity(target: str, draft: str | None, proposer: str, rule: str) -> dict[str, Any]:
     """What a schedule is valid for. torch's version is left out because vLLM's version fixes it."""
     return {
         "target": _model(target),
-        "draft": _model(draft),
+        "draft": _model(draft) if draft else None,
+        "proposer": proposer,
         "rule": rule,
         "device": device_name(),
         "versions": {name: number for name, number in versions().items() if name != "torch"},
@@ -72,13 +72,13 @@ def _file(identity: dict[str, Any]) -> Path:
     return folder() / f"{digest[:16]}.json"
 
 
-def keep(target: str, draft: str, rule: str, schedule: Schedule) -> Path:
+def keep(target: str, draft: str | None, proposer: str, rule: str, schedule: Schedule) -> Path:
     """Store a schedule for `measured_schedule`, which takes the same arguments.
 
     Returns:
         The file that was written.
     """
-    identity = _identity(target, draft, rule)
+    identity = _identity(target, draft, proposer, rule)
     file = _file(identity)
     file.parent.mkdir(parents=True, exist_ok=True)
     record = identity | {"tree_by_batch_size": schedule}
@@ -86,19 +86,20 @@ def keep(target: str, draft: str, rule: str, schedule: Schedule) -> Path:
     return file
 
 
-def measured_schedule(target: str, draft: str, rule: str) -> Schedule:
+def measured_schedule(target: str, draft: str | None, proposer: str, rule: str) -> Schedule:
     """The schedule that `vllm-spechub tune` has measured on this machine.
 
     Args:
         target: the target model as the engine is given it, a folder or a Hugging Face id.
-        draft: the draft model, likewise; for a proposer without a model, the proposer's name.
+        draft: the draft model or head, likewise; None for a proposer that needs none.
+        proposer: the proposer's name.
         rule: the verification rule.
 
     Raises:
         ValueError: nothing was measured, and the message names the command that measures; or no
             tree was faster than plain vLLM.
     """
-    identity = _identity(target, draft, rule)
+    identity = _identity(target, draft, proposer, rule)
     file = _file(identity)
     if not file.exists():
         installed = ", ".join(f"{name} {number}" for name, number in identity["versions"].items())
@@ -115,8 +116,8 @@ def measured_schedule(target: str, draft: str, rule: str) -> Schedule:
     return schedule
 
 
-def _remedy(target: str, draft: str, rule: str) -> str:
-    if draft in PROPOSERS:  # `tune` compares draft models
+def _remedy(target: str, draft: str | None, rule: str) -> str:
+    if draft is None:  # which `tune` does not measure
         return "give the ranges, [[FIRST, LAST, TREE], ...]"
     option = "" if rule == DEFAULT_RULE else f" --rule {rule}"
     command = f"vllm-spechub tune {target} --draft {draft}{option} --prompts FILE"

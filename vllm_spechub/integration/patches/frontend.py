@@ -50,6 +50,8 @@ def _create_speculative_config(original):
         given = self.speculative_config
         if given == METHOD:
             given = {"method": METHOD}
+        if isinstance(given, ServedHead) and self.spec_method == METHOD:
+            given = {"model": given["model"]}
         method = given.get("method") if isinstance(given, dict) else None
         if METHOD not in (method, self.spec_method):
             return original(self, target_model_config, target_parallel_config)
@@ -78,6 +80,36 @@ def _create_speculative_config(original):
         return create_config(options, target_model_config, target_parallel_config)
 
     return create_speculative_config
+
+
+class ServedHead(dict[str, Any]):
+    """What vLLM configures if a head is served by its own name and the user says nothing."""
+
+
+def _maybe_override_with_speculators(original):
+    @functools.wraps(original)
+    def maybe_override_with_speculators(model, *args, vllm_speculative_config=None, **kwargs):
+        given = vllm_speculative_config
+        if given == METHOD:
+            given = {"method": METHOD}
+        if not isinstance(given, dict) or given.get("method") != METHOD:
+            target, tokenizer, found = original(
+                model, *args, vllm_speculative_config=given, **kwargs
+            )
+            if found is not None and given is None:
+                found = ServedHead(found)
+            return target, tokenizer, found
+        target, tokenizer, found = original(model, *args, **kwargs)
+        if found is None:
+            return target, tokenizer, given
+        if given.get("model") not in (None, model):
+            raise ValueError(
+                f"speculative_config['model'] is {given['model']!r}, but the model to serve, "
+                f"{model!r}, is a head itself; serve {target!r}"
+            )
+        return target, tokenizer, given | {"model": model}
+
+    return maybe_override_with_speculators
 
 
 def _use_v2_model_runner(original):
@@ -152,6 +184,25 @@ PATCHES = (
         replace=_create_speculative_config,
     ),
     Patch(
+        symbol="vllm.engine.arg_utils:maybe_override_with_speculators",
+        parameters=(
+            "model",
+            "tokenizer",
+            "trust_remote_code",
+            "revision",
+            "vllm_speculative_config",
+            "hf_token",
+            "kwargs",
+        ),
+        why="If the model to serve is a head in the `speculators` format, vLLM serves the head's "
+        "target with its own method for it, whatever method the user asks for.",
+        how="If the user asks for spechub, serves the head's target with the user's options and "
+        "the head as their `model`; otherwise calls the original.",
+        upstream="none yet",
+        until="vLLM lets plugins register speculative methods",
+        replace=_maybe_override_with_speculators,
+    ),
+    Patch(
         symbol="vllm.config:VllmConfig.use_v2_model_runner",
         parameters=("self",),
         why="Without Triton, as on the CPU, vLLM chooses its V1 model runner, which lacks the "
@@ -217,6 +268,6 @@ def refuse_spechub(mismatch: PatchMismatch) -> None:
     """Leave vLLM as it is, except that a spechub configuration raises the mismatch."""
     global _mismatch
     _mismatch = mismatch
-    for patch in PATCHES[:2]:
+    for patch in PATCHES[:3]:
         patch.check()
         patch.apply()

@@ -27,7 +27,7 @@ class EngineProcess:
     """An `LLM` in its own process, which starts immediately and then runs functions on request.
 
     Args:
-        options: arguments of `vllm.LLM`. On the CPU, a draft-model chain also gets the correction
+        options: arguments of `vllm.LLM`. On the CPU, vLLM's own chain also gets the correction
             that it needs (`fixed_chain`).
         log: file for the engine's output.
     """
@@ -118,7 +118,7 @@ def _serve(theirs: Connection, ours: Connection, options: dict[str, Any], log: P
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    is_chain = (options.get("speculative_config") or {}).get("method") == "draft_model"
+    is_chain = (options.get("speculative_config") or {}).get("method") not in (None, "spechub")
     extension = "worker.Observed"
     if current_platform.is_cpu():
         if is_chain:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vllm_spechub.draft_kinds import read_head
 from vllm_spechub.measure.benchmark.decoding import decode, longest_request
 from vllm_spechub.measure.benchmark.engine import EngineFailed, EngineProcess, close_all
 from vllm_spechub.measure.benchmark.methods import PLAIN, Method
@@ -83,7 +84,8 @@ class Setup:
     """What all methods have in common."""
 
     target: str
-    draft: str
+    # draft models or heads; each method has one of them, or none
+    drafts: Sequence[str]
     # [num_prompts][num_tokens]
     prompts: Sequence[Sequence[int]]
     # mean number of tokens to time for each request
@@ -117,14 +119,19 @@ def engine_options(setup: Setup, max_batch: int, resident: int) -> dict[str, Any
     Each engine has an equally large KV cache with room for the largest batch, so that no request
     is preempted, and takes no more than its share of a GPU's memory.
     """
-    from transformers import AutoConfig
+    from vllm.transformers_utils.config import get_config
 
-    models = setup.target, setup.draft
-    configs = [AutoConfig.from_pretrained(model).get_text_config() for model in models]
+    def config(model: str) -> Any:
+        return get_config(model, trust_remote_code=False).get_text_config()
+
     wanted = longest_request(setup.prompts, setup.tokens)
-    length = min(wanted, *(getattr(c, "max_position_embeddings", wanted) for c in configs))
+    # a head reads what its target reads
+    models = [setup.target, *(draft for draft in setup.drafts if not read_head(draft))]
+    lengths = (getattr(config(model), "max_position_embeddings", wanted) for model in models)
+    length = min(wanted, *lengths)
     value = 4 if setup.engine.get("dtype") == "float32" else 2
-    per_token = sum(kv_bytes_per_token(config, value) for config in configs)
+    per_token = kv_bytes_per_token(config(setup.target), value)
+    per_token += max(kv_bytes_per_token(config(draft), value) for draft in setup.drafts)
     blocks = max_batch * (-(-length // KV_BLOCK) + 1) + 1
     return {
         "model": setup.target,

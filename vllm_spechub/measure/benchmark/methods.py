@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_spechub.draft_kinds import MODEL, read_head
+
 PLAIN = "plain"
 
 
@@ -19,9 +21,11 @@ class Method:
 
 
 def chain_config(draft: str, length: int) -> dict[str, Any]:
-    """vLLM's own draft-model chain, which is lossless only with the draft's probabilities."""
+    """vLLM's own chain of a draft model or head, which is lossless only with the draft's
+    probabilities."""
+    head = read_head(draft)
     return {
-        "method": "draft_model",
+        "method": head.kind if head else MODEL,
         "model": draft,
         "num_speculative_tokens": length,
         "draft_sample_method": "probabilistic",
@@ -33,9 +37,9 @@ def plain() -> Method:
     return Method(PLAIN, None)
 
 
-def chain(draft: str, length: int) -> Method:
-    """vLLM's chain of `length` drafted tokens."""
-    return Method(f"chain {length}", chain_config(draft, length))
+def chain(draft: str, length: int, of: str = "") -> Method:
+    """vLLM's chain of `length` drafted tokens. `of` ends its name, if there are several drafts."""
+    return Method(f"chain {length}{of}", chain_config(draft, length))
 
 
 def spechub(name: str, draft: str, **options: Any) -> Method:

@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the acceptance by slot of every rule on the user's prompts, with transformers."""
+"""Measure the acceptance by slot of every rule on the user's prompts.
+
+Models that run by themselves are measured with transformers, and heads in engines.
+"""
 
 import multiprocessing
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from vllm_spechub.measure.benchmark import methods
+from vllm_spechub.measure.benchmark.decoding import counters, decode
+from vllm_spechub.measure.benchmark.engine import EngineProcess, close_all
+from vllm_spechub.measure.benchmark.interleaved import Setup, engine_options
 from vllm_spechub.measure.tuning.request import TuningRequest
 from vllm_spechub.triton_kernels.rules import rates_of
 
@@ -18,6 +27,8 @@ REFERENCE_NODES, REFERENCE_DEPTH = 15, 5
 PREFERENCE = 0.01
 """Another rule replaces the default only if it emits more tokens by at least this share."""
 
+COMPLETE_TREES = {1: 5, 2: 3, 3: 2, 4: 2}
+"""By the number of children of every node, the depths of the trees that heads are measured with."""
 POLL_SECONDS = 0.2
 
 _progress: Connection
@@ -108,6 +119,62 @@ def _measure(request: TuningRequest) -> Measurement:
         for variant, table in rates.items()
     }
     return Measurement(by_rule, tokens_per_step)
+
+
+def measure_head(
+    setup: Setup, request: TuningRequest, report: Callable[[str], None]
+) -> Measurement:
+    """Measure a head's acceptance with complete trees in engines, which are what can run a head.
+
+    A node with k children is verified once for every drafted tree, and once for every accepted
+    node that has children. All depths count alike, as they do where trees are chosen.
+
+    Args:
+        setup: the models, prompts and engine options.
+        request: what to tune, with one rule.
+        report: called with a short text about what happens now.
+
+    Raises:
+        EngineFailed: an engine did not start or stopped early.
+    """
+    (rule,) = request.rules
+    options = engine_options(setup, request.batches[-1], resident=1)
+    by_children: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for k, depth in COMPLETE_TREES.items():
+            report(f"acceptance of nodes with {k} children")
+            method = methods.spechub("", request.draft, verification=rates_of(rule))
+            config = (method.speculative or {}) | {"tree": f"kary:{k}:{depth}"}
+            log = Path(folder) / f"{k}.log"
+            engine = EngineProcess(options | {"speculative_config": config}, log)
+            try:
+                engine.wait()
+                batch, tokens = request.batches[-1], request.tokens
+                arguments = setup.prompts, batch, request.temperature, tokens
+                verified, accepted = engine.call(accepted_by_slot, depth, *arguments)
+            finally:
+                close_all([engine])
+            by_children[str(k)] = [count / verified for count in accepted[:k]]
+    return Measurement({rates_of(rule): by_children}, {rule: 1.0})
+
+
+def accepted_by_slot(llm: Any, depth: int, *arguments: Any) -> tuple[int, list[int]]:
+    """Decode, in an engine's process: how many nodes with children were verified, and how many of
+    their children were accepted, by slot.
+
+    Args:
+        llm: an engine with one complete tree.
+        depth: the tree's.
+        arguments: as `decode` takes them.
+    """
+    decode(llm, *arguments)
+    _, drafts, accepted_by_depth = counters(llm)
+    slots = {
+        int(metric.labels["slot"]): metric.value
+        for metric in llm.get_metrics()
+        if metric.name == "vllm:spechub_num_accepted_tokens_per_slot"
+    }
+    return drafts + sum(accepted_by_depth[: depth - 1]), [slots[i] for i in sorted(slots)]
 
 
 def best_rule(tokens_per_step: Mapping[str, float], default: str) -> str:

@@ -9,6 +9,7 @@ from statistics import median
 
 from rich.console import Console
 
+from vllm_spechub.draft_kinds import read_head
 from vllm_spechub.measure.benchmark import methods
 from vllm_spechub.measure.benchmark.interleaved import (
     Failure,
@@ -96,7 +97,7 @@ class Tuning:
         self.points = [Point(batch, request.temperature) for batch in request.batches]
         prompts = encode(request.target, read_prompts(request.prompts, request.limit))
         self.setup = Setup(
-            request.target, request.draft, prompts, request.tokens, request.engine, resident
+            request.target, [request.draft], prompts, request.tokens, request.engine, resident
         )
         first = range(request.repetitions)
         self.trying, self.checking = first, range(first.stop, 2 * first.stop)
@@ -147,7 +148,15 @@ class Tuning:
             def advance(label: str, done: int, total: int) -> None:
                 progress.update(task, description=label, completed=done, total=total)
 
-            self.state.rates, self.state.simulated = rates.measure(self.request, advance)
+            if read_head(self.request.draft) is None:
+                measured = rates.measure(self.request, advance)
+            else:
+                measured = rates.measure_head(
+                    self.setup,
+                    self.request,
+                    lambda text: progress.update(task, description=text),
+                )
+            self.state.rates, self.state.simulated = measured
         self.state.write()
 
     def _try_chains(self) -> dict[int, Curve]:
