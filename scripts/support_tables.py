@@ -373,7 +373,7 @@ FEATURES = (
         "works",
         "EAGLE-3 in both formats, with a reduced vocabulary; told by their configuration and the "
         "names of their weights, their path decides nothing; with sampling parameters, schedules, "
-        "prefix caching, tensor parallelism and CUDA graphs ([heads](docs/heads.md))",
+        "prefix caching, tensor parallelism and CUDA graphs ([heads](heads.md))",
         (
             "proposers/test_heads.py::test_eagle3_rows",
             "proposers/test_heads.py::test_rows_of_heads_that_read_the_last_layer",
