@@ -3,6 +3,7 @@
 
 import psutil
 import pytest
+import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from helpers.engines import engine
@@ -26,3 +27,10 @@ def test_what_is_added_is_known_before_the_cache_is_sized(monkeypatch):
         ours = worker.determine_available_memory()
         vllms = CPUWorker.determine_available_memory(worker)
         assert vllms - ours == pytest.approx(1 << 30, abs=64 << 20)  # the process itself may grow
+
+
+def test_what_a_head_shares_with_its_target_is_the_targets():
+    target = torch.nn.ModuleDict({"embed": torch.nn.Embedding(7, 4)})
+    head = torch.nn.ModuleDict({"embed": target["embed"], "norm": torch.nn.Linear(4, 4, False)})
+    assert weight_bytes(head, torch.float32) == 4 * (7 * 4 + 4 * 4)
+    assert weight_bytes(head, torch.float32, target) == 4 * 4 * 4

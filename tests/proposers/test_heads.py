@@ -18,7 +18,6 @@ from helpers import heads, models
 from helpers.engines import engine, greedy_params, plain_greedy, token_ids
 from helpers.heads import Oracle, recorded_rows
 from helpers.metrics import spec_metrics
-from helpers.oracle import tokens_of
 from helpers.pair import DRAFT, PROMPTS, TARGET
 from vllm_spechub.integration.refusals import Unsupported
 from vllm_spechub.proposers import heads as proposer_of_heads
@@ -33,7 +32,7 @@ def _plugin():
 SAMPLED = SamplingParams(temperature=1.0, seed=3, max_tokens=24, ignore_eos=True)
 # Two prompts that are alike up to the end of a block: the block's last row of a head differs, as it
 # reads the token after it.
-ALIKE = [{"prompt_token_ids": [*tokens_of(PROMPTS[5])[:64], token, 3]} for token in (5, 6)]
+ALIKE = [{"prompt_token_ids": [*range(100, 164), token, 3]} for token in (5, 6)]
 IRREGULAR = [0, 0, 0, 1, 1, 2, 4]
 SCHEDULE = [[1, 2, "binary:2"], [3, 4, "chain:2"], [5, None, None]]
 
