@@ -149,8 +149,10 @@ def patterns_of(source: Path) -> Iterator[str]:
         match node:
             case ast.Call(func=ast.Name(id=name), args=[message, *_]) if name in ERRORS:
                 pass
-            case ast.Yield(value=ast.Tuple(elts=[_, message])) if source.name == "refusals.py":
-                pass
+            case ast.Yield(value=ast.Tuple(elts=[condition, message])) if not isinstance(
+                condition, ast.Constant
+            ):
+                pass  # a refusal with the condition under which it applies
             case ast.Return(value=ast.JoinedStr() as message) if source.name == "validation.py":
                 pass
             case _:
