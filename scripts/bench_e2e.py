@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -66,28 +66,29 @@ def pair_files(pair: Path) -> tuple[str, str, Path]:
 
 
 def compared(
-    target: str, drafts: Sequence[str], chains: Sequence[int], trees: Sequence[str]
+    target: str,
+    draft: str,
+    chains: Sequence[int],
+    trees: Sequence[str],
+    configs: dict[str, dict[str, Any]],
 ) -> list[methods.Method]:
-    """All methods to measure. `auto` is one of them if a schedule was measured for a draft."""
+    """All methods to measure. `auto` is one of them if a schedule was measured for this pair."""
     from vllm_spechub.draft_kinds import MODEL, read_head
     from vllm_spechub.trees.measured_schedule import measured_schedule
     from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
-    found = [methods.plain()]
-    for draft in drafts:
-        of = "" if draft == drafts[0] else f", {Path(draft).name}"
-        found += [methods.chain(draft, length, of) for length in chains]
-        found += [methods.spechub(f"SpecHub{of}", draft)]
-        for tree in trees:
-            shape = json.loads(tree) if tree.startswith("[") else tree
-            found.append(methods.spechub(f"SpecHub {tree}{of}", draft, tree=shape))
+    found = [methods.plain(), *(methods.chain(draft, length) for length in chains)]
+    found += [methods.spechub("SpecHub", draft)]
+    for tree in trees:
+        shape = json.loads(tree) if tree.startswith("[") else tree
+        found.append(methods.spechub(f"SpecHub {tree}", draft, tree=shape))
+    found += [methods.Method(name, config) for name, config in configs.items()]
+    try:
         head = read_head(draft)
-        try:
-            measured_schedule(target, draft, head.kind if head else MODEL, DEFAULT_RULE)
-            schedule = {"tree_by_batch_size": "auto"}
-            found.append(methods.spechub(f"SpecHub auto{of}", draft, **schedule))
-        except ValueError as error:
-            console.print(f"without SpecHub auto{of}: {error}", markup=False)
+        measured_schedule(target, draft, head.kind if head else MODEL, DEFAULT_RULE)
+        found.append(methods.spechub("SpecHub auto", draft, tree_by_batch_size="auto"))
+    except ValueError as error:
+        console.print(f"without SpecHub auto: {error}", markup=False)
     return found
 
 
@@ -138,9 +139,7 @@ def main(
     target: Annotated[
         str | None, typer.Argument(help="The target model: a folder or a Hugging Face name.")
     ] = None,
-    draft: Annotated[
-        list[str], typer.Option(help="A draft model or head; repeatable.", show_default=False)
-    ] = [],
+    draft: Annotated[str | None, typer.Option(help="The draft model or head.")] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="JSON lines with `turns` or `prompt`, or text with a prompt per line."),
@@ -162,6 +161,10 @@ def main(
     tree: Annotated[
         list[str], typer.Option(help="A further tree to compare, as for `tree`; repeatable.")
     ] = [],
+    config: Annotated[
+        list[str],
+        typer.Option(help="A further `speculative_config` to compare: NAME=JSON; repeatable."),
+    ] = [],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to time per request.")] = 128,
     repetitions: Annotated[int, typer.Option(min=1, help="Repetitions per measurement.")] = 3,
     resident: Annotated[
@@ -182,23 +185,24 @@ def main(
         preflight.check_modules("transformers", "matplotlib.pyplot")
         preflight.check_output_folder("--out", out)
         options = preflight.parse_engine_options("--engine", engine)
+        configs = {}
+        for named in config:
+            name, _, text = named.partition("=")
+            configs[name] = preflight.parse_object(f"--config {name}", text)
         if make_pair is not None:
-            target, own, prompts = pair_files(made_pair(make_pair))
-            draft = [own, *draft]
+            target, draft, prompts = pair_files(made_pair(make_pair))
         elif target is None:
-            target, own, prompts = pair_files(DEMO_PAIR)
-            draft = [own, *draft]
+            target, draft, prompts = pair_files(DEMO_PAIR)
             options = DEMO_ENGINE | options
-        elif not draft or prompts is None:
+        elif draft is None or prompts is None:
             raise ValueError("a TARGET of your own needs --draft and --prompts")
-        for each in draft:
-            preflight.check_pair(target, "--draft", each, heads=True)
+        preflight.check_pair(target, "--draft", draft, heads=True)
         from vllm_spechub.offline.simulation.texts import read_prompts
 
         encoded = encode(target, read_prompts(prompts))
         setup = Setup(target, draft, encoded, tokens, options, resident)
         points = [Point(b, t) for t in temperature for b in batch]
-        what = compared(target, draft, chain, tree)
+        what = compared(target, draft, chain, tree, configs)
         rows = measure(setup, what, points, repetitions, out / "measurements.csv")
         summaries = report.summarize(rows)
         console.print(report.table(summaries))

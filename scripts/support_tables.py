@@ -369,6 +369,24 @@ FEATURES = (
         ),
     ),
     Row(
+        ("drafts from the request's own text (`ngram`)",),
+        "works",
+        "with every built-in rule and sampling parameter, and all trees but `auto`; the commands, "
+        "which measure acceptance, refuse it",
+        (
+            "proposers/test_ngram.py::test_what_is_found",
+            "proposers/test_ngram.py::test_siblings_differ",
+            "proposers/test_ngram.py::test_nothing_waits_for_the_device",
+            "proposers/test_ngram.py::test_a_target_that_copies_is_accepted_in_full",
+            "proposers/test_ngram.py::test_seeds_beside_others_and_with_match",
+            "proposers/test_ngram.py::test_greedy_tokens_are_plain_vllms",
+            "proposers/test_ngram.py::test_prefixes_follow_the_target",
+            "proposers/test_ngram.py::test_options_are_checked",
+            "proposers/test_ngram.py::test_schedules_are_checked",
+            "measure/test_preflight.py::test_a_proposer_is_no_draft",
+        ),
+    ),
+    Row(
         ("EAGLE-3 and EAGLE heads", "MTP layers of MiMo and GLM-4.5"),
         "works",
         "EAGLE-3 in both formats, with a reduced vocabulary; told by their configuration and the "

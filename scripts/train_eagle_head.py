@@ -278,7 +278,7 @@ def save(head: Head, depths: int, folder: Path) -> None:
 
 def main(
     out: Path = typer.Option(PAIR / "eagle3", help="The folder to write."),
-    steps: int = typer.Option(2000, min=1, help="Training steps."),
+    steps: int = typer.Option(400, min=1, help="Training steps."),
     depths: int = typer.Option(4, min=1, help="Depths that are trained."),
     draft_vocab_size: int = typer.Option(1024, min=1, help="Tokens that the head can draft."),
     seed: int = typer.Option(0, help="The same seed gives the same head."),

@@ -82,6 +82,7 @@ PROPOSERS = Registry(
         "eagle": "vllm_spechub.proposers.heads:EagleProposer",
         "eagle3": "vllm_spechub.proposers.heads:Eagle3Proposer",
         "mtp": "vllm_spechub.proposers.heads:MTPProposer",
+        "ngram": "vllm_spechub.proposers.ngram:NgramProposer",
     },
     "vllm_spechub.proposers",
 )

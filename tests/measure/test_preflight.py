@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import bench_e2e
 import bench_kernels
 import pytest
 import torch
@@ -16,6 +15,7 @@ import transformers
 import typer
 from typer.testing import CliRunner
 
+import bench_e2e
 from helpers import vocabularies
 from helpers.models import edited
 from helpers.pair import DRAFT, EAGLE3, PAIR, TARGET
@@ -118,6 +118,12 @@ def test_heads_run_in_engines_only(arguments):
     elif arguments[0] == "tune":
         rules = ["--rule", "rrs", "--rule", "rrsw"]
         assert_refused([*arguments, *rules], "--rule: a head is measured with one rule; name one")
+
+
+@COMMANDS
+def test_a_proposer_is_no_draft(arguments):
+    asked = ["ngram" if argument == DRAFT else argument for argument in arguments]
+    assert_refused(asked, "is 'ngram', a proposer, but must name a draft model")
 
 
 @COMMANDS

@@ -160,7 +160,7 @@ def fake(monkeypatch):
 
 
 METHODS = [plain(), *(spechub(name, DRAFT, title=name) for name in ("a", "b", "c"))]
-SETUP = Setup(TARGET, [DRAFT], [[1, 2, 3]], tokens=8, resident=3)
+SETUP = Setup(TARGET, DRAFT, [[1, 2, 3]], tokens=8, resident=3)
 
 
 def interleaved_runs(known=(), repetitions=2):
@@ -295,7 +295,7 @@ def test_a_heads_acceptance_is_counted_in_engines(fake, monkeypatch, tmp_path):
         TARGET, EAGLE3, PAIR / "prompts.jsonl", None, ("traversal",), 1.0, (4,), (1,), (1, 4),
         2, 8, 1, {},
     )  # fmt: skip
-    setup = Setup(TARGET, [EAGLE3], [[1, 2, 3]], tokens=8)
+    setup = Setup(TARGET, EAGLE3, [[1, 2, 3]], tokens=8)
     measured = rates.measure_head(setup, request, lambda text: None)
     assert trees == [f"kary:{k}:{depth}" for k, depth in rates.COMPLETE_TREES.items()]
     by_slot = rates.rates_for_trees(measured.rates, "traversal")

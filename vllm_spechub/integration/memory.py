@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def tensor_bytes(owner: object) -> int:
     """The bytes of the tensors that an object holds as attributes."""
-    return sum(t.nbytes for t in vars(owner).values() if isinstance(t, torch.Tensor))
+    tensors = [value for value in vars(owner).values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def weight_bytes(

@@ -11,7 +11,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_spechub.config import spechub_config
@@ -41,6 +41,8 @@ class TreeScheduler(Scheduler):
         # if the schedule had no tree for that batch
         self.tree_index: dict[str, int | None] = {}
         self.observer = StepObserver(self.schedule_of_trees)
+        # the requests for which the proposer found nothing when they ran last
+        self.undrafted: set[str] = set()
         # the step whose output is being processed
         self.step_drafts = ScheduledDrafts.checked({})
         self.step_output = EMPTY_MODEL_RUNNER_OUTPUT
@@ -79,6 +81,11 @@ class TreeScheduler(Scheduler):
                 self.fallbacks = self._count_fallbacks(scheduler_output.num_scheduled_tokens)
         return super().update_from_output(scheduler_output, model_runner_output)
 
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        super().update_draft_token_ids(draft_token_ids)
+        drafts = zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
+        self.undrafted = {req_id for req_id, nodes in drafts if not nodes}
+
     def _handle_stopped_request(self, request: Request) -> bool:
         """A session goes on after the last token that it has kept.
 
@@ -100,6 +107,8 @@ class TreeScheduler(Scheduler):
                     fallbacks["load"] += 1
                 elif request.num_computed_tokens + 1 >= self.max_model_len:
                     fallbacks["max_model_len"] += 1
+                elif req_id in self.undrafted:
+                    fallbacks["nothing_found"] += 1
                 else:
                     fallbacks["budget"] += 1
         return fallbacks

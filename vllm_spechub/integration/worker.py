@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_spechub.integration import patches
@@ -35,6 +36,17 @@ class SpecHubWorker(Worker):
             super().load_model(load_dummy_weights=load_dummy_weights)
         # vLLM connects the two only if the speculator has a model of its own.
         self._v2_runner.speculator.bind(self._v2_runner.model_state)
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """The drafts, without the nodes of which the proposer says that they are of no use.
+
+        Only synchronous scheduling asks for them before it schedules the next step.
+        """
+        drafts, useful = super().take_draft_token_ids(), self._v2_runner.speculator.num_useful_nodes
+        if drafts is None or useful is None or self.scheduler_config.async_scheduling:
+            return drafts
+        shortened = zip(drafts.draft_token_ids, useful.tolist(), strict=True)
+        return DraftTokenIds(drafts.req_ids, [nodes[:count] for nodes, count in shortened])
 
     def determine_available_memory(self) -> int:
         """The bytes that vLLM finds, less those that verifying a full batch of trees needs, which

@@ -14,6 +14,8 @@ from os import W_OK, access
 from pathlib import Path
 from typing import Any
 
+from vllm_spechub.registry import PROPOSERS
+
 
 def check_modules(*names: str) -> None:
     """Import what is needed later, for example to draw a plot at the end.
@@ -35,11 +37,13 @@ def check_models(models: Mapping[str, str]) -> None:
     """Read the configuration of each model, given by the name of its option.
 
     Raises:
-        ValueError: neither a folder with a model nor a Hugging Face name.
+        ValueError: neither a folder with a model nor a Hugging Face name, or a proposer's name.
     """
     from transformers import AutoConfig
 
     for option, model in models.items():
+        if model in PROPOSERS:
+            raise ValueError(f"{option} is {model!r}, a proposer, but must name a draft model")
         if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
             raise ValueError(f"{option} {model!r} has no model: there is no such folder")
         try:
@@ -103,11 +107,11 @@ def check_output_file(option: str, file: Path) -> None:
     check_output_folder(option, file.parent)
 
 
-def parse_engine_options(option: str, text: str) -> dict[str, Any]:
-    """Further arguments of `vllm.LLM`, given as a JSON object.
+def parse_object(option: str, text: str) -> dict[str, Any]:
+    """Read a JSON object.
 
     Raises:
-        ValueError: the text is not a JSON object, or vLLM does not know an argument.
+        ValueError: the text is not one.
     """
     try:
         options = json.loads(text)
@@ -115,6 +119,16 @@ def parse_engine_options(option: str, text: str) -> dict[str, Any]:
         raise ValueError(f"{option} must be a JSON object, got {text!r}: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{option} must be a JSON object, got {text!r}")
+    return options
+
+
+def parse_engine_options(option: str, text: str) -> dict[str, Any]:
+    """Further arguments of `vllm.LLM`, given as a JSON object.
+
+    Raises:
+        ValueError: the text is not a JSON object, or vLLM does not know an argument.
+    """
+    options = parse_object(option, text)
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 

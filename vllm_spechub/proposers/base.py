@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.sample.states import SamplingStates
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_spechub.config import SpecHubConfig, spechub_config
+from vllm_spechub.config import VLLM_KEYS, SpecHubConfig, spechub_config
 from vllm_spechub.engine.model_state import TreeModelState
 from vllm_spechub.engine.request_trees import RequestTrees
 from vllm_spechub.engine.truncation import truncate, truncates
@@ -64,7 +64,7 @@ class DraftStep:
 class TreeProposer(BaseSpeculator, Generic[Carried]):
     """Drafts one tree per request and step.
 
-    A subclass implements `read` and `level_logits`.
+    A subclass implements `read`, and `level_logits` or `draft`.
 
     Attributes:
         vllm_method: the speculative method in vLLM's configuration. It decides what vLLM prepares:
@@ -72,7 +72,12 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         options: keys of `--speculative-config` beyond the common ones that this proposer reads;
             their values are in `config.proposer_options`.
         needs_model: whether the option `model` names something to load.
+        point_masses: whether every child is chosen without chance, so that verification needs no
+            distribution. All children are then hubs: siblings must differ.
         draft_logits: what was drafted. vLLM passes this attribute to the rejection sampler.
+        num_useful_nodes: for each request of the batch that was drafted last, [num_reqs], how many
+            of its first nodes are worth verifying; None for all. Synchronous scheduling leaves out
+            the others.
         request_trees: what the worker remembers of each request's drafts; set by `bind`.
         sampling_states: each request's sampling parameters; set by `bind`.
         req_states: each request's tokens (`all_token_ids`) and length; set by `bind`.
@@ -86,9 +91,11 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
     vllm_method: ClassVar[str] = "draft_model"
     options: ClassVar[frozenset[str]] = frozenset()
     needs_model: ClassVar[bool] = True
+    point_masses: ClassVar[bool] = False
 
     supports_mm_inputs: bool = False
     draft_logits: DraftBuffers
+    num_useful_nodes: torch.Tensor | None = None
     request_trees: RequestTrees
     sampling_states: SamplingStates
     req_states: RequestState
@@ -105,7 +112,12 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         self.max_model_len = vllm_config.model_config.max_model_len
         self.vocab_size = vllm_config.model_config.get_vocab_size()
         self.draft_logits = DraftBuffers(
-            self.schedule.trees, self.max_num_reqs, self.vocab_size, self.logits_dtype(), device
+            self.schedule.trees,
+            self.max_num_reqs,
+            self.vocab_size,
+            self.logits_dtype(),
+            device,
+            self.point_masses,
         )
 
     @classmethod
@@ -117,11 +129,12 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         """
         model = options.get("model")
         if not cls.needs_model:
-            if model is not None:
-                raise ValueError(
-                    f"speculative_config['model'] is {model!r}, but proposer "
-                    f"{options.get('proposer')!r} loads no model; leave it out"
-                )
+            for key in VLLM_KEYS:
+                if options.get(key) is not None:
+                    raise ValueError(
+                        f"speculative_config[{key!r}] is {options[key]!r}, but proposer "
+                        f"{options.get('proposer')!r} loads no model; leave it out"
+                    )
             return
         if not model:
             raise ValueError(
@@ -174,7 +187,6 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             What `level_logits` needs for the roots.
         """
 
-    @abstractmethod
     def level_logits(
         self, step: DraftStep, depth: int, level: DraftLevel, state: DraftState, carried: Carried
     ) -> tuple[torch.Tensor, Carried]:
@@ -192,6 +204,7 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             request's nodes side by side, -inf where a token must not be drafted; the caller
             overwrites them. And what the next level needs.
         """
+        raise NotImplementedError(f"{type(self).__name__} defines neither level_logits nor draft")
 
     def node_tokens(
         self, step: DraftStep, depth: int, level: DraftLevel, state: DraftState
@@ -247,6 +260,7 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             Tokens [num_reqs, num_nodes of the largest tree], the drafted tree's first, in node
             order.
         """
+        self.num_useful_nodes = None
         batch, buffers = input_batch, self.draft_logits
         idx_mapping, reqs = batch.idx_mapping, batch.idx_mapping_np
         index = 0
@@ -266,17 +280,35 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         carried = self.read(step)
         if index is None:
             return buffers.tokens[idx_mapping]
-        truncated = np.empty(0, dtype=np.int64)
         if not dummy_run:
             self.request_trees.record_drafted(reqs, index)
+        self.draft(step, carried, buffers.states[index], temperature, seeds)
+        return buffers.tokens[idx_mapping]
+
+    def draft(
+        self,
+        step: DraftStep,
+        carried: Carried,
+        state: DraftState,
+        # [max_num_reqs]
+        temperature: torch.Tensor,
+        # [max_num_reqs]
+        seeds: torch.Tensor,
+    ) -> None:
+        """Draft a tree for each request of a step, level by level.
+
+        A proposer of point masses may override this in place of `level_logits`. It writes the
+        nodes' tokens to `state.tokens` and 0 to `state.drafts.sampled`.
+        """
+        idx_mapping, reqs = step.batch.idx_mapping, step.batch.idx_mapping_np
+        truncated = np.empty(0, dtype=np.int64)
+        if not step.dummy_run:
             (truncated,) = truncates(self.sampling_states, reqs).nonzero()
-        state = buffers.states[index]
         requests = Requests(idx_mapping, step.root_positions, temperature, seeds)
         for depth, level in enumerate(state.levels):
             logits, carried = self.level_logits(step, depth, level, state, carried)
             truncate(logits, self.sampling_states, idx_mapping, reqs, truncated)
             self.rule.sample_children(logits, level, requests, state)
-        return buffers.tokens[idx_mapping]
 
     def _step(
         self,

@@ -43,6 +43,11 @@ or are not tested."""
 OTHERS = "use a head that was trained for this target, or a model that runs by itself"
 
 
+def _default_aux_layers(num_layers: int) -> tuple[int, ...]:
+    """The layers that vLLM collects if the head's configuration names none."""
+    return 2, num_layers // 2, num_layers - 3
+
+
 class HeadProposer(ModelProposer[torch.Tensor]):
     """Drafts with a head.
 
@@ -286,7 +291,7 @@ class Eagle3Proposer(HeadProposer):
                 f"EAGLE-3 head; {OTHERS}"
             )
         deepest = target.get_total_num_hidden_layers()
-        layers = get_eagle3_aux_layers_from_config(config) or default_aux_layers(deepest)
+        layers = get_eagle3_aux_layers_from_config(config) or _default_aux_layers(deepest)
         count = getattr(draft, "num_aux_hidden_states", None) or len(
             options.get("eagle_aux_hidden_state_layer_ids") or range(3)
         )
@@ -381,8 +386,3 @@ class MTPProposer(HeadProposer):
                 f"{', '.join(MTP_ARCHITECTURES)}; name a draft as 'model', and leave 'proposer' out"
             )
         super().check_config(config)
-
-
-def default_aux_layers(num_layers: int) -> tuple[int, ...]:
-    """The layers that vLLM collects if the head's configuration names none."""
-    return 2, num_layers // 2, num_layers - 3

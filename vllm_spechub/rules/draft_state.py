@@ -68,6 +68,7 @@ class DraftBuffers:
         dtype: of the draft logits, kept as the draft model gave them: what is verified must be
             what was drawn.
         device: where the buffers live.
+        point_masses: no child is ever drawn, so nothing need be remembered of a draft's logits.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class DraftBuffers:
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        point_masses: bool = False,
     ) -> None:
         num_nodes = max(tree.num_nodes for tree in trees)
         # only nodes with children have a distribution to remember
@@ -85,8 +87,12 @@ class DraftBuffers:
         self.tokens = torch.zeros(max_num_reqs, num_nodes, dtype=torch.int64, device=device)
         # [max_num_reqs, num_internal, vocab_size], truncated, before temperature
         self.logits = torch.zeros(
-            max_num_reqs, num_internal, vocab_size, dtype=dtype, device=device
-        )
+            1 if point_masses else max_num_reqs,
+            num_internal,
+            vocab_size,
+            dtype=dtype,
+            device=device,
+        ).expand(max_num_reqs, -1, -1)
         # [max_num_reqs, num_internal], bit s for a child in slot s that was drawn
         self.sampled = torch.zeros(max_num_reqs, num_internal, dtype=torch.int32, device=device)
         drafts = Drafts(self.logits, self.sampled)

@@ -576,6 +576,8 @@ def verify_tree(
         torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int32),
     )
     draft_logits, draft_idx = drafts.logits, requests.req_idx.long()
+    if draft_logits.stride(0) == 0:  # all requests share their rows, since none was drawn from
+        draft_logits, draft_idx = draft_logits[:1], torch.zeros_like(draft_idx)
     if draft_logits.dtype != torch.float32:  # convert this batch's drafts, not every request's
         draft_logits, draft_idx = draft_logits[draft_idx], torch.arange(num_reqs)
     _verify_trees(

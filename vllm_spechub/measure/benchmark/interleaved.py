@@ -84,8 +84,8 @@ class Setup:
     """What all methods have in common."""
 
     target: str
-    # draft models or heads; each method has one of them, or none
-    drafts: Sequence[str]
+    # a draft model or head
+    draft: str
     # [num_prompts][num_tokens]
     prompts: Sequence[Sequence[int]]
     # mean number of tokens to time for each request
@@ -126,12 +126,12 @@ def engine_options(setup: Setup, max_batch: int, resident: int) -> dict[str, Any
 
     wanted = longest_request(setup.prompts, setup.tokens)
     # a head reads what its target reads
-    models = [setup.target, *(draft for draft in setup.drafts if not read_head(draft))]
+    models = [setup.target] if read_head(setup.draft) else [setup.target, setup.draft]
     lengths = (getattr(config(model), "max_position_embeddings", wanted) for model in models)
     length = min(wanted, *lengths)
     value = 4 if setup.engine.get("dtype") == "float32" else 2
-    per_token = kv_bytes_per_token(config(setup.target), value)
-    per_token += max(kv_bytes_per_token(config(draft), value) for draft in setup.drafts)
+    models = setup.target, setup.draft
+    per_token = sum(kv_bytes_per_token(config(model), value) for model in models)
     blocks = max_batch * (-(-length // KV_BLOCK) + 1) + 1
     return {
         "model": setup.target,

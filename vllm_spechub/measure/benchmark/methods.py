@@ -37,9 +37,9 @@ def plain() -> Method:
     return Method(PLAIN, None)
 
 
-def chain(draft: str, length: int, of: str = "") -> Method:
-    """vLLM's chain of `length` drafted tokens. `of` ends its name, if there are several drafts."""
-    return Method(f"chain {length}{of}", chain_config(draft, length))
+def chain(draft: str, length: int) -> Method:
+    """vLLM's chain of `length` drafted tokens."""
+    return Method(f"chain {length}", chain_config(draft, length))
 
 
 def spechub(name: str, draft: str, **options: Any) -> Method:

@@ -97,7 +97,7 @@ class Tuning:
         self.points = [Point(batch, request.temperature) for batch in request.batches]
         prompts = encode(request.target, read_prompts(request.prompts, request.limit))
         self.setup = Setup(
-            request.target, [request.draft], prompts, request.tokens, request.engine, resident
+            request.target, request.draft, prompts, request.tokens, request.engine, resident
         )
         first = range(request.repetitions)
         self.trying, self.checking = first, range(first.stop, 2 * first.stop)
