@@ -1,22 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example that no other test runs: `examples/offline_batch.py`."""
+"""The examples that no other test runs."""
 
 import json
 import runpy
 
-from helpers.engines import settled_heap
+import pytest
+
+from helpers.engines import engine, greedy_params, settled_heap
 from helpers.pair import PAIR, ROOT
 
 
-def test_offline_batch(tmp_path, capsys):
+@pytest.fixture
+def run():
+    """Runs an example's `main` with an engine inside the test's process."""
     from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
-    main = runpy.run_path(str(ROOT / "examples" / "offline_batch.py"))["main"]
+    def main(name, *arguments):
+        example = runpy.run_path(str(ROOT / "examples" / name))
+        with settled_heap():
+            example["main"](*arguments, enforce_eager=True, max_num_seqs=8)
+            destroy_model_parallel()
+            destroy_distributed_environment()
+        return example
+
+    return main
+
+
+def tokens_per_tree(line: str) -> float:
+    return float(line.removesuffix(" tokens per verified tree").split()[-1])
+
+
+def test_offline_batch(run, tmp_path, capsys):
     out = tmp_path / "answers.jsonl"
-    with settled_heap():
-        main(out, enforce_eager=True, max_num_seqs=8)
-        destroy_model_parallel()
-        destroy_distributed_environment()
+    run("offline_batch.py", out)
     prompts = (PAIR / "prompts.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["prompt"] for record in records] == [
@@ -25,4 +41,13 @@ def test_offline_batch(tmp_path, capsys):
     assert all(record["answer"] for record in records)
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith(f"{len(prompts)} answers in {out}, ")
-    assert 2 < float(said.split(", ")[1].split()[0]) < 6
+    assert 2 < tokens_per_tree(said) < 6
+
+
+def test_eagle_head(run, capsys):
+    prompts = run("eagle_head.py")["PROMPTS"]
+    said = capsys.readouterr().out
+    assert 2 < tokens_per_tree(said.splitlines()[-1]) < 6
+    with engine() as llm:
+        for request in llm.generate(prompts, greedy_params(64), use_tqdm=False):
+            assert request.prompt + request.outputs[0].text in said
