@@ -102,11 +102,19 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         self.device = device
         self.rule = rule
         self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-        self.max_model_len = vllm_config.model_config.max_model_len
         self.vocab_size = vllm_config.model_config.get_vocab_size()
         self.draft_logits = DraftBuffers(
             self.schedule.trees, self.max_num_reqs, self.vocab_size, self.logits_dtype(), device
         )
+
+    @property
+    def max_model_len(self) -> int:
+        """The length of the longest text. vLLM may shorten it to what the KV cache holds."""
+        return self.vllm_config.model_config.max_model_len
+
+    @max_model_len.setter
+    def max_model_len(self, length: int) -> None:
+        """Do nothing: vLLM's own speculators may set what is the configuration's."""
 
     @classmethod
     def check_options(cls, options: dict[str, Any], target_model_config: ModelConfig) -> None:
