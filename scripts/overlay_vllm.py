@@ -63,10 +63,10 @@ def main(
 ) -> None:
     """Download vLLM's wheel and unpack its sources over the installed compiled parts."""
     folder = (folder or Path(sys.prefix) / f"vllm-{version}").resolve()
-    shutil.rmtree(folder, ignore_errors=True)
     installed = Path(vllm.__file__).parent
     if folder in installed.parents:
         raise SystemExit(f"{folder} holds the vllm that is imported now; take it off PYTHONPATH")
+    shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory() as downloads:
         wheel = download(version, downloads)
         with zipfile.ZipFile(wheel) as archive:

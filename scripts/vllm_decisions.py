@@ -21,9 +21,8 @@ _STOPPED = (
     "computed, so our own correction changes nothing any more"
 )
 _OUTPUT = (
-    "blocks are cached, placeholders counted and sessions queued here; overrides and their order "
-    "hold. In steps whose drafts cannot be used it also sets `skip_drafts`, for which the worker "
-    "asks the proposer for 0 nodes, as it does where a schedule has no tree"
+    "blocks are cached and sessions queued at another point; it calls the methods that we override "
+    "as before, and in the same order"
 )
 
 DECISIONS: dict[str, dict[str, str]] = {
@@ -87,7 +86,9 @@ DECISIONS: dict[str, dict[str, str]] = {
             "and a draft that exceeds the scratch runs without it"
         ),
         f"{_SCHED}.scheduler.Scheduler.__init__": (
-            "new fields; those of the lookahead hashes are for EAGLE-like methods only"
+            "with `can_skip_drafts`, steps whose drafts nobody can use are marked, and the worker "
+            "asks the proposer for 0 nodes, as it does where a schedule has no tree; lookahead "
+            "hashes are for EAGLE-like methods only"
         ),
         f"{_SCHED}.scheduler.Scheduler._handle_stopped_request": _STOPPED,
         f"{_SCHED}.async_scheduler.AsyncScheduler._handle_stopped_request": _STOPPED,
