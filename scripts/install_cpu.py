@@ -43,10 +43,10 @@ def name_of(requirement: str) -> str:
     return requirement.replace(";", " ").replace(">", " ").replace("=", " ").split()[0]
 
 
-def record_as_vllm(wheel: Path) -> None:
-    """Let `importlib.metadata.version("vllm")` answer with the wheel's version."""
-    version = wheel.name.split("-")[1]
-    folder = Path(sysconfig.get_path("purelib")) / f"vllm-{version}+cpu.dist-info"
+def record_as_vllm(version: str, packages: Path) -> None:
+    """Let `importlib.metadata.version("vllm")` answer with a version, for what is imported from a
+    folder of packages. That it ends in `cpu` tells vLLM to run on the CPU."""
+    folder = packages / f"vllm-{version}+cpu.dist-info"
     folder.mkdir(exist_ok=True)
     metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
     (folder / "METADATA").write_text(metadata)
@@ -68,7 +68,7 @@ def main() -> None:
             # The CPU build of PyTorch is not on every index.
             pip(*install, "--extra-index-url", TORCH_CPU_INDEX)
         pip("install", "--quiet", "--no-deps", str(wheel))
-        record_as_vllm(wheel)
+        record_as_vllm(wheel.name.split("-")[1], Path(sysconfig.get_path("purelib")))
     pip("install", "--quiet", "--editable", f"{ROOT}[test,cli]")
     program = "from vllm_spechub.cpu.tree_kernels.warm_up import warm_up; warm_up()"
     subprocess.run([sys.executable, "-c", program], check=True)

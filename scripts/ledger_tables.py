@@ -4,7 +4,7 @@
 from itertools import groupby
 
 from markdown_table import table
-from vllm_touches import stored
+from vllm_touches import KINDS, stored
 
 from vllm_spechub.integration.patch import Patch
 
@@ -27,8 +27,20 @@ def ledger(patches: tuple[Patch, ...]) -> str:
 
 
 def relied_on(kind: str) -> str:
-    """A table of what is relied on of one kind, by the class or module that it belongs to."""
+    """A table of what is relied on of one kind, by the class or module that it belongs to. What is
+    not relied on in every version names those in which it is."""
+    known = {version: set(facts[kind]) for version, facts in stored().items()}
+    if kind == "bodies":  # most functions are in another table already
+        for version, facts in stored().items():
+            known[version] -= set().union(*(facts[other] for other in KINDS if other != kind))
+
+    def show(name: str) -> str:
+        having = [version for version, symbols in known.items() if name in symbols]
+        only = f" ({', '.join(having)})" if len(having) < len(known) else ""
+        return f"`{name.rpartition('.')[2]}`{only}"
+
     rows = []
-    for owner, names in groupby(sorted(stored()[kind]), lambda name: name.rpartition(".")[0]):
-        rows.append([f"`{owner}`", ", ".join(f"`{name.rpartition('.')[2]}`" for name in names)])
+    names = sorted(set().union(*known.values()))
+    for owner, members in groupby(names, lambda name: name.rpartition(".")[0]):
+        rows.append([f"`{owner}`", ", ".join(map(show, members))])
     return table(["in", "what"], [row for row in rows if row[0] != "``"])

@@ -5,17 +5,14 @@ cog blocks in `docs/support.md` show these tables. A test checks that every name
 test exists, and that every field of vLLM's `SamplingParams` has a row.
 """
 
-import csv
 from dataclasses import dataclass
-from pathlib import Path
 
+import vllm_touches
 from markdown_table import table
+from vllm_decisions import DECISIONS
 from vllm_touches import stored
 
-from vllm_spechub.integration.patch import SUPPORTED_VLLM
-
-CHECKS = Path(__file__).parents[1] / "docs" / "support.csv"
-"""What `scripts/check_vllm.py VERSION --record` found."""
+from vllm_spechub.integration.versions import MODULES
 
 
 @dataclass(frozen=True)
@@ -487,11 +484,11 @@ FEATURES = (
     ),
 )
 
-VERSIONS = {
-    "0.32.0": ("supported", "the whole test suite", "not run"),
-    "0.33.0": ("refused at start-up", "not run", "not run"),
+RUNS = {
+    "0.32.0": ("the whole test suite, in CI", "not run"),
+    "0.33.0": ("the test files below, over compiled parts of 0.32.0", "not run"),
 }
-"""By version of vLLM: its state, and what was run on the CPU and on CUDA."""
+"""By supported version of vLLM: what was run on the CPU, and on CUDA."""
 
 TABLES = {"sampling parameters": SAMPLING_PARAMETERS, "features": FEATURES}
 
@@ -508,37 +505,25 @@ def features() -> str:
 
 def versions() -> str:
     """The table of what was read and what was run of each version."""
-    rows = []
-    for version, (state, *run) in VERSIONS.items():
-        checks = [check for check in _checks() if check["vllm"] == version]
-        if version == SUPPORTED_VLLM:
-            read = f"{sum(map(len, stored().values()))} places, the reference for other versions"
-        else:
-            differing = [
-                f"{check['differ']} of {check['read']} {check['kind']}"
-                for check in checks
-                if check["differ"] != "0"
-            ]
-            read = f"on {checks[0]['date']}; different: {', '.join(differing) or 'none'}"
-        rows.append([version, state, read, *run])
-    return table(["vLLM", "state", "sources compared", "run on the CPU", "run on CUDA"], rows)
+    rows = [
+        [version, f"{sum(map(len, known.values()))} places", *RUNS[version]]
+        for version, known in stored().items()
+    ]
+    return table(["vLLM", "sources read", "run on the CPU", "run on CUDA"], rows)
 
 
 def differences(version: str) -> str:
-    """The table of what differs in a version from the supported one, a line for each place."""
-    lines = [
-        [check["kind"], f"`{symbol}`", problem]
-        for check in _checks()
-        if check["vllm"] == version
-        for symbol, _, problem in (line.partition(" ") for line in check["differences"].split("\n"))
-        if symbol
-    ]
-    return table(["kind", "what", "difference"], lines)
-
-
-def _checks() -> list[dict[str, str]]:
-    with CHECKS.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """The table of what differs in a version from the one before, a line for each place."""
+    known, decisions = stored(), DECISIONS[version]
+    before = [*known][[*known].index(version) - 1]
+    found: dict[str, list[str]] = {symbol: [] for symbol in decisions}
+    for kind, symbols in vllm_touches.differences(known[before], known[version]).items():
+        for symbol in symbols:
+            found[symbol].append(kind)
+    return table(
+        ["place", "kinds", "what it means here"],
+        [[f"`{symbol}`", ", ".join(kinds), decisions[symbol]] for symbol, kinds in found.items()],
+    )
 
 
 def _rows(rows: tuple[Row, ...], name: str) -> str:

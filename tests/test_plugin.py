@@ -39,7 +39,7 @@ def test_register_twice_wraps_once():
 )
 def test_a_changed_symbol_names_the_supported_version(symbol, message):
     changed = Patch(symbol, ("other",), "", "", "", "", lambda original: original)
-    with pytest.raises(PatchMismatch, match=f"supports vLLM 0.32.0.*{message}"):
+    with pytest.raises(PatchMismatch, match=f"supports vLLM 0.32.0 and 0.33.0, .*{message}"):
         patches.check_all([changed])
 
 
@@ -47,12 +47,14 @@ def test_another_vllm_is_left_alone(monkeypatch):
     """The mismatch is for whoever asks for spechub, and for nobody else."""
     from vllm.engine.arg_utils import EngineArgs
 
-    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
     monkeypatch.setattr(frontend, "_mismatch", None)
     plugin.register()
     target = str(PAIR / "target")
     spec = {"method": "spechub", "model": str(PAIR / "draft")}
-    with pytest.raises(PatchMismatch, match=r"supports vLLM 0\.32\.0, this is 0\.33\.0"):
+    with pytest.raises(
+        PatchMismatch, match=r"supports vLLM 0\.32\.0 and 0\.33\.0, this is 0\.34\.0"
+    ):
         EngineArgs(model=target, speculative_config=spec).create_engine_config()
     EngineArgs(model=target).create_engine_config()
 

@@ -9,7 +9,7 @@ logger = logging.getLogger("vllm.spechub")
 def register() -> None:
     """Patch vLLM so that it accepts spechub configurations. Calling it again changes nothing.
 
-    If the installed vLLM is not the supported version, this logs a warning and leaves vLLM as it
+    If the installed vLLM is not a supported version, this logs a warning and leaves vLLM as it
     is, except that a configuration that asks for spechub fails with the reason.
     """
     from vllm_spechub.integration.import_path import leave_triton_kernels_to_others

@@ -21,9 +21,9 @@ def prepare_platform(device: torch.device) -> None:
     if device.type == "cpu":
         import vllm.v1.worker.cpu.shm  # noqa: F401
 
-        from vllm_spechub.cpu import vllm_kernels
+        from vllm_spechub.integration.platforms.cpu import register_host_kernels
 
-        vllm_kernels.register()
+        register_host_kernels()
 
 
 def draft_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

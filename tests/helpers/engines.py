@@ -57,13 +57,14 @@ def plain_engine(**options):
 
     Its noise for a seed and a position is the one that speculation with `match` must reproduce.
     """
-    from vllm_spechub.cpu import vllm_kernels
+    from vllm_spechub.integration.platforms.cpu import register_host_kernels
 
-    vllm_kernels.register()
+    register_host_kernels()
     with pytest.MonkeyPatch.context() as patch:
         # vLLM takes this runner on the CPU only with Triton, in whose place host kernels are.
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-        patch.setattr("vllm.config.vllm.HAS_TRITON", True)
+        for module in ("vllm.config.vllm", "vllm.v1.worker.gpu_worker"):
+            patch.setattr(f"{module}.HAS_TRITON", True, raising=False)
         with engine(**options) as llm:
             assert type(model_runner(llm)).__module__ == "vllm.v1.worker.cpu.model_runner"
             yield llm

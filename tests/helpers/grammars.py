@@ -92,6 +92,8 @@ class EndsWithContent(ParserEngineReasoningAdapter):
     """Reasoning ends after NEWLINE, or implicitly before SELF, which belongs to the grammar."""
 
     reasoning_end_token_ids = frozenset({NEWLINE, SELF})
+    # vLLM 0.33 masks it while the model reasons, if the grammar cannot start with it
+    implicit_reasoning_end_token_ids = frozenset({SELF})
 
     def __init__(self, tokenizer, *args, **kwargs) -> None:
         ReasoningParser.__init__(self, tokenizer)

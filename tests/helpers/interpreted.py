@@ -49,7 +49,7 @@ interpreter.interpreter_builder.__class__ = _Builder
 from vllm.triton_utils import HAS_TRITON
 from vllm.triton_utils.dispatcher import KernelOverride
 
-from vllm_spechub.cpu.vllm_kernels import HOST_KERNELS
+from vllm_spechub.integration.platforms.cpu import host_kernels
 
 assert HAS_TRITON
 
@@ -62,10 +62,10 @@ import_module("vllm.v1.worker.gpu.buffer_utils").is_uva_available = lambda: Fals
 
 
 @contextmanager
-def host_kernels() -> Iterator[None]:
+def host_kernels_called() -> Iterator[None]:
     """Let vLLM's launchers, within the block, call the host kernels as its registry calls them."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, impl in HOST_KERNELS.items():
+        for name, impl in host_kernels().items():
             module, attribute = name.rsplit(".", 1)
             original = getattr(import_module(module), attribute)
             patch.setattr(name, KernelOverride(original, impl))
@@ -84,7 +84,7 @@ def assert_host_matches(
     kernel may have written to. Unwritten memory has the same poison in both runs.
     """
     expected = scenario(np.random.default_rng(seed))
-    with host_kernels():
+    with host_kernels_called():
         actual = scenario(np.random.default_rng(seed))
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
 

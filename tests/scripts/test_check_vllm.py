@@ -1,24 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check that only reads a vLLM: agrees with the installed one, and sees what changes."""
+"""The check that only reads a vLLM: agrees with what is stored of each version, and sees what
+changes."""
 
-import csv
+import re
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import check_vllm
 import pytest
-import support_tables as support
 import vllm
 import vllm_touches
+from vllm_decisions import DECISIONS
 from vllm_source import VllmSource
-from vllm_touches import Sources, body, compare, facts, look, stand_in_problems, stored
+from vllm_touches import (
+    Sources,
+    body,
+    compare,
+    differences,
+    facts,
+    look,
+    stand_in_problems,
+    store,
+    stored,
+)
 
 from vllm_spechub.cpu.vllm_kernels import HOST_KERNELS
 from vllm_spechub.integration import patches
-from vllm_spechub.integration.patch import SUPPORTED_VLLM
+from vllm_spechub.integration.versions import MODULES, running
 
 BLOCK_TABLES = "vllm.v1.worker.gpu.block_table._gather_block_tables_kernel"
+GUMBEL = "vllm.v1.worker.gpu.sample.gumbel"
 WORKER = "vllm.v1.worker.gpu_worker.Worker.__init__"
 
 
@@ -36,18 +49,45 @@ def wheel(tmp_path: Path, **modules: str) -> VllmSource:
     return VllmSource(path)
 
 
-@pytest.fixture(scope="module")
-def relied_on(installed):
-    return facts(installed)
+EXPECT = "run, for every supported version: python scripts/check_vllm.py VERSION --expect"
 
 
-def test_what_is_stored_is_what_the_sources_rely_on(relied_on):
-    assert relied_on == stored(), "run: python scripts/check_vllm.py --expect"
-    assert not stand_in_problems(stored()["kernels"])
+def test_what_is_stored_is_what_the_sources_rely_on(installed):
+    assert installed.version == running()
+    assert facts(installed, Sources(version=running())) == stored()[running()], EXPECT
+
+
+def test_every_version_has_what_all_of_them_are_relied_on_for(installed):
+    """What no version's own module uses, as the installed version shows it."""
+    shared = facts(installed, Sources(version=None))
+    assert stored().keys() == MODULES.keys()
+    for version, known in stored().items():
+        for kind, symbols in shared.items():
+            # whether something is a function, and so has a body to compare, depends on the version
+            missing = symbols.keys() - known[kind].keys() if kind != "bodies" else set()
+            assert not missing, f"{version}: {missing}; {EXPECT}"
+
+
+@pytest.mark.parametrize("version", MODULES)
+def test_stand_ins_and_replacements_take_a_versions_arguments(version):
+    known = stored()[version]
+    assert not stand_in_problems(version, known["kernels"])
+    for patch in patches.ALL:
+        looks = known["replaced"][patch.symbol.replace(":", ".")]
+        if looks not in ("attribute", "property"):
+            names = re.findall(r"(\w+)(?:=\.\.)?(?: \(keyword\))?[,)]", looks.partition("(")[2])
+            assert tuple(names) == patch.parameters, patch.symbol
+
+
+def test_every_difference_between_versions_has_been_decided_on():
+    for older, newer in pairwise(MODULES):
+        found = differences(stored()[older], stored()[newer])
+        symbols = {symbol for kind in found.values() for symbol in kind}
+        assert symbols == DECISIONS[newer].keys()
 
 
 def test_everything_replaced_and_every_stand_in_is_read():
-    expected = stored()
+    expected = stored()[running()]
     assert len(expected["replaced"]) == len(patches.ALL)
     assert expected["kernels"].keys() == HOST_KERNELS.keys()
     assert WORKER in expected["bodies"]
@@ -57,22 +97,15 @@ def test_everything_replaced_and_every_stand_in_is_read():
     assert f"{manager}._grammar_bitmask" in expected["inherited"]
 
 
-def test_every_other_version_has_a_record_of_every_kind():
-    with support.CHECKS.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    others = support.VERSIONS.keys() - {SUPPORTED_VLLM}
-    assert {(row["vllm"], row["kind"]) for row in rows} == {
-        (version, kind) for version in others for kind in vllm_touches.KINDS
-    }
-
-
-def test_the_record_of_0_33_names_what_stops_trees_there():
-    with support.CHECKS.open(newline="") as file:
-        text = "\n".join(r["differences"] for r in csv.DictReader(file) if r["vllm"] == "0.33.0")
-    assert f"{BLOCK_TABLES} takes 10 arguments by position, the stand-in 7" in text
-    assert f"{WORKER} has another body; new: raise ValueError('Model Runner V2 requires" in (
-        text.replace('"', "'")
+def test_the_differences_of_0_33_are_seen():
+    found = differences(stored()["0.32.0"], stored()["0.33.0"])
+    assert found["kernels"][BLOCK_TABLES] == "takes 10 arguments by position, the stand-in 7"
+    assert found["bodies"][WORKER].replace('"', "'") == (
+        "has another body; new: raise ValueError('Model Runner V2 requires Triton.')"
     )
+    # a function that the kernel calls has changed, not the kernel itself
+    assert found["bodies"][f"{GUMBEL}._gumbel_sample_kernel"] == "has another body"
+    assert found["names"]["vllm.envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND"].endswith("the older one")
 
 
 def test_a_kernel_with_more_arguments(tmp_path, monkeypatch):
@@ -81,12 +114,19 @@ def test_a_kernel_with_more_arguments(tmp_path, monkeypatch):
     last = "    num_reqs,  # actual number of requests (for padding)\n"
     text = file.read_text()
     assert last in text
-    edited = text.replace(last, f"{last}    num_computed_tokens_ptr,\n")
+    edited = text.replace(last, f"{last}    one_more_ptr,\n")
     source = wheel(tmp_path, **{"v1/worker/gpu/block_table": edited})
-    expected = {"kernels": {BLOCK_TABLES: stored()["kernels"][BLOCK_TABLES]}}
-    problem = "takes 8 arguments by position, the stand-in 7"
-    assert compare(source, expected)["kernels"] == {BLOCK_TABLES: problem}
-    assert BLOCK_TABLES in stand_in_problems(look(source, "kernels", [BLOCK_TABLES]))
+    expected = {"kernels": {BLOCK_TABLES: stored()[running()]["kernels"][BLOCK_TABLES]}}
+    problem = r"takes (8|11) arguments by position, the stand-in (7|10)"
+    assert re.fullmatch(problem, compare(source, expected)["kernels"][BLOCK_TABLES])
+    assert BLOCK_TABLES in stand_in_problems(running(), look(source, "kernels", [BLOCK_TABLES]))
+
+
+def test_a_version_that_is_no_longer_supported_is_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_touches, "SIGNATURES", tmp_path / "signatures.json")
+    vllm_touches.SIGNATURES.write_text('{"0.31.0": {}, "0.32.0": {}}')
+    store("0.33.0", {"names": {"vllm": "module"}})
+    assert stored() == {"0.32.0": {}, "0.33.0": {"names": {"vllm": "module"}}}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +190,8 @@ def test_a_body_is_a_digest_and_its_errors(installed):
 def ours(tmp_path: Path, text: str) -> Sources:
     (tmp_path / "vllm_spechub").mkdir()
     (tmp_path / "vllm_spechub" / "new.py").write_text(text)
-    return Sources(tmp_path)
+    (tmp_path / "vllm_spechub" / "v0_32.py").write_text("from vllm import no_longer_there\n")
+    return Sources(tmp_path, "0.33.0")
 
 
 def test_new_code_of_ours_is_followed(installed, tmp_path):
@@ -189,4 +230,4 @@ def test_the_command_on_the_installed_vllm(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         check_vllm.typer.run(check_vllm.main)
     assert not stopped.value.code
-    assert "compared but not run" in capsys.readouterr().out
+    assert f"vLLM {running()}, compared with {running()}; not run" in capsys.readouterr().out

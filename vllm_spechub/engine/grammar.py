@@ -9,14 +9,14 @@ at any node.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import numpy as np
 from vllm.v1.structured_output.utils import strip_speculative_padding
 
 from vllm_spechub.trees.tree import TokenTree
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
     import torch
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -29,6 +29,16 @@ ANY_TREE = TokenTree.chain(1)
 """Stands for the tree of a request without drafts, of which only the root is used."""
 UNCONSTRAINED = -1
 """The 32-bit word of a mask that allows all its 32 tokens."""
+
+
+class MaskFormat(NamedTuple):
+    """The grammar masks that vLLM's model runner takes."""
+
+    # whether each request has a mask for every node that a tree may have, instead of one for each
+    # that it has drafted
+    fixed_rows: bool
+    # the tokens that a request must not emit while it still reasons
+    masked_while_reasoning: "Callable[[StructuredOutputManager, Request], tuple[int, ...]]"
 
 
 @dataclass
@@ -69,9 +79,15 @@ class GrammarWalk:
     Args:
         manager: vLLM's structured output manager, which knows when reasoning ends.
         request: a request whose grammar is compiled and fed with all its tokens.
+        masked_while_reasoning: as in `MaskFormat`.
     """
 
-    def __init__(self, manager: "StructuredOutputManager", request: "Request") -> None:
+    def __init__(
+        self,
+        manager: "StructuredOutputManager",
+        request: "Request",
+        masked_while_reasoning: "Callable[[StructuredOutputManager, Request], tuple[int, ...]]",
+    ) -> None:
         self.manager = manager
         self.request_id = request.request_id
         # vLLM schedules a request only after its grammar is compiled.
@@ -79,6 +95,8 @@ class GrammarWalk:
         # Whether the grammar applies at this node. It does not while the model still reasons.
         self.masks = is_masked(manager, request)
         self.history = History.at_length(request, 0 if self.masks else request.num_tokens)
+        # The tokens that are masked where the grammar does not apply.
+        self.masked_ids = () if self.masks else masked_while_reasoning(manager, request)
 
     @contextmanager
     def step(self, token: int) -> Iterator[bool]:
@@ -122,7 +140,7 @@ def fill_tree_bitmask(
     walk: GrammarWalk,
     tree: TokenTree,
     tokens: Sequence[int],
-    # [1 + len(tokens), ceil(vocab_size / 32)] int32, the root's row first
+    # [at least 1 + len(tokens), ceil(vocab_size / 32)] int32, the root's row first
     bitmask: "torch.Tensor",
 ) -> None:
     """Fill the mask of the root and of every drafted node, by a depth-first walk.
@@ -138,7 +156,11 @@ def fill_tree_bitmask(
     bitmask.fill_(UNCONSTRAINED)
 
     def visit(node: int) -> None:
-        if walk.masks and not walk.grammar.is_terminated():
+        if not walk.masks:
+            row = bitmask[node].numpy().view(np.uint32)
+            for token in walk.masked_ids:
+                row[token >> 5] &= ~np.uint32(1 << (token & 31))
+        elif not walk.grammar.is_terminated():
             walk.grammar.fill_bitmask(bitmask, node)
         first = int(tree.first_child[node])
         last = min(first + int(tree.num_children[node]) - 1, len(tokens))
@@ -156,6 +178,7 @@ def grammar_bitmask(
     request_ids: list[str],
     drafts: dict[str, list[int]],
     trees: dict[str, TokenTree],
+    mask_format: MaskFormat,
 ) -> "npt.NDArray[np.int32]":
     """Fill the masks of a batch, one per root and drafted node, each request's in node order.
 
@@ -169,18 +192,18 @@ def grammar_bitmask(
     Returns:
         [num_masks, ceil(vocab_size / 32)] int32, as `fill_tree_bitmask` fills each request's rows.
     """
-    bitmask = manager._grammar_bitmask
+    bitmask, config = manager._grammar_bitmask, manager.vllm_config
+    most_rows = 1 + config.num_speculative_tokens
     if bitmask is None:
         assert manager.backend is not None  # it has compiled a grammar
-        config = manager.vllm_config
-        rows = config.scheduler_config.max_num_seqs * (1 + config.num_speculative_tokens)
+        rows = config.scheduler_config.max_num_seqs * most_rows
         bitmask = manager._grammar_bitmask = manager.backend.allocate_token_bitmask(rows)
     end = 0
     for request_id in request_ids:
         tokens = drafts.get(request_id, [])
-        start, end = end, end + 1 + len(tokens)
+        start, end = end, end + (most_rows if mask_format.fixed_rows else 1 + len(tokens))
         fill_tree_bitmask(
-            GrammarWalk(manager, requests[request_id]),
+            GrammarWalk(manager, requests[request_id], mask_format.masked_while_reasoning),
             trees.get(request_id, ANY_TREE),
             strip_speculative_padding(tokens),
             bitmask[start:end],

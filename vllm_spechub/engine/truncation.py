@@ -7,7 +7,6 @@ Tokens that the target rules out cannot be accepted: a draft that proposed them 
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.worker.gpu.sample.states import SamplingStates
 
 
@@ -50,8 +49,5 @@ def truncate(
     row_idx = idx_mapping[rows // each]
     states.apply_temperature(scaled, row_idx, reqs[chosen])
     states.apply_min_p(scaled, row_idx, reqs[chosen])
-    top_k, top_p = states.get_top_k_top_p(row_idx, reqs[chosen])
-    if top_k is not None:  # a top-k that is off is the size of the target's vocabulary
-        top_k = top_k.clamp(max=logits.shape[1])
-    scaled = apply_top_k_top_p(scaled, top_k, top_p)
+    scaled = states.apply_top_k_top_p(scaled, row_idx, reqs[chosen])
     logits[rows] = kept.masked_fill_(scaled == -torch.inf, -torch.inf)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-SUPPORTED_VLLM = "0.32.0"
+from vllm_spechub.integration.versions import MODULES, running, supported
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,6 @@ class PatchMismatch(RuntimeError):
     """The running vLLM is not the one that the patches were written for."""
 
 
-def vllm_version() -> str:
-    """The version of the running vLLM, without a local suffix such as "+cpu"."""
-    import vllm
-
-    return vllm.__version__.partition("+")[0]
-
-
 def apply_all(patches: Iterable[Patch]) -> None:
     """Check vLLM's version and every signature, then install the replacements that are missing.
 
@@ -106,16 +99,14 @@ def check_all(patches: Iterable[Patch]) -> None:
     """Check vLLM's version and every signature.
 
     Raises:
-        PatchMismatch: one line saying what differs and which version is supported.
+        PatchMismatch: one line saying what differs and which versions are supported.
     """
-    if vllm_version() != SUPPORTED_VLLM:
-        raise PatchMismatch(
-            f"vllm-spechub supports vLLM {SUPPORTED_VLLM}, this is {vllm_version()}"
-        )
+    if running() not in MODULES:
+        raise PatchMismatch(f"vllm-spechub supports vLLM {supported()}, this is {running()}")
     for patch in patches:
         try:
             patch.check()
         except PatchMismatch as error:
             raise PatchMismatch(
-                f"vllm-spechub supports vLLM {SUPPORTED_VLLM}, but here {error}"
+                f"vllm-spechub supports vLLM {supported()}, but in this {running()} {error}"
             ) from error

@@ -12,7 +12,6 @@ from ray.util.scheduling_strategies import (  # pyright: ignore[reportMissingImp
     NodeAffinitySchedulingStrategy,
 )
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
-from vllm.v1.executor.ray_utils import initialize_ray_cluster
 
 PACKAGE = "vllm-spechub"
 
@@ -24,11 +23,12 @@ class SpecHubRayExecutor(RayExecutorV2):
     package that fails with an error that names neither the node nor the remedy, so it checks first.
     """
 
-    def _init_executor(self) -> None:
-        initialize_ray_cluster(self.parallel_config, require_gpu_on_driver=False)
+    def _build_runtime_env(self) -> dict:
+        # vLLM calls this when it has chosen the nodes, right before it starts workers there.
+        runtime_env = super()._build_runtime_env()
         group = placement_group_table(self.parallel_config.placement_group)
-        check_nodes(set(group["bundles_to_node_id"].values()), self._build_runtime_env())
-        super()._init_executor()
+        check_nodes(set(group["bundles_to_node_id"].values()), runtime_env)
+        return runtime_env
 
 
 def check_nodes(node_ids: set[str], runtime_env: dict) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm_spechub.config import spechub_config
 from vllm_spechub.engine.platform import Platform
+from vllm_spechub.integration import versions
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -52,12 +53,7 @@ def engine_refusals(vllm_config: "VllmConfig", platform: Platform) -> Iterator[t
         envs.VLLM_USE_V2_MODEL_RUNNER is False,
         "VLLM_USE_V2_MODEL_RUNNER=0 is set, but trees need the V2 model runner; unset it",
     )
-    yield (
-        parallel.distributed_executor_backend == "ray"
-        and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND,
-        "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 is set, but spechub supplies an executor of the newer "
-        "kind; unset it",
-    )
+    yield from versions.current().refusals(vllm_config)
     yield (
         parallel.worker_cls not in ("auto", platform.vllm_worker, platform.worker),
         f"worker_cls={parallel.worker_cls!r}: spechub supplies its own worker; leave worker_cls "

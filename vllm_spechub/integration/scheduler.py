@@ -90,7 +90,7 @@ class TreeScheduler(Scheduler):
         """A session goes on after the last token that it has kept.
 
         What the stop has cut off from an accepted path counts as computed, but its KV belongs to
-        the tokens that were dropped.
+        the tokens that were dropped. vLLM 0.33 takes it back itself.
         """
         kept = request.num_tokens - 1 + request.num_output_placeholders
         request.num_computed_tokens = min(request.num_computed_tokens, kept)

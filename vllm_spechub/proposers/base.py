@@ -156,7 +156,6 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         self.device = device
         self.rule = rule
         self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-        self.max_model_len = vllm_config.model_config.max_model_len
         self.vocab_size = vllm_config.model_config.get_vocab_size()
         # A wider pass is one that vLLM has compiled nothing for; more rows of logits are too large.
         self.max_rows = min(
@@ -171,6 +170,15 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             device,
             self.point_masses,
         )
+
+    @property
+    def max_model_len(self) -> int:
+        """The length of the longest text. vLLM may shorten it to what the KV cache holds."""
+        return self.vllm_config.model_config.max_model_len
+
+    @max_model_len.setter
+    def max_model_len(self, length: int) -> None:
+        """Do nothing: vLLM's own speculators may set what is the configuration's."""
 
     @classmethod
     def check_options(cls, options: dict[str, Any], target_model_config: ModelConfig) -> None:

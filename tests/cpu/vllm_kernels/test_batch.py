@@ -5,11 +5,13 @@ import torch
 from vllm.v1.worker.gpu import block_table, buffer_utils, input_batch
 
 from helpers.interpreted import assert_host_matches, bounds, ints, strided
+from vllm_spechub.integration.versions import running
 
 SLOTS = 9
 """Request slots, most of them not in the batch."""
 MODEL_LEN = 70
 SEEDS = [0, 1, 2, 3]
+new_in_0_33 = pytest.mark.skipif(running() == "0.32.0", reason="new in vLLM 0.33")
 
 
 def _slots(rng: np.random.Generator, num_reqs: int) -> torch.Tensor:
@@ -33,6 +35,18 @@ def _block_tables(rng: np.random.Generator, sizes: list[int], **options) -> bloc
         tables.append_block_ids(slot, new, overwrite=True)
     tables.apply_staged_writes()
     return tables
+
+
+@new_in_0_33
+@pytest.mark.parametrize("seed", SEEDS)
+def test_blocks_before_sliding_windows_are_cleared(seed):
+    def scenario(rng):
+        tables = _block_tables(rng, [4, 16, 7, 4], sliding_window_reach=[9, 0, 3, 31])
+        computed = ints(rng.integers(MODEL_LEN // 2, MODEL_LEN, SLOTS))
+        batch = _slots(rng, int(rng.integers(1, SLOTS)))
+        return tables.gather_block_tables(batch, SLOTS, num_computed_tokens=computed)
+
+    assert_host_matches(scenario, seed)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -192,6 +206,33 @@ def test_sampled_and_rejected_are_counted(seed):
             _slots(rng, num_reqs),
             ints(rng.integers(8, 12, SLOTS)),
         )
+
+    assert_host_matches(scenario, seed)
+
+
+@new_in_0_33
+@pytest.mark.parametrize("seed", SEEDS)
+def test_drafts_of_another_rank_are_taken_over(seed):
+    def scenario(rng):
+        num_reqs, num_drafts = int(rng.integers(1, 7)), 3
+        idx_mapping = _slots(rng, num_reqs)
+        idx_mapping[ints(rng.random(num_reqs) < 0.3, torch.bool)] = -1
+        taken_over = ints(rng.integers(0, 50, (SLOTS, num_drafts)), torch.int64)
+        input_batch.post_update(
+            idx_mapping,
+            ints(rng.integers(0, 50, SLOTS)),
+            ints(rng.integers(0, 50, (SLOTS, 1)), torch.int64),
+            None,
+            ints(rng.integers(0, 50, (num_reqs, 1 + num_drafts)), torch.int64),
+            ints(rng.integers(0, 2 + num_drafts, num_reqs)),
+            ints(rng.integers(0, 4, num_reqs)),
+            None,
+            ints(rng.integers(0, 50, (SLOTS, MODEL_LEN))),
+            ints(rng.integers(1, MODEL_LEN - 1 - num_drafts, SLOTS)),
+            ints(rng.integers(50, 99, (num_reqs, num_drafts)), torch.int64),
+            taken_over,
+        )
+        return taken_over
 
     assert_host_matches(scenario, seed)
 

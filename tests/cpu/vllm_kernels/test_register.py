@@ -6,16 +6,16 @@ import sys
 PROGRAM = """
 import torch
 from vllm.triton_utils import HAS_TRITON
-from vllm_spechub.cpu.vllm_kernels import HOST_KERNELS, register
+from vllm_spechub.integration.platforms.cpu import host_kernels, register_host_kernels
 
 assert not HAS_TRITON
-register()
-register()
+register_host_kernels()
+register_host_kernels()
 
 from vllm.triton_utils import dispatcher
 from vllm.v1.worker.gpu import input_batch
 
-assert set(HOST_KERNELS) <= set(dispatcher._registry)
+assert set(host_kernels()) <= set(dispatcher._registry)
 assert isinstance(input_batch._prepare_prefill_inputs_kernel, dispatcher.KernelOverride)
 idx, local = input_batch.expand_idx_mapping(
     torch.tensor([4, 2]), 5, torch.tensor([0, 3, 5], dtype=torch.int32), 3

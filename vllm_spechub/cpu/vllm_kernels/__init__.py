@@ -6,8 +6,7 @@ platforms without Triton. vLLM's CPU platform fills the registry for the old run
 fills it for the V2 runner.
 """
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
 
 from vllm_spechub.cpu.vllm_kernels import batch, processors, sampling
 
@@ -51,15 +50,11 @@ HOST_KERNELS: dict[str, Callable[..., None]] = {
         "structured_outputs._apply_grammar_bitmask_kernel": processors.apply_grammar_bitmask,
     }.items()
 }
-"""The stand-ins, by the qualified names of vLLM's kernels."""
+"""The stand-ins for the kernels of the oldest supported vLLM, by their qualified names."""
 
 
-@cache
-def register() -> None:
-    """Put the host kernels in the place of vLLM's, unless there is a Triton to compile those.
-
-    A second call does nothing.
-    """
+def register(kernels: Mapping[str, Callable[..., None]]) -> None:
+    """Put host kernels in the place of vLLM's, unless there is a Triton to compile those."""
     from vllm.triton_utils import HAS_TRITON, triton
     from vllm.triton_utils.dispatcher import register_kernels
     from vllm.utils.math_utils import next_power_of_2
@@ -70,4 +65,4 @@ def register() -> None:
     if not hasattr(triton, "next_power_of_2"):
         triton.next_power_of_2 = next_power_of_2
     # vLLM imports each module that defines one of the kernels, and rebinds it where it was copied.
-    register_kernels(HOST_KERNELS)
+    register_kernels(dict(kernels))

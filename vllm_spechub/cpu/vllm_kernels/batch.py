@@ -63,6 +63,36 @@ def gather_block_tables(
         dst[num_reqs:] = 0
 
 
+def clear_blocks_before_windows(
+    # [num_groups], addresses of [max_num_reqs, num_cols]
+    table_ptrs: torch.Tensor,
+    # [num_groups]
+    table_strides: torch.Tensor,
+    max_num_reqs: int,
+    # [num_reqs], the position of each request's first scheduled token
+    first_positions: torch.Tensor,
+    # [num_groups], how far before that position a window reaches; 0 without a window
+    window_reach: torch.Tensor,
+    # [num_groups]
+    block_sizes: torch.Tensor,
+) -> None:
+    """Write 0 for every block that no token of the batch can see, because it ends before the
+    windows of its request's tokens."""
+    first = first_positions.numpy()
+    groups = zip(
+        table_ptrs.tolist(),
+        table_strides.tolist(),
+        window_reach.tolist(),
+        block_sizes.tolist(),
+        strict=True,
+    )
+    for table_ptr, num_cols, reach, block_size in groups:
+        if reach > 0:
+            unseen = np.maximum(first - reach, 0) // block_size
+            table = _table_at(table_ptr, max_num_reqs, num_cols)[: first.size]
+            table[np.arange(num_cols) < unseen[:, None]] = 0
+
+
 def compute_slot_mappings(
     max_num_tokens: int,
     # [num_reqs], batch index to request slot, -1 for a request that owns no blocks

@@ -63,14 +63,20 @@ def gumbel_sample(
     APPLY_TEMPERATURE: bool,
     USE_FP64: bool,
     PER_TOKEN_COL: bool,
+    noise_by_column: bool = False,
     **_launch: Any,
 ) -> None:
-    """Stand-in for `sample.gumbel._gumbel_sample_kernel`."""
+    """Stand-in for `sample.gumbel._gumbel_sample_kernel`.
+
+    Args:
+        noise_by_column: whether the noise depends on the column of the cache, too.
+    """
     num_rows, num_blocks = local_max.shape
     idx = expanded_idx_mapping.long()
     is_real = idx >= 0
     temps = temperatures[idx].float().masked_fill_(~is_real, 0.0)
 
+    row_seeds = seeds[idx]
     if logits_cache is not None:
         assert logits_cache_col is not None
         assert logits_cache_source is not None
@@ -78,6 +84,8 @@ def gumbel_sample(
         cols = logits_cache_col if PER_TOKEN_COL else logits_cache_col.expand(num_rows)
         cached = logits_cache_source[is_real, :vocab_size]
         logits_cache[idx[is_real], cols[is_real].long(), :vocab_size] = cached
+        if noise_by_column:
+            row_seeds = row_seeds ^ (cols.long() << 32)
 
     # The last block is padded with -inf, which never wins.
     scores = logits.new_full((num_rows, num_blocks * BLOCK_SIZE), float("-inf"), dtype=torch.float)
@@ -89,7 +97,7 @@ def gumbel_sample(
     sampled = temps.nonzero().view(-1)
     if sampled.numel() > 0:
         at = pos[sampled].long() + (DRAFT_NOISE_SALT if IS_DRAFTING else 0)
-        noise = gumbel_noise(seeds[idx[sampled]], at, vocab_size, USE_FP64)
+        noise = gumbel_noise(row_seeds[sampled], at, vocab_size, USE_FP64)
         scores[:, :vocab_size].index_add_(0, sampled, noise)
 
     values, offsets = scores.view(num_rows, num_blocks, BLOCK_SIZE).max(dim=-1)

@@ -215,8 +215,8 @@ PATCHES = (
     Patch(
         symbol="vllm.config:VllmConfig._validate_v2_model_runner",
         parameters=("self",),
-        why="It refuses the V2 runner if Triton is missing. It is also the last check before "
-        "weights are loaded.",
+        why="Up to 0.32 it refuses the V2 runner if Triton is missing. It is also the last check "
+        "before weights are loaded.",
         how="For spechub configurations, refuses what trees do not support and sets our worker, "
         "scheduler and attention backend; otherwise calls the original.",
         upstream="none yet",

@@ -25,12 +25,13 @@ def _grammar_bitmask(original):
     ):
         from vllm_spechub.config import is_spechub
         from vllm_spechub.engine import grammar
+        from vllm_spechub.integration import versions
         from vllm_spechub.integration.messages import ScheduledDrafts
 
         arguments = (self, requests, structured_output_request_ids, scheduled_spec_decode_tokens)
         if is_spechub(self.vllm_config):
             trees = ScheduledDrafts.checked(scheduled_spec_decode_tokens).trees()
-            return grammar.grammar_bitmask(*arguments, trees)
+            return grammar.grammar_bitmask(*arguments, trees, versions.current().mask_format)
         return original(*arguments)
 
     return grammar_bitmask

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU: kernels compiled by Numba, also in the place of vLLM's Triton kernels."""
 
+from collections.abc import Callable
+from functools import cache
+
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_spechub.engine.platform import CacheKernels, Platform
+from vllm_spechub.integration import versions
 from vllm_spechub.rules.base import TreeKernels
 
 
@@ -20,11 +24,25 @@ def _tree_kernels() -> TreeKernels:
     return TreeKernels(sample_children, verify_tree, write_tokens)
 
 
-def _prepare_worker() -> None:
+def host_kernels() -> dict[str, Callable[..., None]]:
+    """The stand-ins for the running vLLM's Triton kernels, by the kernels' qualified names."""
+    from vllm_spechub.cpu.vllm_kernels import HOST_KERNELS
+
+    return {**HOST_KERNELS, **versions.current().host_kernels()}
+
+
+@cache
+def register_host_kernels() -> None:
+    """Put the stand-ins in their kernels' place. A second call does nothing."""
     from vllm_spechub.cpu import vllm_kernels
+
+    vllm_kernels.register(host_kernels())
+
+
+def _prepare_worker() -> None:
     from vllm_spechub.cpu.tree_kernels.warm_up import warm_up
 
-    vllm_kernels.register()
+    register_host_kernels()
     warm_up()
 
 

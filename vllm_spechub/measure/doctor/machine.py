@@ -12,6 +12,8 @@ from vllm_spechub.measure.doctor.finding import FAULT, OK, WARNING, Finding
 
 GIB = 2**30
 ENOUGH_HOST_MEMORY = 8 * GIB
+VLLM = "vllm"
+PLUGINS = f"{VLLM}.general_plugins"  # vLLM's entry points, also read where it is missing
 
 
 def _installed(*names: str) -> tuple[str, str] | None:
@@ -35,7 +37,7 @@ def check_machine() -> Iterator[Finding]:
         yield Finding("vLLM", OK, " ".join(found))
 
     chosen = os.environ.get("VLLM_PLUGINS")
-    if not any(entry.name == "spechub" for entry in entry_points(group="vllm.general_plugins")):
+    if not any(entry.name == "spechub" for entry in entry_points(group=PLUGINS)):
         remedy = "install vllm-spechub into the environment that vLLM runs in"
         yield Finding("plugin", FAULT, "vLLM does not see it", remedy)
     elif chosen is not None and "spechub" not in chosen.split(","):
