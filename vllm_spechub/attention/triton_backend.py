@@ -206,7 +206,6 @@ class TritonTreeImpl(TritonAttentionImpl):
         no_spec = "serve this model without --speculative-config"
         for feature, used, remedy in (
             ("ALiBi", alibi_slopes is not None or use_alibi_sqrt, no_spec),
-            ("attention sinks", sinks is not None, no_spec),
             ("chunked attention", chunk_lookback > -1, no_spec),
             (f"{kind} attention", kind != AttentionType.DECODER.value, no_spec),
             (
@@ -278,5 +277,6 @@ class TritonTreeImpl(TritonAttentionImpl):
             self.window,
             key_scale,
             value_scale,
+            self.sinks,
         )
         return output
