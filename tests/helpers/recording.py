@@ -18,6 +18,7 @@ class Node:
     logits: torch.Tensor
     processed: torch.Tensor
     temperature: float  # by which the processed row is still to be divided
+    draft_logits: torch.Tensor | None  # of the draft at this node, None at a leaf
 
 
 @contextmanager
@@ -26,7 +27,12 @@ def recorded_nodes():
     from vllm_spechub.engine.sampler import TreeRejectionSampler
 
     nodes: list[Node] = []
-    process = TreeRejectionSampler.process
+    buffers = []
+    verify, process = TreeRejectionSampler.__call__, TreeRejectionSampler.process
+
+    def keep_drafts(self, logits, batch, draft, *args):
+        buffers[:] = [draft]
+        return verify(self, logits, batch, draft, *args)
 
     def spy(self, logits, batch):
         raw = logits.clone()
@@ -36,15 +42,23 @@ def recorded_nodes():
             start, end = batch.cu_num_logits_np[r : r + 2]
             rows = batch.logits_indices[start:end]
             tokens, root = batch.input_ids[rows].tolist(), int(batch.positions[rows[0]])
-            remaining = float(temperature[batch.idx_mapping[r]])
+            req = int(batch.idx_mapping[r])
+            remaining = float(temperature[req])
+            # a tree below a prompt's token is a placeholder that nobody drafted
+            drafted = root >= int(self.sampler.req_states.prefill_len.gpu[req])
             for node in range(end - start if end - start > 1 else 0):
                 path = tuple(tokens[i] for i in tree.paths[node][1:])
                 row = processed[start + node].clone()
-                nodes.append(Node(req_id, root, path, raw[start + node], row, remaining))
+                inner = int(tree.internal_index[node])
+                draft_row = None
+                if drafted and inner >= 0:
+                    draft_row = buffers[0].logits[req, inner].clone()
+                nodes.append(Node(req_id, root, path, raw[start + node], row, remaining, draft_row))
         return processed, temperature
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TreeRejectionSampler, "process", spy)
+        patch.setattr(TreeRejectionSampler, "__call__", keep_drafts)
         yield nodes
 
 

@@ -5,9 +5,11 @@ import torch
 
 from .reference import CAUSAL, tree_attention_reference
 
-__all__ = ["CAUSAL", "tree_attention", "tree_attention_reference"]
+__all__ = ["CAUSAL", "MAX_HEAD_SIZE", "tree_attention", "tree_attention_reference"]
 
 MIN_BLOCK_SIZE = 16
+MAX_HEAD_SIZE = 256
+"""The largest head for which the kernel was compiled for GPUs without spilling registers."""
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 

@@ -301,12 +301,11 @@ def _tree_attention_kernel(
     # Finite, so that a row that has seen nothing yet subtracts no infinities.
     row_max = tl.full([BLOCK_M], -3.0e38, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    if sinks_ptr is not None:
-        if split == 0:
-            # One more key for each head, whose value is zero. The first part counts it.
-            sink = tl.load(sinks_ptr + head, mask=row_mask, other=0.0).to(tl.float32)
-            row_max = tl.maximum(sink * 1.4426950408889634, row_max)
-            row_sum += 1.0
+    if sinks_ptr is not None and split == 0:
+        # One more key for each head, whose value is zero. The first part counts it.
+        sink = tl.load(sinks_ptr + head, mask=row_mask, other=0.0).to(tl.float32)
+        row_max = tl.maximum(sink * 1.4426950408889634, row_max)
+        row_sum += 1.0
     acc = tl.zeros([BLOCK_M, HEAD_PADDED], tl.float32)
     for tile in range(first_tile, shared_tile):
         row_max, row_sum, acc = _attend_tile(

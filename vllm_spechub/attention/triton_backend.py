@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
 
 from vllm_spechub.attention.visibility import TreeVisibility
-from vllm_spechub.triton_kernels.tree_attention import CAUSAL, tree_attention
+from vllm_spechub.triton_kernels.tree_attention import CAUSAL, MAX_HEAD_SIZE, tree_attention
 
 
 @dataclass
@@ -61,7 +61,7 @@ class TritonTreeBackend(TritonAttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return 32 <= head_size <= 256
+        return 32 <= head_size <= MAX_HEAD_SIZE
 
     # The features below belong to a batch, so `TritonTreeImpl` could not refuse them.
     @classmethod

@@ -46,8 +46,8 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
     """
     ours = platform()
     raise_first(engine_refusals(vllm_config, ours))
-    raise_first(model_refusals(vllm_config.model_config))
-    raise_first(model_refusals(spechub_config(vllm_config).draft_model_config))
+    raise_first(model_refusals(vllm_config.model_config, ours))
+    raise_first(model_refusals(spechub_config(vllm_config).draft_model_config, ours))
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
     parallel.worker_cls = ours.worker

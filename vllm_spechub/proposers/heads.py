@@ -25,7 +25,7 @@ def sign_of_a_head(draft: ModelConfig) -> str | None:
     """What shows that a draft is a head; None for a model that runs by itself."""
     model_type = draft.hf_config.model_type
     if model_type in get_args(SpeculativeMethod):
-        return f"its configuration has model_type={model_type!r}"
+        return f"vLLM reads its configuration as model_type={model_type!r}"
     for architecture in draft.architectures:
         if architecture in _SPECULATIVE_DECODING_MODELS:
             return f"vLLM reads its configuration as {architecture}"
