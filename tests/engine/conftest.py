@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which model families are tried, and the record of all.
 
-All of them where anything that decides the outcome differs from what the last full run tried
-(`docs/models.json`), or with `--all-families`; else a few. A full run that passes is recorded.
+A few, or with `--all-families` all of them: such a run that passes is recorded (`docs/models.json`),
+with a digest of what decides its outcome. The header of a run says whether the record still fits.
 """
 
 import json
@@ -40,18 +40,17 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "all_families: a family that is not tried in every run")
-    config.tried = tried_now()
-    recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    fresh = recorded.get("sources") == config.tried["sources"]
-    config.every_family = config.getoption("--all-families", False) or not fresh
 
 
 def pytest_report_header(config):
-    return f"families: {'all' if config.every_family else 'a few; --all-families tries all'}"
+    recorded = json.loads(RECORD.read_text())
+    fits = all(recorded[key] == value for key, value in tried_now().items())
+    tried = "all" if config.getoption("--all-families") else "a few; --all-families tries all"
+    return f"families: {tried}" + ("" if fits else ", which no longer are what was recorded")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.every_family:
+    if not config.getoption("--all-families", False):
         left_out = [item for item in items if item.get_closest_marker("all_families")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
@@ -63,5 +62,5 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     seen = dict(value for report in passed for _, value in report.user_properties)
     wanted = {family.name for family in FAMILIES if family.refused is None}
     if exitstatus == 0 and seen.keys() == wanted:
-        RECORD.write_text(json.dumps(config.tried | {"families": seen}, indent=2) + "\n")
+        RECORD.write_text(json.dumps(tried_now() | {"families": seen}, indent=2) + "\n")
         terminalreporter.write_line(f"recorded in {RECORD.relative_to(ROOT)}")

@@ -203,6 +203,7 @@ MODELS = {
         "uses MLA attention",
     ),
     "alibi": (("LlamaForCausalLM", "llama", {"alibi": True}), "uses ALiBi"),
+    "wide heads": (("LlamaForCausalLM", "llama", {"head_dim": 1024}), "heads of size 1024"),
     "chunked": (
         ("LlamaForCausalLM", "llama", {"attention_chunk_size": 64}),
         "chunked attention layers",
