@@ -180,3 +180,13 @@ def model_refusals(model: "ModelConfig | None", platform: Platform) -> Iterator[
     yield model.enable_prompt_embeds, "enable_prompt_embeds is not supported; turn it off"
     yield model.enable_trace_replay, "enable_trace_replay is not supported; turn it off"
     yield model.return_sampling_mask, "return_sampling_mask is not supported; turn it off"
+
+
+def pair_refusals(target: "ModelConfig", draft: "ModelConfig | None") -> Iterator[tuple[bool, str]]:
+    """Yield, for everything in which a target and a draft that trees do support do not fit
+    together, whether it is so, and the message that says what to do instead."""
+    yield (
+        draft is not None and draft.is_moe and not target.is_moe,
+        "speculative_config['model'] has experts, for which vLLM prepares its processes only if "
+        "the target has experts, too; use a draft without",
+    )
