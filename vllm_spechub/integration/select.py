@@ -69,8 +69,8 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
 def inherit_extension(worker: str, extension: str) -> None:
     """Let our worker's class have an extension that vLLM has given to the class below.
 
-    vLLM extends a class for good. If it did so for a plain engine of this process, ours inherits the
-    extension's methods, and vLLM would refuse to add what it does not find among the direct bases.
+    vLLM extends a class for good. If it did so for a plain engine of this process, ours inherits
+    the methods, and vLLM would refuse to add what it does not find among the direct bases.
     """
     ours, extra = resolve_obj_by_qualname(worker), resolve_obj_by_qualname(extension)
     if issubclass(ours, extra) and extra not in ours.__bases__:
