@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Pool the differences between rules over the best trees that a study chose.
+"""Measure the differences between rules on the best trees that a study chose, and pool them.
 
-The script reads the trees of `vllm-spechub simulate --out FOLDER`, measures them again on that
-study's last texts, and takes the mean over trees at every place before it forms intervals. Writes
-FOLDER/pooled.csv.
+The script reads the trees of `vllm-spechub simulate --out FOLDER` and measures them again, on more
+texts than the study had: each setting's differences, and those of the mean over all settings'
+trees, taken at every place before intervals are formed. Writes FOLDER/pooled.csv.
 """
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,8 @@ from vllm_spechub.offline.simulation.study import Row, Sampling, mean_and_ci, me
 from vllm_spechub.trees.tree import TokenTree
 
 POOLED_CSV = "pooled.csv"
+POOLED = ("all", "pooled")
+"""The budget and kind of the rows over all settings."""
 LAST_PHASE = 3
 """The study's phase whose texts its tables are measured on."""
 
@@ -34,13 +37,14 @@ def main(
         list[int], typer.Option("--nodes", "-n", help="Drafted nodes of the trees to pool.")
     ] = [14, 30],  # noqa: B006
     prompts: Annotated[Path, typer.Option(dir_okay=False, exists=True)] = Path(
-        "scripts/demo_pair/prompts.jsonl"
+        "scripts/demo_pair/study_prompts.jsonl"
     ),
+    texts: Annotated[int, typer.Option(help="Texts for each prompt.")] = 60,
 ) -> None:
-    """Pool differences over trees of several sizes and depths."""
+    """Measure differences over trees of several sizes and depths, and pool them."""
     settings = json.loads((folder / STUDY_JSON).read_text(encoding="utf-8"))["settings"]
     sampling = Sampling(
-        texts=settings["texts"],
+        texts=texts,
         tokens=settings["tokens"],
         roots=settings["roots_per_text"],
         seed=settings["seed"],
@@ -59,20 +63,24 @@ def main(
             plans.setdefault(row.rule, {})[row.budget, row.kind] = plan
     every = [plan for by_setting in plans.values() for plan in by_setting.values()]
     found = measure(pair, encoded, every, temperature, sampling, LAST_PHASE)
-    means = {
-        rule: np.mean([found[plan].tokens for plan in by_setting.values()], axis=0)
-        for rule, by_setting in plans.items()
-    }
+    # by setting, and pooled: tokens per step of every rule at every place
+    tokens: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    for rule, by_setting in plans.items():
+        values = {setting: found[plan].tokens for setting, plan in by_setting.items()}
+        for (nodes, kind), value in values.items():
+            tokens.setdefault((str(nodes), kind), {})[rule] = value
+        tokens.setdefault(POOLED, {})[rule] = np.mean([*values.values()], axis=0)
     places = found[every[0]].prompts
     with (folder / POOLED_CSV).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["temperature", "rule", "baseline", "difference", "ci", "trees", "places"])
-        for rule in means:
-            for baseline in means:
-                if baseline != rule:
-                    mean, ci = mean_and_ci(means[rule] - means[baseline], places)
-                    numbers = f"{mean:.4f}", f"{ci:.4f}", len(plans[rule]), len(places)
-                    writer.writerow([f"{temperature:g}", rule, baseline, *numbers])
+        writer.writerow(
+            ["temperature", "budget", "kind", "rule", "baseline", "difference", "ci", "places"]
+        )
+        for setting, by_rule in tokens.items():
+            for rule, baseline in itertools.permutations(by_rule, 2):
+                mean, ci = mean_and_ci(by_rule[rule] - by_rule[baseline], places)
+                numbers = f"{mean:.4f}", f"{ci:.4f}", len(places)
+                writer.writerow([f"{temperature:g}", *setting, rule, baseline, *numbers])
 
 
 if __name__ == "__main__":

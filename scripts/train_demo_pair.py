@@ -55,6 +55,8 @@ MODELS = {
     },
 }
 HEAD_SIZE = 32
+# Few for a quick look; more for a study, since prompts differ more than the texts of one prompt.
+PROMPTS = {"prompts.jsonl": 12, "study_prompts.jsonl": 39}
 console = Console()
 
 
@@ -72,8 +74,9 @@ def read_corpus() -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def held_out_prompts(texts: list[str], count: int = 12) -> list[dict]:
-    """The first lines of held-out functions and classes, in Spec-Bench's prompt format."""
+def held_out_prompts(texts: list[str], count: int) -> list[dict]:
+    """The first lines of at most `count` held-out functions and classes, in Spec-Bench's prompt
+    format."""
     openings = []
     for text in texts:
         lines = text.split("\n")
@@ -87,6 +90,13 @@ def held_out_prompts(texts: list[str], count: int = 12) -> list[dict]:
         {"question_id": i, "category": "python", "turns": [prompt]}
         for i, prompt in enumerate(chosen, start=1)
     ]
+
+
+def write_prompts(texts: list[str], out: Path) -> None:
+    """Write each file of `PROMPTS`, one prompt a line."""
+    for name, count in PROMPTS.items():
+        lines = [json.dumps(prompt) for prompt in held_out_prompts(texts, count)]
+        (out / name).write_text("\n".join(lines) + "\n")
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -255,8 +265,7 @@ def main(
     }
     save(target.bfloat16(), tokenizer, out / "target")
     save(draft.bfloat16(), tokenizer, out / "draft")
-    prompts = "\n".join(json.dumps(prompt) for prompt in held_out_prompts(held_out_texts))
-    (out / "prompts.jsonl").write_text(prompts + "\n")
+    write_prompts(held_out_texts, out)
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     console.print_json(data=card)
 

@@ -18,6 +18,7 @@ from vllm_spechub.offline.simulation.report import (
 from vllm_spechub.offline.simulation.study import Difference, Row, best_kind
 from vllm_spechub.offline.simulation.yardstick import Yardstick
 from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
 FIGURES = Path(__file__).parents[1] / "docs" / "verification"
 PAIRS = (
@@ -72,17 +73,64 @@ def differences() -> str:
     return table(["T", "nodes", "shape", *names], lines)
 
 
-def pooled() -> str:
-    """The differences from `traversal` that `pooled_differences.py` wrote."""
+def refined() -> list[dict[str, str]]:
+    """The differences on more texts that `pooled_differences.py` wrote."""
     with (FIGURES / "pooled.csv").open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["rule"] == "traversal"]
-    return table(
-        ["`traversal` minus", "tokens per step", "places"],
-        [
-            [f"`{r['baseline']}`", cell(float(r["difference"]), float(r["ci"]), "+"), r["places"]]
-            for r in rows
-        ],
-    )
+        return list(csv.DictReader(file))
+
+
+def by_shape() -> str:
+    """The differences on more texts, a column for each pair of rules."""
+    cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for r in refined():
+        text = cell(float(r["difference"]), float(r["ci"]), "+")
+        cells.setdefault((r["budget"], r["kind"]), {})[r["rule"], r["baseline"]] = text
+    pairs = [*PAIRS, ("mixed", "traversal")]
+    lines = [
+        [str(int(budget) + 1), kind, *(found[pair] for pair in pairs)]
+        for (budget, kind), found in cells.items()
+        if kind != "pooled"
+    ]
+    return table(["nodes", "shape", *(f"{rule} - {other}" for rule, other in pairs)], lines)
+
+
+def pooled() -> str:
+    """The differences from `traversal` over all shapes together."""
+    lines = [
+        [f"`{r['baseline']}`", cell(float(r["difference"]), float(r["ci"]), "+"), r["places"]]
+        for r in refined()
+        if (r["kind"], r["rule"]) == ("pooled", "traversal")
+    ]
+    return table(["`traversal` minus", "tokens per step", "places"], lines)
+
+
+def costs() -> str:
+    """What `rule_costs.py` timed, and from which step time on a rule pays more than the default.
+
+    Tokens per time are `t / (s + c)` where `t` is tokens per step, `c` what the rule costs and `s`
+    the rest of a step; two rules are equal at `s = (t_1 c_2 - t_2 c_1) / (t_2 - t_1)`.
+    """
+    with (FIGURES / "costs.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    lines = []
+    for r in sorted(rows, key=lambda r: r["kind"]):
+        default = next(o for o in rows if (o["kind"], o["rule"]) == (r["kind"], DEFAULT_RULE))
+        tokens, least = float(r["tokens_per_step"]), float(default["tokens_per_step"])
+        cost, less = (float(o["sampling_us"]) + float(o["verification_us"]) for o in (r, default))
+        more = tokens - least
+        limit = (least * cost - tokens * less) / more / 1e3 if more else 0.0
+        if r is default:
+            pays = "the default"
+        elif abs(more) < 0.005:
+            pays = "as many tokens"
+        elif more > 0:
+            pays = f"if the rest takes more than {max(limit, 0):.1f} ms"
+        else:
+            pays = f"if the rest takes less than {limit:.1f} ms" if limit > 0 else "never"
+        cells = f"{tokens:.2f}", f"{int(r['sampling_us']):,}", f"{int(r['verification_us']):,}"
+        lines.append([r["kind"], f"`{r['rule']}`", *cells, pays])
+    names = ["shape", "rule", "tokens/step", "sampling, µs", "verification, µs"]
+    return table([*names, "more tokens per time than the default"], lines)
 
 
 def slots() -> str:

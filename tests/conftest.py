@@ -13,6 +13,11 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run; `--hypothesis-profile default` looks for others.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 TESTS = Path(__file__).parent
 APART = [TESTS / folder for folder in ("kernels", "cpu/vllm_kernels", "ray_cluster")]

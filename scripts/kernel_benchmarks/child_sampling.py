@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from kernel_benchmarks.measure import TREES, Case, Plot, grid
+from kernel_benchmarks.measure import Case, Plot, grid, tree_for
 from kernel_benchmarks.sampling import DTYPES, Requests, draft_rows
 from vllm_spechub.rules.draft_state import DraftBuffers
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.child_sampling import reference
-from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES, DEFAULT_RULE
 
 SETTINGS = grid(
-    rule=(DEFAULT_RULE, "mixed"),
+    rule=tuple(BUILTIN_RULES),
     nodes=(7, 14, 30, 62),
     vocab=(32_000, 128_256, 151_936),
     dtype=("bf16", "fp32"),
@@ -26,8 +26,8 @@ SETTINGS = grid(
     batch=(1, 4, 16, 64, 256),
 )
 QUICK = grid(
-    rule=(DEFAULT_RULE, "mixed"),
-    nodes=(7, 14),
+    rule=tuple(BUILTIN_RULES),
+    nodes=(14,),
     vocab=(32_000,),
     dtype=("fp32",),
     temperature=(0.0, 1.0),
@@ -38,15 +38,18 @@ PLOT = Plot(
 )
 
 
-def prepare(setting: dict[str, Any], device: torch.device) -> Case:
+def prepare(
+    setting: dict[str, Any], device: torch.device, tree: TokenTree | None = None, depth: int = -1
+) -> Case:
+    """By default, the tree is the setting's number of nodes, and the level its deepest."""
     from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
     from vllm_spechub.integration.select import platform
 
     batch, vocab, dtype = setting["batch"], setting["vocab"], DTYPES[setting["dtype"]]
-    tree = TokenTree(TREES[setting["nodes"]])
+    tree = tree or tree_for(setting["rule"], setting["nodes"])
     requests = Requests(batch, vocab, tree, setting["temperature"], 1.0, device)
-    level = DraftBuffers([tree], batch, 1, dtype, device).states[0].levels[-1]
+    level = DraftBuffers([tree], batch, 1, dtype, device).states[0].levels[depth]
     rows = level.rows(batch)
     logits = draft_rows((len(rows.nodes), vocab), dtype, device)
     of_rows = requests.drafting.rows(rows.req)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure times and the copy bandwidth, and describe the machine."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,8 @@ import torch
 from torch.utils.benchmark import Timer
 
 from vllm_spechub.measure.benchmark.machine import commit
+from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 CPU_SECONDS = 0.2
@@ -22,6 +25,12 @@ TREES = {
 }
 """Parents by the number of drafted nodes: complete binary trees, except for the tree of 7, which is
 the complete one of 6 with another node."""
+
+
+def tree_for(rule: str, nodes: int) -> TokenTree:
+    """The tree of `TREES`, or a chain of as many nodes for a rule that takes one child per node."""
+    chain = BUILTIN_RULES[rule].max_children == 1
+    return TokenTree(tuple(range(nodes)) if chain else TREES[nodes])
 
 
 @dataclass
@@ -55,16 +64,20 @@ def grid(**axes: tuple) -> list[dict[str, Any]]:
 
 
 def seconds(
-    run: Callable[[], object], device: torch.device, mode: Literal["median", "min"] = "median"
+    run: Callable[[], object],
+    device: torch.device,
+    mode: Literal["median", "min"] = "median",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """The median or the least time of several runs in seconds, after one run to compile; on a GPU
-    with a cold L2 cache."""
+    with a cold L2 cache, elsewhere by `clock`."""
     run()
     if device.type == "cuda":
         from triton.testing import do_bench
 
         return do_bench(run, return_mode=mode) / 1e3
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    threads = torch.get_num_threads()
+    timer = Timer("run()", globals={"run": run}, timer=clock, num_threads=threads)
     measured = timer.blocked_autorange(min_run_time=CPU_SECONDS)
     return measured.median if mode == "median" else min(measured.times)
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from kernel_benchmarks.measure import TREES, Case, Plot, grid
+from kernel_benchmarks.measure import Case, Plot, grid, tree_for
 from kernel_benchmarks.sampling import DTYPES, Requests, disturb
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.arguments import TargetRows
-from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
+from vllm_spechub.triton_kernels.rules import BUILTIN_RULES, DEFAULT_RULE
 from vllm_spechub.triton_kernels.verification import reference
 
 SETTINGS = grid(
-    rule=(DEFAULT_RULE, "mixed"),
+    rule=tuple(BUILTIN_RULES),
     nodes=(7, 14, 30, 62),
     vocab=(32_000, 128_256, 151_936),
     dtype=("bf16", "fp32"),
@@ -31,12 +31,12 @@ SETTINGS = grid(
     batch=(1, 4, 16, 64, 256),
 )
 QUICK = grid(
-    rule=(DEFAULT_RULE, "mixed"),
-    nodes=(7, 14),
+    rule=tuple(BUILTIN_RULES),
+    nodes=(14,),
     vocab=(32_000,),
     dtype=("fp32",),
     temperature=(0.0, 1.0),
-    top_p=(1.0, 0.9),
+    top_p=(1.0,),
     batch=(1, 4),
 )
 PLOT = Plot(
@@ -46,11 +46,12 @@ PLOT = Plot(
 )
 
 
-def prepare(setting: dict[str, Any], device: torch.device) -> Case:
+def prepare(setting: dict[str, Any], device: torch.device, tree: TokenTree | None = None) -> Case:
+    """By default, the tree is the setting's number of nodes."""
     from vllm_spechub.integration.select import platform
 
     dtype, rule = DTYPES[setting["dtype"]], setting["rule"]
-    tree = TokenTree(TREES[setting["nodes"]])
+    tree = tree or tree_for(rule, setting["nodes"])
     requests = Requests(
         setting["batch"], setting["vocab"], tree, setting["temperature"], setting["top_p"], device
     )

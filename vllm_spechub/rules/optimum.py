@@ -39,7 +39,9 @@ def draft_sets(
         The probability of every set that can be drafted. Independent draws may coincide, so
         sets of "rrs" have 1 to k tokens; those of the other rules have k.
     """
-    drafted = node_draft(torch.as_tensor(q).double(), k, BUILTIN_RULES[rule], sharpening)
+    drafted = node_draft(
+        torch.as_tensor(q, dtype=torch.float64), k, BUILTIN_RULES[rule], sharpening
+    )
     w, replaces = drafted.w.tolist(), BUILTIN_RULES[rule].replaces
     possible = [token for token, prob in enumerate(w) if prob > 0]
     sequences = itertools.product(possible, repeat=drafted.num_samples)
@@ -47,10 +49,11 @@ def draft_sets(
     for draw in sequences:
         if not replaces and len(set(draw)) < len(draw):
             continue
-        prob, free = 1.0, 1.0
+        prob, left = 1.0, list(w)
         for token in draw:
-            prob *= w[token] / free
-            free -= 0.0 if replaces else w[token]
+            # Added up anew: one minus what is gone loses all digits where little is left.
+            prob *= w[token] / sum(left)
+            left[token] = w[token] if replaces else 0.0
         probs[frozenset([*drafted.hubs, *draw])] += prob
     return probs
 
@@ -90,7 +93,7 @@ def otm(
     from scipy.sparse import csr_array
 
     row = builtin_rule(rule, sharpening, max_children=1)
-    p, q = torch.as_tensor(p), torch.as_tensor(q)
+    p, q = (torch.as_tensor(probs, dtype=torch.float64) for probs in (p, q))
     for name, probs in (("p", p), ("q", q)):
         if probs.dim() != 1 or len(probs) > MAX_VOCAB_SIZE:
             raise ValueError(f"{name} must be [vocab_size] with at most {MAX_VOCAB_SIZE} tokens")
@@ -101,13 +104,13 @@ def otm(
     if not 1 <= k <= most:
         raise ValueError(f"k must be in 1..{most} for rule {rule!r}, got {k!r}")
 
-    sets = draft_sets(q.double().tolist(), k, rule, sharpening=sharpening)
+    sets = draft_sets(q.tolist(), k, rule, sharpening=sharpening)
     # One variable per (set, member); one bound per set, then one per token.
     pairs = [(row, token) for row, tokens in enumerate(sets) for token in sorted(tokens)]
     rows = [row for row, _ in pairs] + [len(sets) + token for _, token in pairs]
     columns = [*range(len(pairs)), *range(len(pairs))]
     bounds = csr_array((np.ones(len(rows)), (rows, columns)), (len(sets) + len(p), len(pairs)))
-    limits = np.concatenate([np.fromiter(sets.values(), float), p.double().numpy()])
+    limits = np.concatenate([np.fromiter(sets.values(), float), p.numpy()])
     solution = linprog(-np.ones(len(pairs)), A_ub=bounds, b_ub=limits, method="highs")
     if not solution.success:
         raise RuntimeError(f"the linear program has no solution: {solution.message}")
