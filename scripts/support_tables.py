@@ -12,8 +12,6 @@ from markdown_table import table
 from vllm_decisions import DECISIONS
 from vllm_touches import stored
 
-from vllm_spechub.integration.versions import MODULES
-
 
 @dataclass(frozen=True)
 class Row:
@@ -313,11 +311,33 @@ FEATURES = (
         ),
     ),
     Row(
+        ("attention sinks",),
+        "works",
+        "gpt-oss",
+        (
+            "engine/test_families.py::test_as_target_and_as_draft",
+            "kernels/test_tree_attention.py::test_sinks",
+            "cpu/tree_kernels/test_tree_sampling.py::test_tree_attention",
+        ),
+    ),
+    Row(
+        ("mixtures of experts",),
+        "works",
+        "a draft with experts needs a target with experts, as in vLLM",
+        ("engine/test_families.py::test_as_target_and_as_draft",),
+    ),
+    Row(
+        ("W8A8 models",),
+        "works",
+        "in the format of compressed-tensors",
+        ("engine/test_families.py::test_as_target_and_as_draft",),
+    ),
+    Row(
         ("layers that share a KV cache",),
         "works",
         "Gemma 3n and Gemma 4 as text models",
         (
-            "engine/test_families.py::test_layers_that_share_a_cache",
+            "engine/test_families.py::test_as_target_and_as_draft",
             "cpu/tree_kernels/test_compaction.py::test_a_cache_that_layers_share_moves_once",
         ),
     ),
@@ -337,7 +357,7 @@ FEATURES = (
         "if the draft has the target's tokenizer; tokenizers are not compared if the draft has "
         "none, or with `skip_tokenizer_init`",
         (
-            "engine/test_families.py::test_drafts_with_layers_that_are_not_partitioned",
+            "engine/test_families.py::test_as_target_and_as_draft",
             "engine/test_features.py::test_a_draft_of_another_family_and_padding",
             "proposers/test_draft_model.py::test_no_tokenizer_is_compared_where_there_is_none",
             "engine/test_features.py::test_lora_adapters_on_the_target",
@@ -463,7 +483,7 @@ FEATURES = (
             "multimodal, encoder-decoder models",
         ),
         "refused",
-        "",
+        "MLA models run with `VLLM_MLA_DISABLE=1`",
         (
             "integration/test_refusals.py::test_models",
             "integration/test_refusals.py::test_kinds_of_models",

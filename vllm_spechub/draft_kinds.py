@@ -63,7 +63,9 @@ def head_of(config: PretrainedConfig, tensor_names: Iterable[str]) -> Head | Non
     """
     model_type = config.model_type
     if model_type in _MODEL_TYPES:
-        return Head(_MODEL_TYPES[model_type], f"its configuration has model_type={model_type!r}")
+        return Head(
+            _MODEL_TYPES[model_type], f"vLLM reads its configuration as model_type={model_type!r}"
+        )
     for architecture in config.architectures or ():
         if architecture in _SPECULATIVE_DECODING_MODELS:
             kinds = (kind for word, kind in _WORDS.items() if word in architecture)

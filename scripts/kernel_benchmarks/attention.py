@@ -172,9 +172,11 @@ def on_cpu(step: Step):
     ]
     arrays = [step.query.numpy(), *host_views(step.cache, head_size)]
     arrays += [tensor.numpy() for tensor in where]
+    # scale, softcap, window and sinks
+    rest = (np.float32(step.scale), np.float32(0), 0, np.full(num_heads, -np.inf, np.float32))
 
     def tree():
-        attend_trees(*arrays, np.float32(step.scale), np.float32(0), 0, step.output.numpy())
+        attend_trees(*arrays, *rest, step.output.numpy())
 
     keys, values = step.cache.view(num_blocks, num_kv_heads, -1, head_size).chunk(2, dim=2)
     isa = _get_attn_isa(step.query.dtype, block_size, head_size)

@@ -5,7 +5,6 @@ The tests run under `TRITON_INTERPRET=1`, where `@triton.jit` yields interpreted
 process without that variable imports the same modules and compiles them for real.
 """
 
-import hashlib
 import importlib
 import json
 import os
@@ -25,15 +24,14 @@ RECORD = ROOT / "tests" / "kernels" / "compiled.json"
 
 def compiled_now() -> dict[str, str]:
     """What a run of every compilation would compile: kernels, compilations and the compiler."""
+    from helpers.sources import digest_of  # the worker process does not find it
+
     files = sorted((ROOT / "triton_kernels").rglob("*.py"))
     files += [
         ROOT / "tests" / "helpers" / "aot_compile.py",
         ROOT / "tests" / "kernels" / "test_compile.py",
     ]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
-    return {"sources": digest.hexdigest(), "triton": version("triton")}
+    return {"sources": digest_of(files), "triton": version("triton")}
 
 
 class Loop(NamedTuple):

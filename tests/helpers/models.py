@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 
 import torch
+import transformers
+from model_families import Family
 from safetensors.torch import load_file, save_file
 
 from helpers.pair import TARGET
@@ -154,75 +156,101 @@ def gemma3_pair(folder: Path, window: int) -> tuple[str, str]:
     return str(folder / "target"), str(folder / "draft")
 
 
-def family(folder: Path, kind: str) -> str:
-    """A tiny random model of a family, with the demo pair's tokenizer: "opt-350m" (with projections
-    into and out of its layers), "qwen3-moe", "gemma3n" or "gemma4" (whose last layers use the
-    caches of layers before them)."""
-    import transformers
+COMMON = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
 
-    common = {
-        "vocab_size": 2048,
-        "hidden_size": 64,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 1024,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    heads = {"num_key_value_heads": 1, "head_dim": 32, "pad_token_id": 0}
-    gemma = {
-        "vocab_size_per_layer_input": 2048,
-        "hidden_size_per_layer_input": 16,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_kv_shared_layers": 2,
-        "sliding_window": 64,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "initializer_range": 0.15,
-    }
-    model_cls, config_cls, options = {
-        "opt-350m": (
-            "OPTForCausalLM",
-            "OPTConfig",
-            {
-                "num_hidden_layers": 2,
-                "ffn_dim": 96,
-                "word_embed_proj_dim": 32,
-                "do_layer_norm_before": False,
-                "pad_token_id": 1,
-            },
-        ),
-        "qwen3-moe": (
-            "Qwen3MoeForCausalLM",
-            "Qwen3MoeConfig",
-            heads
-            | {
-                "intermediate_size": 64,
-                "moe_intermediate_size": 32,
-                "num_hidden_layers": 2,
-                "num_experts": 4,
-                "num_experts_per_tok": 2,
-            },
-        ),
-        "gemma3n": (
-            "Gemma3nForCausalLM",
-            "Gemma3nTextConfig",
-            heads
-            | gemma
-            | {
-                "activation_sparsity_pattern": [0.0] * 4,
-                "laurel_rank": 8,
-                "altup_num_inputs": 2,
-            },
-        ),
-        "gemma4": (
-            "Gemma4ForCausalLM",
-            "Gemma4TextConfig",
-            heads | gemma | {"global_head_dim": 32},
-        ),
-    }[kind]
-    torch.manual_seed(0)
-    config = getattr(transformers, config_cls)(**common | options)
-    getattr(transformers, model_cls)(config).float().save_pretrained(folder)
+
+def configured(family: Family, folder: Path):
+    """Write a family's tiny configuration and the demo pair's tokenizer. Returns the former."""
+    config = getattr(transformers, f"{family.made_by}Config")(**COMMON | family.options)
+    config.architectures = [model_class(config).__name__]
+    config.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(TARGET) / file, folder)
-    return str(folder)
+    return config
+
+
+def model_class(config):
+    return transformers.AutoModelForCausalLM._model_mapping[type(config)]
+
+
+def pair(family: Family, folder: Path) -> tuple[str, str]:
+    """A tiny random model of a family, whose texts are lively, and a noisy copy as its draft."""
+    torch.manual_seed(0)
+    config = configured(family, folder / "target")
+    model = model_class(config)(config).float()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.data = 1.5 * parameter.shape[-1] ** -0.5 * torch.randn_like(parameter)
+        else:
+            # norms after blocks make these outweigh the embedding, whose token would win else
+            parameter.data += 0.3 * torch.randn_like(parameter) + ("post_" in name)
+    model.save_pretrained(folder / "target")
+    configured(family, folder / "draft")
+    for parameter in model.parameters():
+        scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
+        parameter.data += 0.05 * scale * torch.randn_like(parameter)
+    model.save_pretrained(folder / "draft")
+    if family.weights != "float32":
+        for name in ("target", "draft"):
+            quantise(folder / name, family.weights)
+    return str(folder / "target"), str(folder / "draft")
+
+
+SCHEMES = {
+    "w8a8": (
+        "int-quantized",
+        {
+            "weights": {"num_bits": 8, "strategy": "channel"},
+            "input_activations": {"num_bits": 8, "strategy": "token", "dynamic": True},
+        },
+    ),
+    "w4a16": (
+        "pack-quantized",
+        {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}},
+    ),
+}
+"""Formats of compressed-tensors, and what each quantises."""
+
+
+def quantise(folder: Path, scheme: str) -> None:
+    """Round the weights of a model's linear layers, and store them as compressed-tensors does."""
+    layout, groups = SCHEMES[scheme]
+    bits = groups["weights"]["num_bits"]
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        weight = weights.pop(name)
+        by_group = weight.unflatten(1, (-1, groups["weights"].get("group_size", weight.shape[1])))
+        # [num_rows, num_groups, 1]
+        scale = by_group.abs().amax(2, keepdim=True) / (2 ** (bits - 1) - 1)
+        rounded = (by_group / scale).round().flatten(1).to(torch.int32)
+        weights[f"{name}_scale"] = scale.squeeze(2).contiguous()
+        if bits == 8:
+            weights[name] = rounded.to(torch.int8)
+            continue
+        # eight to an int32, the first lowest, with an offset
+        nibbles = (rounded + 8).unflatten(1, (-1, 8)).long() << torch.arange(0, 32, 4)
+        weights[f"{name}_packed"] = nibbles.sum(2).to(torch.int32)
+        weights[f"{name}_shape"] = torch.tensor(weight.shape)
+    save_file(weights, file, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    for part in groups.values():
+        part |= {"type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"all": {"targets": ["Linear"]} | groups},
+    }
+    (folder / "config.json").write_text(json.dumps(config))

@@ -4,6 +4,7 @@
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ class Node:
     logits: torch.Tensor
     processed: torch.Tensor
     temperature: float  # by which the processed row is still to be divided
+    draft_logits: torch.Tensor | None  # of the draft at this node, None at a leaf
 
 
 @contextmanager
@@ -26,7 +28,12 @@ def recorded_nodes():
     from vllm_spechub.engine.sampler import TreeRejectionSampler
 
     nodes: list[Node] = []
-    process = TreeRejectionSampler.process
+    buffers = []
+    verify, process = TreeRejectionSampler.__call__, TreeRejectionSampler.process
+
+    def keep_drafts(self, logits, batch, draft, *args):
+        buffers[:] = [draft]
+        return verify(self, logits, batch, draft, *args)
 
     def spy(self, logits, batch):
         raw = logits.clone()
@@ -38,16 +45,35 @@ def recorded_nodes():
                 start, end = batch.cu_num_logits_np[r : r + 2]
                 rows = batch.logits_indices[start:end]
                 tokens, root = batch.input_ids[rows].tolist(), int(batch.positions[rows[0]])
-                remaining = float(part.temperature[batch.idx_mapping[r]])
+                req, tree = int(batch.idx_mapping[r]), trees[r]
+                remaining = float(part.temperature[req])
+                # a tree below a prompt's token is a placeholder that nobody drafted
+                drafted = root >= int(self.sampler.req_states.prefill_len.gpu[req])
                 for node in range(end - start if end - start > 1 else 0):
-                    path = tuple(tokens[i] for i in trees[r].paths[node][1:])
+                    path = tuple(tokens[i] for i in tree.paths[node][1:])
                     row = part.logits[first_row + node].clone()
-                    id_ = batch.req_ids[r]
-                    nodes.append(Node(id_, root, path, raw[start + node], row, remaining))
+                    inner = int(tree.internal_index[node])
+                    draft_row = None
+                    if drafted and inner >= 0:
+                        (state,) = (state for state in buffers[0].states if state.tree == tree)
+                        own = int(self.request_trees.draft_rows_for(np.array([req]))[0])
+                        draft_row = state.drafts.logits[own, inner].clone()
+                    nodes.append(
+                        Node(
+                            batch.req_ids[r],
+                            root,
+                            path,
+                            raw[start + node],
+                            row,
+                            remaining,
+                            draft_row,
+                        )
+                    )
             yield part
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TreeRejectionSampler, "process", spy)
+        patch.setattr(TreeRejectionSampler, "__call__", keep_drafts)
         yield nodes
 
 

@@ -5,7 +5,11 @@ import json
 import subprocess
 import sys
 
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from helpers.engines import engine
 from helpers.pair import ROOT
+from vllm_spechub.integration.cpu_worker import SpecHubCPUWorker
 
 HARMLESS = (
     # the V2 runner's kernels and hooks: without Triton vLLM refuses that runner to anyone else,
@@ -92,3 +96,14 @@ def test_plain_vllm_after_trees():
     assert before["overrides"] == []
     noticed = [name for name in changed if not name.startswith(HARMLESS)]
     assert not noticed, "\n".join(noticed)
+
+
+def test_a_worker_extension_that_a_plain_engine_had_before(monkeypatch):
+    """vLLM gives it for good to the plain worker's class, from which ours inherits."""
+    for worker in (CPUWorker, SpecHubCPUWorker):
+        monkeypatch.setattr(worker, "__bases__", worker.__bases__)  # as they were, afterwards
+    options = {"worker_extension_cls": "helpers.worker_extension.Greeter"}
+    for tree, greeting in ((None, "hello from CPUWorker"), ("chain:1", "hello from SpecHubCPU")):
+        with engine(tree, **options) as llm:
+            (answer,) = llm.collective_rpc("greet")
+            assert answer.startswith(greeting)

@@ -99,6 +99,15 @@ def test_data_parallel_experts(accepted, monkeypatch):
     assert_one_line(error, "start separate engines")
 
 
+def test_a_draft_with_experts_beside_a_target_without(accepted, tmp_path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    draft = model(tmp_path / "draft", "Qwen3MoeForCausalLM", "qwen3_moe", **experts)
+    with pytest.raises(Unsupported) as error:
+        configured(draft=draft)
+    assert_one_line(error, "has experts, for which vLLM prepares its processes only if the target")
+    configured(model=draft, draft=draft)
+
+
 @pytest.mark.skipif(running() != "0.32.0", reason="vLLM 0.33 has no older executor")
 def test_rays_older_executor(accepted, monkeypatch):
     config = copy.copy(accepted)
@@ -206,6 +215,7 @@ MODELS = {
         "uses MLA attention",
     ),
     "alibi": (("LlamaForCausalLM", "llama", {"alibi": True}), "uses ALiBi"),
+    "wide heads": (("LlamaForCausalLM", "llama", {"head_dim": 1024}), "heads of size 1024"),
     "chunked": (
         ("LlamaForCausalLM", "llama", {"attention_chunk_size": 64}),
         "chunked attention layers",

@@ -198,6 +198,7 @@ def attention_job(
     softcap=False,
     window=False,
     fp8=False,
+    sinks=False,
     capability=90,
 ):
     """Signature, constexprs and options as `tree_attention_triton` launches."""
@@ -229,6 +230,8 @@ def attention_job(
         }
     if not fp8:
         constexprs |= {"key_scale_ptr": None, "value_scale_ptr": None}
+    if not sinks:
+        constexprs["sinks_ptr"] = None
     kind = TRITON_TYPE[dtype]
     signature = {
         name: "i32"
@@ -244,6 +247,8 @@ def attention_job(
         ("query_start_loc_ptr", "seq_lens_ptr", "block_table_ptr", "visible_until_ptr"), "*i32"
     )
     signature |= {"tree_mask_ptr": "*i64", "qk_scale": "fp32", "softcap": "fp32"}
+    if sinks:
+        signature["sinks_ptr"] = f"*{kind}"
     signature |= {"output_ptr": f"*{kind}", "parts_ptr": "*fp32", "part_lse_ptr": "*fp32"}
     return signature, constexprs, options
 
@@ -280,6 +285,7 @@ def test_tree_attention(compile_for, capability, dtype, head_size, max_query_len
         max_query_len,
         softcap=all_features,
         window=all_features,
+        sinks=all_features,
         capability=capability,
     )
     resources = compile_for(_tree_attention_kernel, signature, constexprs, capability, **options)

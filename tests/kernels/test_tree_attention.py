@@ -166,7 +166,7 @@ def assert_close(reference: torch.Tensor, candidate: torch.Tensor) -> None:
     assert ratio < RATIO[reference.dtype], f"error ratio {ratio:.2e}"
 
 
-def naive(batch: Batch, row: int, head: int, window: int = 10**6) -> torch.Tensor:
+def naive(batch: Batch, row: int, head: int, window: int = 10**6, sinks=None) -> torch.Tensor:
     """One output row from the definition, key by key."""
     req = int((batch.query_start_loc <= row).sum()) - 1
     block_size, num_kv_heads, head_size = batch.key_cache.shape[1:]
@@ -183,6 +183,9 @@ def naive(batch: Batch, row: int, head: int, window: int = 10**6) -> torch.Tenso
             slot = batch.block_table[req, s // block_size], s % block_size, kv_head
             scores.append(batch.query[row, head] @ batch.key_cache[slot] * head_size**-0.5)
             values.append(batch.value_cache[slot])
+    if sinks is not None:
+        scores.append(sinks[head].float())
+        values.append(torch.zeros_like(values[0]))
     return torch.softmax(torch.stack(scores), 0) @ torch.stack(values)
 
 
@@ -336,6 +339,39 @@ def long_requests() -> list[tuple[int, list[tuple[int, int]]]]:
         (90, [(CAUSAL, 0)]),
         (60, causal_rows(53, 5) + tree_rows(53, binary_parents(6))),
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("interpreted_bf16_dot")
+def test_sinks(dtype):
+    """One more logit in each head's sum, counted once however the keys are split; neither scaled
+    nor capped. A large one leaves little, an infinitely small one all."""
+    sinks = torch.tensor([0.5, 9.0, -3.0, -torch.inf], device=DEVICE, dtype=dtype)
+    batch = make_batch(long_requests(), dtype=dtype)
+    used = int(batch.query_start_loc[-1])
+    for options in ({}, {"window": 20}, {"softcap": 2.0}):
+        reference = batch.run(tree_attention_reference, sinks=sinks, **options)
+        for min_tiles in (WHOLE, 1):
+            output = batch.run(tree_attention_triton, sinks=sinks, min_tiles=min_tiles, **options)
+            assert_close(reference[:used], output[:used])
+            for head in range(4):
+                assert_close(reference[:used, head], output[:used, head])
+    if dtype == torch.float32:
+        reference = batch.run(tree_attention_reference, sinks=sinks)
+        batch.visible_until[used - 13] = 90  # the one sentinel, as `naive` needs it
+        for row in range(0, used, 3):
+            for head in range(4):
+                expected = naive(batch, row, head, sinks=sinks)
+                torch.testing.assert_close(reference[row, head], expected)
+
+
+@pytest.mark.parametrize("min_tiles", [WHOLE, 1])
+def test_only_the_sink_is_seen(min_tiles):
+    batch = make_batch([(5, [(0, 0), (0, 1)])], padding=0)
+    sinks = torch.full((4,), -2.0, device=DEVICE)
+    output = batch.run(tree_attention_triton, min_tiles=min_tiles, sinks=sinks)
+    assert (output[0] == 0).all()
+    assert_close(batch.run(tree_attention_reference, sinks=sinks), output)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 16, 33, 500])

@@ -364,7 +364,6 @@ def test_declarations():
     ("change", "feature"),
     [
         ({"alibi_slopes": [0.5] * NUM_HEADS}, "ALiBi"),
-        ({"sinks": torch.zeros(NUM_HEADS)}, "attention sinks"),
         ({"chunk_lookback": 1}, "chunked attention"),
         ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype='int8_per_token_head'"),
         ({"attn_type": AttentionType.ENCODER_DECODER}, "encoder_decoder attention"),
@@ -375,12 +374,15 @@ def test_unsupported_features_are_refused(change, feature):
         make_impl(**change)
 
 
-def test_softcap_and_window_reach_the_kernel(launches):
+def test_softcap_window_and_sinks_reach_the_kernel(launches):
     common, tree = make_common(MIXED), make_tree(MIXED)
     query, cache = make_inputs(common)
     metadata = make_builder().build(0, common, tree=tree)
-    forward(make_impl(logits_soft_cap=30.0, sliding_window=8), metadata, query, cache)
-    assert launches[0][-4:] == (30.0, 8, None, None)
+    sinks = torch.zeros(NUM_HEADS, device=DEVICE)
+    impl = make_impl(logits_soft_cap=30.0, sliding_window=8, sinks=sinks)
+    forward(impl, metadata, query, cache)
+    assert launches[0][-5:-1] == (30.0, 8, None, None)
+    assert launches[0][-1] is sinks
 
 
 def test_an_fp8_cache_is_read_with_the_layers_scales(launches, monkeypatch):
@@ -394,7 +396,7 @@ def test_an_fp8_cache_is_read_with_the_layers_scales(launches, monkeypatch):
     stored = cache.to(torch.float8_e4m3fn)
     output = torch.zeros_like(query)
     impl.forward(layer, query, query, query, stored.view(torch.uint8), metadata, output)
-    assert launches[0][-2:] == (layer._k_scale, layer._v_scale)
+    assert launches[0][-3:] == (layer._k_scale, layer._v_scale, None)
     read = stored.float()
     read[..., :HEAD_SIZE] *= 0.5
     read[..., HEAD_SIZE:] *= 2.0

@@ -377,6 +377,8 @@ def test_prompt_files(tmp_path, name, data, prompts):
         ("none.jsonl", b'{"turns": []}', ", line 1: `turns` is not a list of strings"),
         ("number.jsonl", b'{"turns": ["x", 2]}', ", line 1: `turns` is not a list of strings"),
         ("list.jsonl", b'{"prompt": ["x"]}', ", line 1: `prompt` is not a string"),
+        ("blank.jsonl", RECORDS + b'{"prompt": ""}', ", line 3: the prompt is empty"),
+        ("blank.jsonl", b'{"turns": ["", "x"]}', ", line 1: the prompt is empty"),
         ("half.jsonl", b'{"prompt": "\\ud83d"}', ", line 1: half of a surrogate pair"),
     ],
 )

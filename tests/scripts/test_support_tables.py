@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of what works: complete, and every row with a test behind it."""
 
+import json
 import re
 
 import msgspec
 import pytest
 import support_tables as support
+from model_families import FAMILIES, RECORD
 from vllm import SamplingParams
 
 from helpers.pair import ROOT
@@ -35,3 +37,9 @@ def test_every_row_names_tests_that_exist(title):
 
 def test_every_supported_version_has_a_row():
     assert support.RUNS.keys() == MODULES.keys()
+
+
+def test_every_family_was_tried():
+    """Whoever adds one runs `pytest tests/engine/test_families.py --all-families`."""
+    tried = {family.name for family in FAMILIES if family.refused is None}
+    assert json.loads(RECORD.read_text())["families"].keys() == tried

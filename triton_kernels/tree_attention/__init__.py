@@ -5,9 +5,11 @@ import torch
 
 from .reference import CAUSAL, tree_attention_reference
 
-__all__ = ["CAUSAL", "tree_attention", "tree_attention_reference"]
+__all__ = ["CAUSAL", "MAX_HEAD_SIZE", "tree_attention", "tree_attention_reference"]
 
 MIN_BLOCK_SIZE = 16
+MAX_HEAD_SIZE = 256
+"""The largest head for which the kernel was compiled for GPUs without spilling registers."""
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -37,6 +39,8 @@ def tree_attention(
     # [1] each
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
+    # [num_q_heads]
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attend every query token to the keys it may see and write the result into `output`.
 
@@ -72,6 +76,10 @@ def tree_attention(
             before every token's window are not read.
         key_scale: float32, what stored keys are multiplied by; needed for fp8 and only there.
         value_scale: as `key_scale`.
+        sinks: any float dtype. A logit for each head that every token's softmax also counts, as if
+            it were a key whose value is zero (StreamingLLM, Xiao et al., ICLR 2024, arXiv
+            2309.17453, as gpt-oss learns them). It is neither scaled nor capped, and is in every
+            window.
 
     Raises:
         ValueError: a shape, dtype or stride does not fit; the message names the argument.
@@ -102,6 +110,8 @@ def tree_attention(
             raise ValueError(f"{name}: needed for an fp8 cache, and only there")
         if scale_of is not None and (scale_of.dtype, scale_of.numel()) != (torch.float32, 1):
             raise ValueError(f"{name}: expected float32 [1]")
+    if sinks is not None and (sinks.shape != (num_q_heads,) or not sinks.is_contiguous()):
+        raise ValueError(f"sinks: expected contiguous [{num_q_heads}], got {list(sinks.shape)}")
     if num_q_heads % key_cache.shape[2]:
         raise ValueError(
             f"query: {num_q_heads} heads, allowed: a multiple of key_cache's {key_cache.shape[2]}"
@@ -143,4 +153,5 @@ def tree_attention(
         window,
         key_scale,
         value_scale,
+        sinks,
     )

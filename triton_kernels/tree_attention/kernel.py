@@ -259,6 +259,8 @@ def _tree_attention_kernel(
     # [1] each, None unless the cache is quantised
     key_scale_ptr,
     value_scale_ptr,
+    # [num_q_heads], None without sinks
+    sinks_ptr,
     qk_scale,
     softcap,
     window,
@@ -374,6 +376,11 @@ def _tree_attention_kernel(
     # Finite, so that a row that has seen nothing yet subtracts no infinities.
     row_max = tl.full([BLOCK_M], -3.0e38, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None and split == 0:
+        # One more key for each head, whose value is zero. The first part counts it.
+        sink = tl.load(sinks_ptr + head, mask=row_mask, other=0.0).to(tl.float32)
+        row_max = tl.maximum(sink * 1.4426950408889634, row_max)
+        row_sum += 1.0
     acc = tl.zeros([BLOCK_M, HEAD_PADDED], tl.float32)
     for tile in range(first_tile, shared_tile):
         row_max, row_sum, acc = _attend_tile(
@@ -607,6 +614,8 @@ def tree_attention_triton(
     # [1] each
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
+    # [num_q_heads]
+    sinks: torch.Tensor | None = None,
     min_tiles: int = MIN_TILES,
 ) -> None:
     """Launch the kernels; never waits for the device. Arguments as `tree_attention`.
@@ -653,6 +662,7 @@ def tree_attention_triton(
         tree_mask,
         key_scale,
         value_scale,
+        sinks,
         qk_scale,
         float(softcap),
         window,

@@ -73,6 +73,8 @@ def tree_attention_reference(
     # [1] each
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
+    # [num_q_heads]
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attend request by request, in fp32. Arguments as `tree_attention`."""
     block_size, num_kv_heads = key_cache.shape[1:3]
@@ -97,8 +99,12 @@ def tree_attention_reference(
             scores = softcap * torch.tanh(scores / softcap)
         visible = visible_keys(visible_until[rows], tree_mask[rows], seq_len, window)
         scores = scores.masked_fill(~visible, float("-inf"))
+        if sinks is not None:
+            sink = sinks.float().view(num_kv_heads, group_size, 1, 1)
+            scores = torch.cat([scores, sink.expand(*scores.shape[:3], 1)], dim=-1)
         # A row that sees nothing is all -inf: softmax makes it NaN, and it should be zero.
-        weights = torch.softmax(scores, dim=-1).masked_fill(~visible.any(1, keepdim=True), 0.0)
+        weights = torch.softmax(scores, dim=-1)[..., :seq_len]
+        weights = weights.masked_fill(~visible.any(1, keepdim=True), 0.0)
         # A slot that nobody sees may hold anything, and a weight of 0 times NaN is NaN.
         values = values.masked_fill(~visible.any(0)[:, None, None], 0.0)
         attended = torch.einsum("hgqk,khd->qhgd", weights, values)

@@ -248,9 +248,9 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
         # the layer's cache, and its `host_views`
         self._viewed: torch.Tensor | None = None
         self._views: tuple[np.ndarray, np.ndarray]
+        self._no_sinks = np.full(self.num_heads, -np.inf, np.float32)
         for feature, used in (
             ("ALiBi", self.alibi_slopes is not None),
-            ("attention sinks", self.sinks is not None),
             (f"{self.attn_type!s} attention", self.attn_type != AttentionType.DECODER),
         ):
             if used:
@@ -328,6 +328,7 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
         np.float32,
         np.float32,
         int,
+        np.ndarray,
     ]:
         """The arguments of `attend_trees` between the cache and the output."""
         return (
@@ -340,6 +341,8 @@ class CPUTreeImpl(CPUAttentionBackendImpl):
             np.float32(self.scale),
             np.float32(self.logits_soft_cap),
             max(self.sliding_window, 0),
+            # read anew each time, because weights may be loaded or cast at any time
+            self._no_sinks if self.sinks is None else self.sinks.detach().float().numpy(),
         )
 
     def _attend(

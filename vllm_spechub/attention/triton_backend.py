@@ -30,7 +30,7 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
 
 from vllm_spechub.attention.visibility import TreeVisibility
-from vllm_spechub.triton_kernels.tree_attention import CAUSAL, tree_attention
+from vllm_spechub.triton_kernels.tree_attention import CAUSAL, MAX_HEAD_SIZE, tree_attention
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -101,7 +101,7 @@ class TritonTreeBackend(TritonAttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return 32 <= head_size <= 256
+        return 32 <= head_size <= MAX_HEAD_SIZE
 
     # The features below belong to a batch, so `TritonTreeImpl` could not refuse them.
     @classmethod
@@ -246,7 +246,6 @@ class TritonTreeImpl(TritonAttentionImpl):
         no_spec = "serve this model without --speculative-config"
         for feature, used, remedy in (
             ("ALiBi", alibi_slopes is not None or use_alibi_sqrt, no_spec),
-            ("attention sinks", sinks is not None, no_spec),
             ("chunked attention", chunk_lookback > -1, no_spec),
             (f"{kind} attention", kind != AttentionType.DECODER.value, no_spec),
             (
@@ -259,9 +258,9 @@ class TritonTreeImpl(TritonAttentionImpl):
                 raise ValueError(f"spechub: draft trees do not support {feature}; {remedy}")
         self.supports_quant_query_input = False
         self.window = sliding_window or 0
-        # None where there is no FlashAttention, or none for such a cache
+        # None where there is no FlashAttention, or none for such a cache; sinks need our kernel
         self.flash_version: int | None = None
-        if self._kv_quant_mode == KVQuantMode.NONE and head_size % 8 == 0:
+        if self._kv_quant_mode == KVQuantMode.NONE and head_size % 8 == 0 and sinks is None:
             self.flash_version = fa_utils.get_flash_attn_version(
                 head_size=head_size, requires_softcap=bool(self.logits_soft_cap)
             )
@@ -332,6 +331,7 @@ class TritonTreeImpl(TritonAttentionImpl):
             self.window,
             key_scale,
             value_scale,
+            self.sinks,
         )
         return output
 

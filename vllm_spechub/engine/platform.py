@@ -52,6 +52,7 @@ class Platform:
         backend_entry: the entry of vLLM's registry that names our backend while layers choose it.
         names_backend: whether the engine's configuration must name the entry; otherwise vLLM
             chooses it by itself on this platform.
+        max_head_size: of an attention head, the largest that the backend supports.
         cache_kernels: views of KV caches in our backend's layout, and their compactor.
         tree_kernels: the functions that draw children and verify trees.
         prepare_worker: prepares a worker's process, before its device is set up.
@@ -62,6 +63,7 @@ class Platform:
     attention_backend: str
     backend_entry: AttentionBackendEnum
     names_backend: bool
+    max_head_size: int
     cache_kernels: Callable[[], CacheKernels]
     tree_kernels: Callable[[], TreeKernels]
     prepare_worker: Callable[[], None] = _nothing

@@ -4,6 +4,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
 from vllm_spechub.config import spechub_config
 from vllm_spechub.engine.platform import Platform
 from vllm_spechub.integration import versions
@@ -39,6 +41,12 @@ def raise_first(refusals: Iterator[tuple[bool, str]]) -> None:
             raise Unsupported(f"spechub: {message}")
 
 
+def head_sizes(model: "ModelConfig") -> set[int]:
+    """The sizes of the attention heads of all layers."""
+    layers = model.model_arch_config
+    return {layers[i].head_size for i in range(layers.total_num_hidden_layers)}
+
+
 def engine_refusals(vllm_config: "VllmConfig", platform: Platform) -> Iterator[tuple[bool, str]]:
     """Yield, for every setting of an engine that draft trees do not support, whether it is set, and
     the message that names it and what to do instead."""
@@ -48,6 +56,10 @@ def engine_refusals(vllm_config: "VllmConfig", platform: Platform) -> Iterator[t
     parallel = vllm_config.parallel_config
     cache = vllm_config.cache_config
     attention = vllm_config.attention_config.backend
+    backends = [None, platform.backend_entry]
+    if len(head_sizes(vllm_config.model_config)) > 1:
+        # vLLM itself names it for such models, where it would choose another by default
+        backends.append(AttentionBackendEnum.TRITON_ATTN)
 
     yield (
         envs.VLLM_USE_V2_MODEL_RUNNER is False,
@@ -125,13 +137,13 @@ def engine_refusals(vllm_config: "VllmConfig", platform: Platform) -> Iterator[t
         )
     yield cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill is not supported; turn it off"
     yield (
-        attention not in (None, platform.backend_entry),
+        attention not in backends,
         f"attention_backend={getattr(attention, 'name', '')}: spechub supplies its own attention "
         "backend; leave attention_backend unset",
     )
 
 
-def model_refusals(model: "ModelConfig | None") -> Iterator[tuple[bool, str]]:
+def model_refusals(model: "ModelConfig | None", platform: Platform) -> Iterator[tuple[bool, str]]:
     """Yield, for every kind of target or draft that trees do not support, whether this model is of
     the kind, and the message that names the model and what to do instead."""
     if model is None:
@@ -147,7 +159,17 @@ def model_refusals(model: "ModelConfig | None") -> Iterator[tuple[bool, str]]:
     yield model.is_encoder_decoder, f"{name} is an encoder-decoder model; {ANOTHER_MODEL}"
     yield model.is_multimodal_model, f"{name} is multimodal; {ANOTHER_MODEL}"
     yield model.uses_mrope, f"{name} uses M-RoPE positions; {ANOTHER_MODEL}"
-    yield model.use_mla, f"{name} uses MLA attention; {ANOTHER_MODEL}"
+    yield (
+        model.use_mla,
+        f"{name} uses MLA attention, whose kernels have no tree masks; set VLLM_MLA_DISABLE=1, and "
+        "vLLM gives it plain attention with a larger KV cache",
+    )
+    largest = max(head_sizes(model))
+    yield (
+        largest > platform.max_head_size,
+        f"{name} has attention heads of size {largest}, allowed: up to {platform.max_head_size} on "
+        f"this platform; {ANOTHER_MODEL}",
+    )
     yield getattr(model, "is_diffusion", False), f"{name} is a diffusion model; {ANOTHER_MODEL}"
     yield (
         model.attention_chunk_size is not None,
@@ -161,3 +183,13 @@ def model_refusals(model: "ModelConfig | None") -> Iterator[tuple[bool, str]]:
     yield model.enable_prompt_embeds, "enable_prompt_embeds is not supported; turn it off"
     yield model.enable_trace_replay, "enable_trace_replay is not supported; turn it off"
     yield model.return_sampling_mask, "return_sampling_mask is not supported; turn it off"
+
+
+def pair_refusals(target: "ModelConfig", draft: "ModelConfig | None") -> Iterator[tuple[bool, str]]:
+    """Yield, for everything in which a target and a draft that trees do support do not fit
+    together, whether it is so, and the message that says what to do instead."""
+    yield (
+        draft is not None and draft.is_moe and not target.is_moe,
+        "speculative_config['model'] has experts, for which vLLM prepares its processes only if "
+        "the target has experts, too; use a draft without",
+    )

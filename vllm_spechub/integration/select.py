@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import register_backend
 
@@ -17,6 +18,7 @@ from vllm_spechub.integration.refusals import (
     Unsupported,
     engine_refusals,
     model_refusals,
+    pair_refusals,
     raise_first,
 )
 
@@ -46,11 +48,15 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
     """
     ours = platform()
     raise_first(engine_refusals(vllm_config, ours))
-    raise_first(model_refusals(vllm_config.model_config))
-    raise_first(model_refusals(spechub_config(vllm_config).draft_model_config))
+    target, draft = vllm_config.model_config, spechub_config(vllm_config).draft_model_config
+    raise_first(model_refusals(target, ours))
+    raise_first(model_refusals(draft, ours))
+    raise_first(pair_refusals(target, draft))
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
     parallel.worker_cls = ours.worker
+    if parallel.worker_extension_cls:
+        inherit_extension(ours.worker, parallel.worker_extension_cls)
     if ours.names_backend:
         vllm_config.attention_config.backend = ours.backend_entry
     if parallel.distributed_executor_backend == "ray":
@@ -58,6 +64,17 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
         from vllm_spechub.integration.ray_executor import SpecHubRayExecutor
 
         parallel.distributed_executor_backend = SpecHubRayExecutor
+
+
+def inherit_extension(worker: str, extension: str) -> None:
+    """Let our worker's class have an extension that vLLM has given to the class below.
+
+    vLLM extends a class for good. If it did so for a plain engine of this process, ours inherits
+    the methods, and vLLM would refuse to add what it does not find among the direct bases.
+    """
+    ours, extra = resolve_obj_by_qualname(worker), resolve_obj_by_qualname(extension)
+    if issubclass(ours, extra) and extra not in ours.__bases__:
+        ours.__bases__ += (extra,)
 
 
 @contextmanager

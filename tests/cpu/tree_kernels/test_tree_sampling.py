@@ -248,7 +248,8 @@ def test_exp_and_log_are_accurate():
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), [(4, 2, 64), (3, 3, 32)])
 @pytest.mark.parametrize("block_size", [32, 128])
 @pytest.mark.parametrize("window", [0, 2, 20])
-def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap, window):
+@pytest.mark.parametrize("sinks", [(-torch.inf,) * 4, (0.5, 120.0, -3.0, -torch.inf)])
+def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap, window, sinks):
     """Whole, truncated and one-node trees, stored on the way; slots that nobody may see hold NaN,
     and so do the blocks before the window."""
     from vllm_spechub.attention.cpu_backend import cache_views, host_views
@@ -280,6 +281,8 @@ def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap,
     until = torch.from_numpy(np.repeat(roots, counts).astype(np.int32))
     masks = [torch.from_numpy(tree.ancestor_masks[:n]) for n in counts]
     query = torch.randn(num_tokens, num_heads, head_size)
+    # [num_heads]
+    sinks = torch.tensor(sinks[:num_heads])
     found, expected = torch.zeros_like(query), torch.zeros_like(query)
     before = cache.clone()
     store_and_attend(
@@ -297,6 +300,7 @@ def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap,
         np.float32(0.2),
         np.float32(softcap),
         window,
+        sinks.numpy(),
         found.numpy(),
     )
     expected_keys, expected_values = cache_views(before)
@@ -319,6 +323,7 @@ def test_tree_attention(num_heads, num_kv_heads, head_size, block_size, softcap,
         max_query_len=15,
         softcap=softcap,
         window=window,
+        sinks=None if sinks.isinf().all() else sinks,
     )
     seen = torch.ones(num_tokens, dtype=torch.bool)
     for r, node in unwritten:  # these rows see their own unwritten slot

@@ -101,15 +101,18 @@ def _mask(
 def _exponentials(
     # [num_positions]
     row,
+    # a logit that the softmax counts as well, -inf for none
+    sink,
     # [num_positions] each
     scratch,
     scratch_bits,
 ):
-    """Replace a row of scores by their exponentials, relative to the largest. Returns the sum."""
-    top = row[0]
+    """Replace a row of scores by their exponentials, relative to the largest. Returns the sum, the
+    sink's included."""
+    top = sink
     for s in range(row.shape[0]):
         top = top if top > row[s] else row[s]
-    return exp_sum(row, top, f32(1.0), scratch, scratch_bits)
+    return exp_sum(row, top, f32(1.0), scratch, scratch_bits) + np.exp(sink - top)
 
 
 @jit_sums
@@ -214,6 +217,8 @@ def attend_trees(
     softcap,
     # how many positions a token sees, its own included, 0 for all; a tree's positions are depths
     window,
+    # [num_heads] float32, a logit that each softmax counts as well; -inf for none
+    sinks,
     # [num_tokens, num_heads, head_size] float32
     output,
 ):
@@ -258,8 +263,8 @@ def attend_trees(
                     _score(qa, qb, softmax_scale, stored, a[here], b[here])
                 _mask(a, masks[ti], window_starts[ti] - begin, root - begin, end - begin, softcap)
                 _mask(b, masks[tj], window_starts[tj] - begin, root - begin, end - begin, softcap)
-                total_a = _exponentials(a, power, bits)
-                total_b = _exponentials(b, power, bits)
+                total_a = _exponentials(a, sinks[hi], power, bits)
+                total_b = _exponentials(b, sinks[hj], power, bits)
                 out_b = output[first + tj, hj] if j > i else unread
                 _weigh(a, b, total_a, total_b, values, output[first + ti, hi], out_b)
 

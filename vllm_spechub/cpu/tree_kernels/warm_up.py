@@ -50,5 +50,6 @@ def warm_up() -> None:
         np.float32(1.0),
         np.float32(0.0),
         0,
+        np.zeros(1, np.float32),
         query.copy(),
     )

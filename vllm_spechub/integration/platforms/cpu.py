@@ -52,6 +52,7 @@ CPU = Platform(
     attention_backend="vllm_spechub.attention.cpu_backend.CPUTreeBackend",
     backend_entry=AttentionBackendEnum.CPU_ATTN,
     names_backend=False,
+    max_head_size=512,  # as vLLM's own kernel
     cache_kernels=_cache_kernels,
     tree_kernels=_tree_kernels,
     prepare_worker=_prepare_worker,

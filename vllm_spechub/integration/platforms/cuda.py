@@ -5,6 +5,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_spechub.engine.platform import CacheKernels, Platform
 from vllm_spechub.rules.base import TreeKernels
+from vllm_spechub.triton_kernels.tree_attention import MAX_HEAD_SIZE
 
 
 def _cache_kernels() -> CacheKernels:
@@ -26,6 +27,7 @@ CUDA = Platform(
     attention_backend="vllm_spechub.attention.triton_backend.TritonTreeBackend",
     backend_entry=AttentionBackendEnum.CUSTOM,
     names_backend=True,
+    max_head_size=MAX_HEAD_SIZE,
     cache_kernels=_cache_kernels,
     tree_kernels=_tree_kernels,
 )

@@ -195,6 +195,8 @@ def _prompt_of_record(line: str) -> str:
             raise ValueError("`prompt` is not a string")
     else:
         raise ValueError("no `turns` and no `prompt` in it")
+    if not prompt:
+        raise ValueError("the prompt is empty")
     try:
         prompt.encode()
     except UnicodeEncodeError:
