@@ -351,7 +351,9 @@ class TritonTreeImpl(TritonAttentionImpl):
         """FlashAttention for requests without a tree, as vLLM's own backend calls it."""
         tokens = slice(plain.num_tokens_before, metadata.num_actual_tokens)
         reqs = slice(plain.num_reqs_before, None)
-        fa_utils.flash_attn_varlen_func(
+        # CUDA only, so that its module does not declare it
+        attend: Any = vars(fa_utils)["flash_attn_varlen_func"]
+        attend(
             q=query[tokens],
             # tensor maps of the hardware need strides that are multiples of 16 bytes
             k=canonicalize_singleton_dim_strides(key_cache),

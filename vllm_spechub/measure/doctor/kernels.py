@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_spechub.measure.doctor.finding import FAULT, OK, WARNING, Finding
 
@@ -303,7 +303,8 @@ def _seconds(run: Callable[[], object], device: "torch.device") -> float:
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return 1e-3 * do_bench(run, return_mode="median")
+        milliseconds: Any = do_bench(run, return_mode="median")
+        return 1e-3 * milliseconds
     times = []
     for _ in range(5):
         start = time.perf_counter()

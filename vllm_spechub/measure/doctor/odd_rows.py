@@ -15,7 +15,7 @@ def _set(value: float, *tokens: int) -> Callable[[torch.Tensor], None]:
     return change
 
 
-ODD_ROWS: dict[str, Callable[[torch.Tensor], None]] = {
+ODD_ROWS: dict[str, Callable[[torch.Tensor], object]] = {
     "one NaN": _set(NAN, 1),
     "one +inf": _set(INF, 2),
     "two +inf": _set(INF, 1, 2),
