@@ -268,6 +268,7 @@ def _attention(dtype: "torch.dtype", device: "torch.device") -> Finding:
             np.float32(scale),
             np.float32(0.0),
             0,
+            np.full(heads, -np.inf, np.float32),
             found.numpy(),
         )
     else:
