@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import bench_e2e
 import bench_kernels
 import pytest
 import torch
@@ -15,7 +16,6 @@ import transformers
 import typer
 from typer.testing import CliRunner
 
-import bench_e2e
 from helpers import vocabularies
 from helpers.models import edited
 from helpers.pair import DRAFT, EAGLE3, PAIR, TARGET
