@@ -497,9 +497,9 @@ FEATURES = (
         "replaying a graph repeats the captured call",
         (
             "engine/test_cuda_path.py::test_graphs_replay_what_a_step_needs",
-            "kernels/test_compile.py::test_child_sampling",
-            "kernels/test_compile.py::test_visit",
-            "kernels/test_compile.py::test_walk",
+            "kernels/test_compile.py::test_drawing_children",
+            "kernels/test_compile.py::test_statistics",
+            "kernels/test_compile.py::test_deciding",
         ),
     ),
 )
