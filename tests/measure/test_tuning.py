@@ -20,7 +20,7 @@ from vllm_spechub.measure.benchmark import interleaved
 from vllm_spechub.measure.benchmark.decoding import Decoded
 from vllm_spechub.measure.benchmark.engine import EngineFailed
 from vllm_spechub.measure.benchmark.interleaved import Interleaved, Point, Row, Setup, groups
-from vllm_spechub.measure.benchmark.methods import plain, spechub
+from vllm_spechub.measure.benchmark.methods import chain_config, plain, spechub
 from vllm_spechub.measure.tuning import rates, report
 from vllm_spechub.measure.tuning.choose import (
     Curve,
@@ -301,6 +301,8 @@ def test_a_heads_acceptance_is_counted_in_engines(fake, monkeypatch, tmp_path):
     by_slot = rates.rates_for_trees(measured.rates, "traversal")
     assert by_slot == {k: [count / 100 for count in counts] for k, counts in slots.items()}
     assert rates.best_rule(measured.tokens_per_step, "traversal") == "traversal"
+    # and its chain is vLLM's own for such heads
+    assert chain_config(EAGLE3, 3)["method"] == "eagle3"
 
 
 def test_slots_of_a_real_engine():
