@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from helpers.engines import engine
@@ -98,10 +99,17 @@ def test_plain_vllm_after_trees():
     assert not noticed, "\n".join(noticed)
 
 
-def test_a_worker_extension_that_a_plain_engine_had_before(monkeypatch):
+@pytest.fixture
+def workers_as_they_were():
+    before = {worker: worker.__bases__ for worker in (SpecHubCPUWorker, CPUWorker)}
+    yield
+    for worker, bases in before.items():
+        worker.__bases__ = bases
+
+
+@pytest.mark.usefixtures("workers_as_they_were")
+def test_a_worker_extension_that_a_plain_engine_had_before():
     """vLLM gives it for good to the plain worker's class, from which ours inherits."""
-    for worker in (CPUWorker, SpecHubCPUWorker):
-        monkeypatch.setattr(worker, "__bases__", worker.__bases__)  # as they were, afterwards
     options = {"worker_extension_cls": "helpers.worker_extension.Greeter"}
     for tree, greeting in ((None, "hello from CPUWorker"), ("chain:1", "hello from SpecHubCPU")):
         with engine(tree, **options) as llm:
