@@ -73,7 +73,7 @@ def compared(
     configs: dict[str, dict[str, Any]],
 ) -> list[methods.Method]:
     """All methods to measure. `auto` is one of them if a schedule was measured for this pair."""
-    from vllm_spechub.draft_kinds import MODEL, read_head
+    from vllm_spechub.drafts.kinds import MODEL, read_head
     from vllm_spechub.trees.measured_schedule import measured_schedule
     from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 

@@ -23,7 +23,7 @@ from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from helpers.pair import DRAFT, ROOT, TARGET
 from vllm_spechub.config import Options, SpecHubConfig
 from vllm_spechub.config import _schedule as schedule_of
-from vllm_spechub.draft_kinds import MODEL
+from vllm_spechub.drafts.kinds import MODEL
 from vllm_spechub.integration.refusals import Unsupported
 from vllm_spechub.registry import PROPOSERS, RULES, Registry
 from vllm_spechub.rules.base import build_rule

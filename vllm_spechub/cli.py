@@ -370,7 +370,7 @@ def tune(
         preflight.check_modules("transformers", PLOT_MODULE)
         preflight.check_output_file("--out", out)
         preflight.check_pair(target, "--draft", draft, heads=True)
-        from vllm_spechub.draft_kinds import MODEL, read_head
+        from vllm_spechub.drafts.kinds import MODEL, read_head
 
         head = read_head(draft)
         rules = _parse_tree_rules(rule)

@@ -14,7 +14,7 @@ from vllm.config import LoadConfig, SpeculativeConfig
 from vllm.config.cache import CacheDType
 from vllm.config.utils import config
 
-from vllm_spechub.draft_kinds import MODEL, MTP, proposer_for
+from vllm_spechub.drafts.kinds import MODEL, MTP, proposer_for
 from vllm_spechub.registry import METHOD, PROPOSERS, RULES
 from vllm_spechub.trees.best_tree import parse_tree
 from vllm_spechub.trees.measured_schedule import measured_schedule

@@ -15,7 +15,7 @@ from helpers.metrics import spec_metrics
 from helpers.oracle import tokens_of
 from helpers.pair import DRAFT, EAGLE3, PAIR, PROMPTS, TARGET
 from vllm_spechub.cli import app
-from vllm_spechub.draft_kinds import MODEL
+from vllm_spechub.drafts.kinds import MODEL
 from vllm_spechub.measure.benchmark import interleaved
 from vllm_spechub.measure.benchmark.decoding import Decoded
 from vllm_spechub.measure.benchmark.engine import EngineFailed

@@ -65,7 +65,7 @@ def check_pair(target: str, option: str, draft: str, heads: bool = False) -> Non
         ValueError: neither a folder with a model nor a Hugging Face name, another vocabulary, or a
             head.
     """
-    from vllm_spechub.draft_kinds import read_head
+    from vllm_spechub.drafts.kinds import read_head
     from vllm_spechub.offline.simulation.texts import PairDescription
 
     check_models({"TARGET": target})

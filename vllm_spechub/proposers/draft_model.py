@@ -24,12 +24,12 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from vllm_spechub.config import SpecHubConfig
-from vllm_spechub.draft_kinds import head_of, tensor_names
+from vllm_spechub.drafts.kinds import head_of, tensor_names
+from vllm_spechub.drafts.vocabulary import check_vocabularies, first_line
 from vllm_spechub.proposers.base import DraftStep
 from vllm_spechub.proposers.model_proposer import ModelProposer
 from vllm_spechub.rules.base import VerificationRule
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
-from vllm_spechub.vocabulary import check_vocabularies, first_line
 
 
 def _reads(draft: ModelConfig, length: int) -> bool:

@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_lay
 from vllm.v1.worker.gpu.spec_decode.eagle.utils import load_eagle_model
 
 from vllm_spechub.config import SpecHubConfig
-from vllm_spechub.draft_kinds import (
+from vllm_spechub.drafts.kinds import (
     EAGLE,
     EAGLE3,
     MTP,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_spechub.draft_kinds import read_head
+from vllm_spechub.drafts.kinds import read_head
 from vllm_spechub.measure.benchmark.decoding import decode, longest_request
 from vllm_spechub.measure.benchmark.engine import EngineFailed, EngineProcess, close_all
 from vllm_spechub.measure.benchmark.methods import PLAIN, Method

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_spechub.draft_kinds import MODEL, read_head
+from vllm_spechub.drafts.kinds import MODEL, read_head
 
 PLAIN = "plain"
 

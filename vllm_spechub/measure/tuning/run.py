@@ -9,7 +9,7 @@ from statistics import median
 
 from rich.console import Console
 
-from vllm_spechub.draft_kinds import read_head
+from vllm_spechub.drafts.kinds import read_head
 from vllm_spechub.measure.benchmark import methods
 from vllm_spechub.measure.benchmark.interleaved import (
     Failure,

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from vllm_spechub.drafts.vocabulary import first_line
 from vllm_spechub.offline.simulation.study import Sampling
 from vllm_spechub.offline.simulation.texts import ModelPair, PairDescription, read_prompts
-from vllm_spechub.vocabulary import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

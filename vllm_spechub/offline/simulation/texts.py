@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from vllm_spechub.vocabulary import check_vocabularies, first_line, is_made_up
+from vllm_spechub.drafts.vocabulary import check_vocabularies, first_line, is_made_up
 
 UNLIMITED = 1 << 30
 """The positions that a model reads whose configuration names no number."""
