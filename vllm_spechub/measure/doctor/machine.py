@@ -35,7 +35,7 @@ def check_machine() -> Iterator[Finding]:
         yield Finding("vLLM", OK, " ".join(found))
 
     chosen = os.environ.get("VLLM_PLUGINS")
-    if not any(entry.name == "spechub" for entry in entry_points(group="vllm.general_plugins")):
+    if not entry_points(name="spechub"):
         remedy = "install vllm-spechub into the environment that vLLM runs in"
         yield Finding("plugin", FAULT, "vLLM does not see it", remedy)
     elif chosen is not None and "spechub" not in chosen.split(","):
