@@ -12,8 +12,6 @@ from vllm_spechub.measure.doctor.finding import FAULT, OK, WARNING, Finding
 
 GIB = 2**30
 ENOUGH_HOST_MEMORY = 8 * GIB
-VLLM = "vllm"
-PLUGINS = f"{VLLM}.general_plugins"  # vLLM's entry points, also read where it is missing
 
 
 def _installed(*names: str) -> tuple[str, str] | None:
@@ -37,7 +35,7 @@ def check_machine() -> Iterator[Finding]:
         yield Finding("vLLM", OK, " ".join(found))
 
     chosen = os.environ.get("VLLM_PLUGINS")
-    if not any(entry.name == "spechub" for entry in entry_points(group=PLUGINS)):
+    if not entry_points(name="spechub"):
         remedy = "install vllm-spechub into the environment that vLLM runs in"
         yield Finding("plugin", FAULT, "vLLM does not see it", remedy)
     elif chosen is not None and "spechub" not in chosen.split(","):
