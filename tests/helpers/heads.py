@@ -398,12 +398,13 @@ def recorded_rows():
         if step.dummy_run:
             return logits, carried
         rows = logits.clone().view(step.num_reqs, len(level.nodes_np), -1)
+        drafts = step.draft_rows.tolist()
         for r, req in enumerate(step.batch.idx_mapping.tolist()):
             root = int(step.root_positions[r])
             text = self.req_states.all_token_ids.gpu[req, : root + 1].tolist()
             for i, node in enumerate(level.nodes_np):
                 path = state.tree.paths[node][1:]
-                tokens = tuple(state.tokens[req, [n - 1 for n in path]].tolist())
+                tokens = tuple(state.tokens[drafts[r], [n - 1 for n in path]].tolist())
                 recorded.append(DraftRow(step.batch.req_ids[r], text, tokens, rows[r, i].float()))
         return logits, carried
 
