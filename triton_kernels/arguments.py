@@ -66,8 +66,8 @@ class KeptRows(NamedTuple):
 
     # [max_num_reqs, num_internal, vocab_size] of the rows' dtype, last dimension contiguous
     logits: torch.Tensor
-    # [num_tree_nodes] int32: where a node's row is among a request's
-    internal_index: torch.Tensor
+    # [num_rows] int32: where each row is kept among its request's
+    internal: torch.Tensor
 
 
 class Drafts(NamedTuple):

@@ -234,7 +234,7 @@ def test_rows_are_kept(device, dtype):
             wanted[req, internal_index[node]] = rows[0][row]
     for sample in (sample_children, *implementations(device).values()):
         kept = torch.full((6, 3, 80), 7.0, dtype=dtype)
-        keep = KeptRows(kept[:, :, :63], internal_index)
+        keep = KeptRows(kept[:, :, :63], internal_index[node_ids])
         sample(*rows, rule="mixed", max_children=2, keep=keep)
         torch.testing.assert_close(keep.logits, wanted, rtol=0, atol=0, equal_nan=True)
         assert (kept[:, :, 63:] == 7.0).all()

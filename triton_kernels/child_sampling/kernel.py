@@ -87,8 +87,8 @@ def _lane_sums_kernel(
     kept_ptr,
     kept_req_stride,
     kept_node_stride,
-    # [num_tree_nodes]
-    internal_index_ptr,
+    # [num_rows]
+    internal_ptr,
     # [num_rows, vocab_size]
     logits_ptr,
     logits_stride,
@@ -96,8 +96,6 @@ def _lane_sums_kernel(
     temperature_ptr,
     # [num_rows]
     req_idx_ptr,
-    # [num_rows]
-    node_ids_ptr,
     vocab_size,
     sharpening,
     SHARPENED: tl.constexpr,
@@ -121,7 +119,7 @@ def _lane_sums_kernel(
             _, sums = lane_sums(row_ptr, split * OWN, draw_scale, highest, vocab_size, OWN, LANES)
             tl.store(own_ptr + 2 * LANES, sums)
         if KEPT and temperature != 0.0:
-            internal = tl.load(internal_index_ptr + tl.load(node_ids_ptr + row)).to(tl.int64)
+            internal = tl.load(internal_ptr + row).to(tl.int64)
             to_ptr = kept_ptr + req * kept_req_stride + internal * kept_node_stride
             for place in range(0, tl.cdiv(vocab_size, LANES), STEP):
                 index = tile_tokens(split * OWN, place, OWN, LANES)
@@ -292,19 +290,18 @@ def sample_children(
     if num_rows == 0:
         return Children(tokens, sampled)
     lanes = torch.empty(num_rows, 3, rng.LANES, device=device)
-    kept, internal_index = keep or (logits.unsqueeze(1), node_ids)
+    kept, internal = keep or (logits.unsqueeze(1), node_ids)
     sharpened = sharpening != 1.0
     _lane_sums_kernel[(lanes_device.SPLITS, num_rows)](
         lanes,
         kept,
         kept.stride(0),
         kept.stride(1),
-        internal_index,
+        internal,
         logits,
         logits.stride(0),
         requests.temperature,
         requests.req_idx,
-        node_ids,
         vocab_size,
         float(sharpening),
         SHARPENED=sharpened,

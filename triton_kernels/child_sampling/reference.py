@@ -29,7 +29,7 @@ def sample_children(
     req = requests.req_idx.clamp(min=0).long()
     temperature = requests.temperature[req]
     if keep is not None:
-        keep_rows(keep, logits, node_ids, requests)
+        keep_rows(keep, logits, requests)
     left = finite(logits)
     peak = left.amax(dim=1)
     # A row without any possible token is drafted as a greedy one.
@@ -83,15 +83,13 @@ def keep_rows(
     keep: KeptRows,
     # [num_rows, vocab_size]
     logits: torch.Tensor,
-    # [num_rows]
-    node_ids: torch.Tensor,
     requests: Requests,
 ) -> None:
     """Keep those rows that verification may read."""
     req = requests.req_idx.clamp(min=0).long()
     drawn = (requests.temperature[req] != 0) & (requests.req_idx >= 0)
     (rows,) = drawn.nonzero(as_tuple=True)
-    keep.logits[req[rows], keep.internal_index[node_ids[rows]]] = logits[rows]
+    keep.logits[req[rows], keep.internal[rows]] = logits[rows]
 
 
 def _weights(

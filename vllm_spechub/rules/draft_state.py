@@ -23,6 +23,8 @@ class LevelRows(NamedTuple):
     num_children: torch.Tensor
     # [num_rows] int64, where the node's token is among the request's
     column: torch.Tensor
+    # [num_rows] int32, where the node's draft row is among the request's
+    internal: torch.Tensor
     # [num_rows] int64, the row of the node's parent in the level above; 0 for roots
     parent_rows: torch.Tensor
     # [num_rows] int64, bit i stands for tree node i
@@ -214,6 +216,7 @@ class DraftState:
                 nodes=table(np.tile(nodes, max_num_reqs)),
                 num_children=table(np.tile(counts, max_num_reqs)),
                 column=table(np.tile(nodes.astype(np.int64) - 1, max_num_reqs)),
+                internal=table(np.tile(tree.internal_index[nodes].astype(np.int32), max_num_reqs)),
                 parent_rows=table(parent_rows.ravel()),
                 ancestor_masks=table(np.tile(tree.ancestor_masks[nodes], max_num_reqs)),
             ),

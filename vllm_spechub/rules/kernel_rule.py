@@ -49,7 +49,7 @@ class KernelRule(VerificationRule):
             rule=self.name,
             max_children=level.max_children,
             sharpening=self.sharpening,
-            keep=KeptRows(state.drafts.logits, state.tables.internal_index),
+            keep=KeptRows(state.drafts.logits, rows.internal),
         )
         self.kernels.write_tokens(state, level, requests.req_idx, children)
 

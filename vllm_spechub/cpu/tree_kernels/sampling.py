@@ -233,8 +233,8 @@ def _sample_children(
     traits,
     # [max_num_reqs, num_internal, size], written; empty to keep nothing
     kept,
-    # [num_tree_nodes]
-    internal_index,
+    # [num_rows], read if rows are kept
+    internal,
     # -1 throughout, written
     drawn,
 ):
@@ -245,7 +245,7 @@ def _sample_children(
         if req < 0:
             continue
         if len(kept) and requests.temperature[req] != f32(0.0):
-            kept[req, internal_index[node_ids[r]]] = logits[r]
+            kept[req, internal[r]] = logits[r]
         finite_row(logits[r], row)
         key = row_key(requests.seeds[req], requests.root_positions[r], node_ids[r], rng.CHILD)
         drawn.sampled[r] = _draft_node(
@@ -499,11 +499,11 @@ def sample_children(
 ) -> Children:
     """`triton_kernels.child_sampling.sample_children` on the CPU."""
     node_ids = node_ids.int()
-    kept, internal_index = torch.empty(0, 0, 0), node_ids
+    kept, internal = torch.empty(0, 0, 0), node_ids
     if keep is not None and keep.logits.dtype == torch.float32:
-        kept, internal_index = keep
+        kept, internal = keep
     elif keep is not None:
-        keep_rows(keep, logits, node_ids, requests)
+        keep_rows(keep, logits, requests)
     drawn = Children(
         torch.full((len(logits), max_children), -1, dtype=torch.int64),
         torch.full((len(logits),), -1, dtype=torch.int32),
@@ -515,7 +515,7 @@ def sample_children(
         _requests(requests),
         _traits(BUILTIN_RULES[rule], sharpening),
         kept.numpy(),
-        internal_index.numpy(),
+        internal.numpy(),
         _arrays(drawn),
     )
     return drawn
