@@ -260,7 +260,7 @@ def launches(monkeypatch):
     kernels = TreeKernels(
         found.of_launcher(child_sampling.sample_children, cpu.sample_children),
         found.of_launcher(verification.verify_tree, cpu.verify_tree),
-        DraftState.write_children,
+        DraftState.write_tokens,
     )
     monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], tree_kernels=lambda: kernels))
     for module in (base, draft_model, layout, sampler):
@@ -289,7 +289,7 @@ def launches(monkeypatch):
 
 
 @pytest.mark.usefixtures("attention_of_gpus", "replays")
-@pytest.mark.parametrize(("tree", "most"), [("binary:3", 106), (SCHEDULE, 117)])
+@pytest.mark.parametrize(("tree", "most"), [("binary:3", 111), (SCHEDULE, 122)])
 def test_launches_of_a_step(launches, tree, most):
     """Of requests that all decode and need no processing: beside vLLM's own, at most so many."""
     requests = [SamplingParams(temperature=1.0, seed=1, max_tokens=30, ignore_eos=True)] * 2

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_spechub.trees.tree import TokenTree
+
 
 @dataclass
 class Node:
@@ -26,14 +28,19 @@ class Node:
 def recorded_nodes():
     """A list that receives every row that is verified within the block."""
     from vllm_spechub.engine.sampler import TreeRejectionSampler
+    from vllm_spechub.rules.kernel_rule import KernelRule
 
     nodes: list[Node] = []
-    buffers = []
-    verify, process = TreeRejectionSampler.__call__, TreeRejectionSampler.process
+    # by tree, row of the request's draft, and row of the node among its own
+    drafts: dict[tuple[TokenTree, int, int], torch.Tensor] = {}
+    sample, process = KernelRule.sample_children, TreeRejectionSampler.process
 
-    def keep_drafts(self, logits, batch, draft, *args):
-        buffers[:] = [draft]
-        return verify(self, logits, batch, draft, *args)
+    def keep_drafts(self, logits, level, requests, state):
+        rows = level.rows(len(requests.req_idx))
+        owners = requests.req_idx[rows.req].tolist()
+        for row, owner, inner in zip(logits, owners, rows.internal.tolist(), strict=True):
+            drafts[state.tree, owner, inner] = row.clone()
+        sample(self, logits, level, requests, state)
 
     def spy(self, logits, batch):
         raw = logits.clone()
@@ -55,9 +62,8 @@ def recorded_nodes():
                     inner = int(tree.internal_index[node])
                     draft_row = None
                     if drafted and inner >= 0:
-                        (state,) = (state for state in buffers[0].states if state.tree == tree)
                         own = int(self.request_trees.draft_rows_for(np.array([req]))[0])
-                        draft_row = state.drafts.logits[own, inner].clone()
+                        draft_row = drafts.get((tree, own, inner))
                     nodes.append(
                         Node(
                             batch.req_ids[r],
@@ -73,7 +79,7 @@ def recorded_nodes():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TreeRejectionSampler, "process", spy)
-        patch.setattr(TreeRejectionSampler, "__call__", keep_drafts)
+        patch.setattr(KernelRule, "sample_children", keep_drafts)
         yield nodes
 
 
