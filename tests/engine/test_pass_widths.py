@@ -43,6 +43,8 @@ def compiled(monkeypatch):
         compilation = vllm_config.compilation_config
         compilation.mode, compilation.backend = CompilationMode.VLLM_COMPILE, "eager"
         compilation.compile_sizes = []
+        passes = compilation.pass_config  # vLLM has their classes on GPUs only
+        passes.fuse_norm_quant = passes.fuse_act_quant = passes.fuse_attn_quant = False
 
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(as_on_cuda))
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
@@ -79,7 +81,7 @@ def test_vllms_ranges_of_compiled_widths(compiled, widths):
         run_model = model_runner(llm).speculator.run_model
         tokens = torch.zeros(BUDGET + 1, dtype=torch.int32)
         with pytest.raises(AssertionError, match="out of considered ranges"):
-            run_model(tokens, tokens.long(), None, None)
+            run_model(tokens, tokens.long(), None, None, None)
 
 
 def test_requests_that_are_drafted_part_by_part(monkeypatch):
