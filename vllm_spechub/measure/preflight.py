@@ -42,15 +42,20 @@ def check_models(models: Mapping[str, str]) -> None:
     from transformers import AutoConfig
 
     for option, model in models.items():
-        if model in PROPOSERS:
-            raise ValueError(f"{option} is {model!r}, a proposer, but must name a draft model")
-        if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
-            raise ValueError(f"{option} {model!r} has no model: there is no such folder")
+        _check_name(option, model)
         try:
             AutoConfig.from_pretrained(model)
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{option} {model!r} has no model: {reason}") from error
+
+
+def _check_name(option: str, model: str) -> None:
+    """Check what needs no hub, which is asked several times if it does not answer."""
+    if model in PROPOSERS:
+        raise ValueError(f"{option} is {model!r}, a proposer, but must name a draft model")
+    if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
+        raise ValueError(f"{option} {model!r} has no model: there is no such folder")
 
 
 def check_pair(target: str, option: str, draft: str, heads: bool = False) -> None:
@@ -68,6 +73,7 @@ def check_pair(target: str, option: str, draft: str, heads: bool = False) -> Non
     from vllm_spechub.drafts.kinds import read_head
     from vllm_spechub.offline.simulation.texts import PairDescription
 
+    _check_name(option, draft)
     check_models({"TARGET": target})
     head = read_head(draft)
     if head is None:
