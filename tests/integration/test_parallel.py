@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from contextlib import contextmanager
 
 import pytest
 from vllm import SamplingParams
@@ -33,9 +34,11 @@ def one_core_each(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", path)
 
 
-def test_tensor_parallelism(one_core_each):
+@contextmanager
+def two_workers(draft):
+    """An engine of two workers that has drawn the same tokens as one worker, on both of them."""
     expected = plain_greedy()
-    with engine(TREE) as llm:
+    with engine(TREE, draft=draft) as llm:
         seeded = token_ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False))
 
     options = {
@@ -43,7 +46,7 @@ def test_tensor_parallelism(one_core_each):
         "distributed_executor_backend": "mp",
         "worker_extension_cls": "helpers.decisions.DecisionRecorder",
     }
-    with engine(TREE, **options) as llm:
+    with engine(TREE, draft=draft, **options) as llm:
         llm.collective_rpc("record_decisions")
         assert token_ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False)) == seeded
         answers = token_ids(llm.generate(PROMPTS[:4], greedy_params(16), use_tqdm=False))
@@ -52,7 +55,11 @@ def test_tensor_parallelism(one_core_each):
         first, second = llm.collective_rpc("recorded_decisions")
         assert len(first) > 10
         assert first == second
+        yield llm
 
+
+def test_tensor_parallelism(one_core_each):
+    with two_workers(DRAFT) as llm:
         workers = llm.llm_engine.engine_core.engine_core.model_executor.workers
         os.kill(workers[1].proc.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match=r"[Ee]xecutor|[Ww]orker|cancelled"):
@@ -61,23 +68,8 @@ def test_tensor_parallelism(one_core_each):
 
 def test_tensor_parallelism_of_a_head(one_core_each):
     """The head is split like its target, and its small vocabulary is gathered on every rank."""
-    expected = plain_greedy()
-    with engine(TREE, draft=EAGLE3) as llm:
-        seeded = token_ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False))
-    options = {
-        "tensor_parallel_size": 2,
-        "distributed_executor_backend": "mp",
-        "worker_extension_cls": "helpers.decisions.DecisionRecorder",
-    }
-    with engine(TREE, draft=EAGLE3, **options) as llm:
-        llm.collective_rpc("record_decisions")
-        assert token_ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False)) == seeded
-        answers = token_ids(llm.generate(PROMPTS[:4], greedy_params(16), use_tqdm=False))
-        assert answers == [answer[:16] for answer in expected[:4]]
-        assert spec_metrics(llm)["num_accepted_tokens"] > 20
-        first, second = llm.collective_rpc("recorded_decisions")
-    assert len(first) > 10
-    assert first == second
+    with two_workers(EAGLE3):
+        pass
 
 
 def test_data_parallelism(one_core_each, monkeypatch):
