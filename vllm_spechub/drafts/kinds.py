@@ -91,6 +91,8 @@ def named_head(options: Mapping[str, Any], target: ModelConfig) -> Head | None:
             return None
         head = head_of(SpeculativeConfig.hf_config_override(deepcopy(target.hf_config)), ())
         return head if head is not None and head.kind == MTP and head.layers else None
+    if not isinstance(options["model"], str):
+        return None  # whoever checks the option refuses it; a hub would be asked for minutes
     return read_head(
         options["model"],
         options.get("revision"),
