@@ -7,7 +7,7 @@ itself gave for the parent takes its place. The layers are those of transformers
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -179,7 +179,12 @@ class OfflineHead(nn.Module):
             missing ones.
     """
 
+    # of transformers, whose layers have more names than `nn.Module` tells
+    layers: Any
+    embed_tokens: Any
+    lm_head: Any
     rotary: LlamaRotaryEmbedding
+    d2t: torch.Tensor | None
 
     def __init__(self, description: HeadDescription, weights: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -192,7 +197,7 @@ class OfflineHead(nn.Module):
         self.norm_before_residual = getattr(read, "norm_before_residual", False)
         self.norm_output = getattr(read, "norm_output", False)
         self.layers = nn.ModuleList(make_layer(config, i) for i in range(config.num_hidden_layers))
-        first = self.layers[0]
+        first: Any = self.layers[0]
         if kind == EAGLE3:
             self.aux_layers = sorted(aux_layers(read, description.target.num_layers))
             joined = num_aux_layers(read) * fed_size(kind, read)
@@ -232,16 +237,17 @@ class OfflineHead(nn.Module):
         tokens: torch.Tensor,
     ) -> torch.Tensor:
         """What the head is fed of the target's hidden states. [num_texts, length, hidden_size]"""
+        decoder: Any = target.get_decoder()
         if self.kind == EAGLE:
-            return target.get_decoder()(input_ids=tokens).last_hidden_state
+            return decoder(input_ids=tokens).last_hidden_state
         last: list[torch.Tensor] = []
 
         def keep(module, inputs, output):
             last.append(output[0] if isinstance(output, tuple) else output)
 
         # transformers norms the last of its hidden states
-        hook = target.get_decoder().layers[-1].register_forward_hook(keep)
-        streams = target.get_decoder()(input_ids=tokens, output_hidden_states=True).hidden_states
+        hook = decoder.layers[-1].register_forward_hook(keep)
+        streams = decoder(input_ids=tokens, output_hidden_states=True).hidden_states
         hook.remove()
         joined = torch.cat([(*streams[:-1], *last)[layer] for layer in self.aux_layers], dim=-1)
         if hasattr(self, "input_norm"):

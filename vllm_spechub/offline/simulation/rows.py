@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributions of a model or a head at tree nodes below roots in the middle of texts."""
 
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Union, cast
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -158,7 +158,7 @@ def draft_rows(pair: ModelPair, roots: Roots) -> TreeRows:
     """What reads the pair's draft below roots."""
     if pair.description.head is None:
         return TreeRows(pair.draft, roots)
-    return HeadRows(pair.draft, pair.target, roots)
+    return HeadRows(cast("OfflineHead", pair.draft), pair.target, roots)
 
 
 def draft_logits(
@@ -172,7 +172,7 @@ def draft_logits(
     if pair.description.head is None:
         return pair.draft(input_ids=torch.cat([text, path]).unsqueeze(0)).logits[0, -1]
     root = torch.tensor([len(text) - 1], device=text.device)
-    rows = HeadRows(pair.draft, pair.target, Roots(text.unsqueeze(0), torch.zeros_like(root), root))
+    rows = draft_rows(pair, Roots(text.unsqueeze(0), torch.zeros_like(root), root))
     logits = rows.read(text[-1:].unsqueeze(0), torch.zeros_like(root).unsqueeze(0))
     for parent, token in enumerate(path):
         logits = rows.read(token.view(1, 1), torch.full_like(root, parent).unsqueeze(0))
