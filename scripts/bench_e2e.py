@@ -196,7 +196,7 @@ def main(
             options = DEMO_ENGINE | options
         elif draft is None or prompts is None:
             raise ValueError("a TARGET of your own needs --draft and --prompts")
-        preflight.check_pair(target, "--draft", draft, heads=True)
+        preflight.check_pair(target, "--draft", draft, in_engines=True)
         from vllm_spechub.offline.simulation.texts import read_prompts
 
         encoded = encode(target, read_prompts(prompts))

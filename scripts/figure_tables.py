@@ -83,6 +83,80 @@ NAMES = {
 """How the documents name the methods of `scripts/bench_e2e.py`."""
 
 
+HEADS = {
+    "chain 3": "vLLM's chain of 3, draft model",
+    "SpecHub chain:3": "`chain:3`, draft model",
+    "SpecHub": "`binary:3`, draft model",
+    "vLLM EAGLE-3 chain 3": "vLLM's chain of 3, EAGLE-3 head",
+    "EAGLE-3 chain:3": "`chain:3`, EAGLE-3 head",
+    "EAGLE-3 binary:3": "`binary:3`, EAGLE-3 head",
+}
+"""How the documents name the methods of `docs/benchmarks/heads/measure.sh`."""
+NGRAMS = {
+    "plain": "plain vLLM",
+    "vLLM ngram 8": "vLLM's `ngram`, 8 tokens",
+    "ngram chain:8": "`ngram`, `chain:8`",
+    "ngram caterpillar:8:2": "`ngram`, `caterpillar:8:2`",
+    "SpecHub": "draft model, `binary:3`",
+}
+"""How the documents name the methods of `docs/benchmarks/ngram/measure.sh`."""
+
+
+def heads(spread: bool = False) -> str:
+    """Chains and trees of the demo target's draft model and of its EAGLE-3 head.
+
+    Args:
+        spread: whether to show the lowest and highest ratio of the step times, too.
+    """
+    measured = _by(read(DOCS / "benchmarks" / "heads" / "measurements.csv"))
+    settings = list(dict.fromkeys((t, batch) for t, batch, _ in measured))
+    rows = []
+    for method, name in HEADS.items():
+        cells = [name]
+        for at in settings:
+            cells.append(f"{_acceptance_length(measured[*at, method]):.2f}")
+        for at in settings:
+            steps = [
+                float(row["ms_per_step"]) / float(plain["ms_per_step"])
+                for row, plain in zip(measured[*at, method], measured[*at, "plain"], strict=True)
+            ]
+            range_ = f" ({min(steps):.1f} to {max(steps):.1f})" if spread else ""
+            cells.append(f"{median(steps):.1f}{range_}")
+        rows.append(cells)
+    columns = ("tokens/step", "step time")
+    return table(["method", *(f"{what}, T = {t}" for what in columns for t, _ in settings)], rows)
+
+
+def ngrams() -> str:
+    """The n-gram proposer on texts that repeat themselves; times are those of the fastest
+    repetitions."""
+    measured = _by(read(DOCS / "benchmarks" / "ngram" / "measurements.csv"))
+    settings = list(dict.fromkeys((t, batch) for t, batch, _ in measured))
+
+    def column(at: tuple[str, str], method: str, name: str) -> list[float]:
+        return [float(row[name]) for row in measured[*at, method]]
+
+    rows = []
+    for method, name in NGRAMS.items():
+        cells = [name]
+        for at in settings:
+            # of all steps and requests, as this proposer does not always draft
+            steps = column(at, method, "ms_per_step"), column(at, method, "ms_per_output_token")
+            cells.append(f"{median(step / token for step, token in zip(*steps, strict=True)):.2f}")
+        for at in settings:
+            fastest = (min(column(at, each, "ms_per_output_token")) for each in (method, "plain"))
+            own, plain = fastest
+            cells.append(f"{own / plain:.2f}")
+        rows.append(cells)
+    columns = ("tokens/step", "time per token")
+    header = [f"{what}, {_requests(batch)}" for what in columns for _, batch in settings]
+    return table(["method", *header], rows)
+
+
+def _requests(batch: str) -> str:
+    return f"{batch} request{'s' if batch != '1' else ''}"
+
+
 def _acceptance_length(repetitions: list[dict[str, str]]) -> float:
     """The tokens per step of all repetitions together."""
     accepted = sum(sum(json.loads(row["accepted_by_depth"])) for row in repetitions)

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Generate from real prompts with three methods in one run: plain vLLM, its chain, SpecHub trees.
+"""Generate from real prompts in one run: plain vLLM, its chain, SpecHub trees of a draft model and
+of an EAGLE-3 head.
 
 The first two use vLLM's default runner and kernels on this machine.
 """
@@ -68,12 +69,13 @@ def measure(llm, prompts: list[str], temperature: float, max_tokens: int) -> Res
 
 
 def methods(tree: str, num_nodes: int) -> dict[str, dict | None]:
-    """The three engines' names and speculative configurations."""
-    draft = str(PAIR / "draft")
+    """The engines' names and speculative configurations."""
+    draft, head = str(PAIR / "draft"), str(PAIR / "eagle3")
     return {
         "no speculation": None,
         f"vLLM chain of {num_nodes}": chain_config(draft, num_nodes),
         f"SpecHub {tree}": {"method": "spechub", "model": draft, "tree": tree},
+        f"SpecHub {tree}, EAGLE-3": {"method": "spechub", "model": head, "tree": tree},
     }
 
 

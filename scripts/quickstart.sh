@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# On a fresh machine: install everything, then generate with three methods and compare them.
+# On a fresh machine: install everything, then generate with four methods and compare them.
 . "$(dirname "$0")/env.sh"
 if [ ! -e .venv/.compiled ]; then
     # vLLM compiles each model once per machine; later runs use its cache.

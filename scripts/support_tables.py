@@ -400,6 +400,8 @@ FEATURES = (
             "proposers/test_ngram.py::test_prefixes_follow_the_target",
             "proposers/test_ngram.py::test_options_are_checked",
             "proposers/test_ngram.py::test_schedules_are_checked",
+            "proposers/test_ngram.py::test_rules_that_may_draw_are_refused",
+            "integration/test_parallel.py::test_tensor_parallelism_of_ngrams",
             "measure/test_preflight.py::test_a_proposer_is_no_draft",
         ),
     ),
@@ -407,10 +409,12 @@ FEATURES = (
         ("EAGLE-3 and EAGLE heads", "MTP layers of MiMo and GLM-4.5"),
         "works",
         "EAGLE-3 in both formats, with a reduced vocabulary; told by their configuration and the "
-        "names of their weights, their path decides nothing; with sampling parameters, schedules, "
-        "prefix caching, tensor parallelism and CUDA graphs ([heads](heads.md))",
+        "names of their weights, their path decides nothing; with sampling parameters, grammars, "
+        "LoRA, schedules, prefix caching, tensor parallelism and CUDA graphs, and in the commands "
+        "([heads](heads.md))",
         (
             "proposers/test_heads.py::test_eagle3_rows",
+            "proposers/test_heads.py::test_rows_of_what_other_eagle3_heads_have",
             "proposers/test_heads.py::test_rows_of_heads_that_read_the_last_layer",
             "proposers/test_heads.py::test_the_kind_is_told_by_the_configuration_and_weights",
             "proposers/test_heads.py::test_a_head_that_is_served_by_its_own_name",
@@ -420,7 +424,13 @@ FEATURES = (
             "engine/test_heads.py::test_a_chain_is_accepted_as_vllms_own_is",
             "engine/test_cuda_path.py::test_graphs_replay_what_a_step_needs",
             "engine/test_features.py::test_a_draft_whose_path_names_a_head",
+            "engine/test_features.py::test_lora_adapters_on_the_target",
+            "engine/test_heads.py::test_a_mixture_of_experts_drafts_with_its_own_layer",
+            "engine/test_structured_outputs.py::test_greedy_tokens",
             "integration/test_parallel.py::test_tensor_parallelism_of_a_head",
+            "integration/test_parallel.py::test_tensor_parallelism_of_an_mtp_layer",
+            "offline/test_heads.py::test_trees_below_roots",
+            "offline/test_heads.py::test_commands",
         ),
     ),
     Row(
@@ -437,6 +447,8 @@ FEATURES = (
             "proposers/test_heads.py::test_targets_that_do_not_fit_are_refused",
             "proposers/test_heads.py::test_the_map_to_the_targets_tokens",
             "proposers/test_heads.py::test_a_missing_map_is_refused_when_weights_load",
+            "offline/test_heads.py::test_heads_that_do_not_fit_are_refused",
+            "measure/test_preflight.py::test_heads_that_cannot_draft_trees",
             "proposers/test_draft_model.py::test_a_head_is_refused_by_its_configuration",
             "proposers/test_draft_model.py::test_a_head_that_calls_itself_a_model_is_refused",
         ),

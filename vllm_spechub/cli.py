@@ -46,7 +46,9 @@ PLOT_MODULE = "matplotlib.pyplot"
 
 # Options that several commands share
 Target = Annotated[str, typer.Argument(help="The target model: a folder or a Hugging Face name.")]
-Draft = Annotated[str, typer.Argument(help="The draft model, with the target's tokenizer.")]
+Draft = Annotated[
+    str, typer.Argument(help="The draft model, with the target's tokenizer, or an EAGLE head.")
+]
 DraftOption = Annotated[
     str,
     typer.Option(help="The draft model, a head, or for its own MTP layer the target once more."),
@@ -297,7 +299,7 @@ def explain(
         where = placement(device, dtype)
         description = PairDescription.read(target, draft)
         limit = description.max_positions
-        explain.check_length(len(description.encode(prompt, limit)), parsed, steps, limit)
+        explain.check_length(len(description.encode(prompt, limit)), parsed, steps, description)
         pair = description.load(*where)
         encoded = pair.encode(prompt, limit)
         trace = explain.trace(pair, encoded, parsed, rule, temperature, steps, seed)
@@ -325,7 +327,7 @@ def tune(
             "--rule",
             "-r",
             help="A rule to choose from; repeatable.",
-            show_default="all that draft trees, but match; for a head, traversal",
+            show_default="all that draft trees, but match; for an MTP layer, traversal",
         ),
     ] = None,
     temperature: Temperature = 1.0,
@@ -369,14 +371,18 @@ def tune(
     with one_line_errors(notes):
         preflight.check_modules("transformers", PLOT_MODULE)
         preflight.check_output_file("--out", out)
-        preflight.check_pair(target, "--draft", draft, heads=True)
+        preflight.check_pair(target, "--draft", draft, in_engines=True)
         from vllm_spechub.drafts.kinds import MODEL, read_head
+        from vllm_spechub.offline.heads import needs_engine
 
         head = read_head(draft)
         rules = _parse_tree_rules(rule)
-        if head is not None and len(rules) > 1:
+        if len(rules) > 1 and needs_engine(draft):
             if rule is not None:
-                raise ValueError("--rule: a head is measured with one rule; name one, or none")
+                raise ValueError(
+                    "--rule: a head that runs in engines only is measured with one rule; name one, "
+                    "or none"
+                )
             rules = (DEFAULT_RULE,)
         engine_options = preflight.parse_engine_options("--engine", engine)
         from vllm_spechub.measure.benchmark.machine import provenance

@@ -10,10 +10,13 @@ from vllm import SamplingParams
 
 from helpers import models
 from helpers.engines import engine, greedy_params, logprob_rows, model_runner, token_ids
+from helpers.heads import recorded_rows
 from helpers.metrics import spec_metrics
 from helpers.oracle import reference_model
-from helpers.pair import DRAFT, PROMPTS, TARGET
+from helpers.pair import DRAFT, EAGLE3, PROMPTS, TARGET
 from helpers.recording import recorded_nodes, request_of
+from vllm_spechub.offline.simulation.rows import draft_logits
+from vllm_spechub.offline.simulation.texts import ModelPair
 
 SAMPLED = SamplingParams(temperature=1.0, seed=3, max_tokens=50, ignore_eos=True)
 TO_THE_END = greedy_params(50, ignore_eos=True)
@@ -108,7 +111,8 @@ def test_sliding_windows(family, tmp_path, nodes, monkeypatch):
 
 
 def test_lora_adapters_on_the_target(tmp_path, nodes):
-    """Two adapters and none in one batch, output matrices included: each row has its request's."""
+    """Two adapters and none in one batch, output matrices included: each row has its request's, and
+    so have the hidden states that a head reads."""
     from vllm.lora.request import LoRARequest
 
     target = models.untied(tmp_path / "target", TARGET)
@@ -120,7 +124,10 @@ def test_lora_adapters_on_the_target(tmp_path, nodes):
     references = [target, *(merged for _, merged in adapters)] * 2
     # vLLM's CPU kernels take "no adapter" for the last slot: it must stay empty
     options = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
-    with engine("binary:3", model=target, **options) as llm:
+    with (
+        recorded_rows() as drafted,
+        engine("binary:3", model=target, draft=EAGLE3, **options) as llm,
+    ):
         sampled = llm.generate(PROMPTS, SAMPLED, use_tqdm=False, lora_request=loras)
         greedy = llm.generate(PROMPTS, TO_THE_END, use_tqdm=False, lora_request=loras)
         metrics = spec_metrics(llm)
@@ -129,6 +136,12 @@ def test_lora_adapters_on_the_target(tmp_path, nodes):
     for i, reference in enumerate(references):
         assert_rows(nodes, [sampled[i]], reference, count=40)
         assert_greedy([greedy[i]], reference)
+    for output, reference in zip(sampled[:3], references, strict=False):
+        pair = ModelPair.load(reference, EAGLE3, "cpu", torch.float32)
+        rows = [row for row in drafted if request_of(row.req_id) == output.request_id]
+        for row in rows[:: len(rows) // 8]:
+            found = draft_logits(pair, torch.tensor(row.text), torch.tensor(row.path).long())
+            torch.testing.assert_close(found, row.logits, atol=5e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from vllm import SamplingParams
 from helpers import heads
 from helpers.distributions import LENGTHS, assert_prefixes_follow
 from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids
+from helpers.heads import recorded_rows
 from helpers.metrics import spec_metrics
 from helpers.oracle import tokens_of
 from helpers.pair import EAGLE3, PROMPTS
@@ -76,9 +77,14 @@ def test_a_mixture_of_experts_drafts_with_its_own_layer(tmp_path):
     model, params = heads.glm4_moe(tmp_path / "glm"), greedy_params(16, ignore_eos=True)
     with engine(model=model) as llm:
         expected = token_ids(llm.generate(PROMPTS[:3], params, use_tqdm=False))
-    with engine("binary:2", model=model, draft=None) as llm:
+    with recorded_rows() as rows, engine("binary:2", model=model, draft=None) as llm:
         assert token_ids(llm.generate(PROMPTS[:3], params, use_tqdm=False)) == expected
         assert type(model_runner(llm).speculator.model).__name__ == "Glm4MoeMTP"
+    oracle = heads.GlmOracle(model)
+    assert {len(row.path) for row in rows} == {0, 1}
+    for row in rows[:: len(rows) // 20]:
+        expected = oracle.row(row.text, row.path)
+        torch.testing.assert_close(row.logits, expected, atol=2e-4, rtol=1e-4)
 
 
 def test_a_chain_is_accepted_as_vllms_own_is():

@@ -14,7 +14,7 @@ from helpers.engines import engine, greedy_params, token_ids
 from helpers.grammars import GRAMMARS, TOKENIZER, EndsAtPunctuation, Oracle, allowed
 from helpers.metrics import spec_metrics
 from helpers.oracle import reference_model
-from helpers.pair import PROMPTS
+from helpers.pair import EAGLE3, PROMPTS
 from helpers.recording import recorded_nodes, request_of
 from vllm_spechub.engine import grammar
 
@@ -76,7 +76,7 @@ def plain(backend, parser=""):
     [
         ("xgrammar", "binary:3", {}),
         ("guidance", IRREGULAR, {}),
-        ("guidance", "binary:3", {"max_num_batched_tokens": 41}),
+        ("guidance", "binary:3", {"max_num_batched_tokens": 41, "draft": EAGLE3}),
         ("xgrammar", "caterpillar:5:3", {"block_size": 32, "num_gpu_blocks_override": 14}),
     ],
 )

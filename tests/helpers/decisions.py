@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker extension for tests, which records what every rank's sampler decided, step by step."""
+"""A worker extension for tests, which records what every rank drafted and decided, step by step."""
 
 
 class DecisionRecorder:
@@ -23,3 +23,14 @@ class DecisionRecorder:
 
     def recorded_decisions(self) -> list:
         return self.decisions
+
+    def record_draft_rows(self) -> None:
+        from helpers.heads import recorded_rows
+
+        self.recording = recorded_rows()
+        self.draft_rows = self.recording.__enter__()
+
+    def recorded_draft_rows(self, count: int) -> list:
+        """Some of a head's rows: text, path and logits."""
+        chosen = self.draft_rows[:: max(1, len(self.draft_rows) // count)]
+        return [(row.text, row.path, row.logits.tolist()) for row in chosen]

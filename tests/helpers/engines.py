@@ -40,13 +40,15 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
             "verification": verification,
         } | (spec or {})
     with settled_heap():
-        llm = LLM(**(settings | options))
-        started.add(llm)
+        llm = None
         try:
+            llm = LLM(**(settings | options))
+            started.add(llm)
             yield llm
         finally:
-            llm.llm_engine.engine_core.shutdown()
-            del llm
+            if llm is not None:  # it may fail after it has made its groups of workers
+                llm.llm_engine.engine_core.shutdown()
+                del llm
             destroy_model_parallel()
             destroy_distributed_environment()
 

@@ -229,6 +229,7 @@ def glm4_moe(folder: Path) -> str:
         n_routed_experts=4,
         num_experts_per_tok=2,
         n_shared_experts=1,
+        rms_norm_eps=1e-5,
         first_k_dense_replace=1,
         initializer_range=0.1,
         max_position_embeddings=1024,
@@ -243,18 +244,20 @@ def glm4_moe(folder: Path) -> str:
     last = {n: w for n, w in weights.items() if n.startswith("model.layers.1.")}
     mtp = {n.replace("layers.1.", "layers.2."): w.clone() for n, w in last.items()}
     size, prefix = config.hidden_size, "model.layers.2."
-    mtp[f"{prefix}eh_proj.weight"] = torch.cat([torch.eye(size), torch.eye(size)], dim=1)
+    mtp[f"{prefix}eh_proj.weight"] = torch.cat([0.5 * torch.eye(size), torch.eye(size)], dim=1)
     for name in ("enorm", "hnorm", "shared_head.norm"):
-        mtp[f"{prefix}{name}.weight"] = torch.ones(size)
+        mtp[f"{prefix}{name}.weight"] = 0.5 + torch.rand(size)
     save_file(weights | mtp, file, {"format": "pt"})
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(TARGET) / name, folder)
     return str(folder)
 
 
-def normed(rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+def normed(
+    rows: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6
+) -> torch.Tensor:
     """RMS norm. [..., size]"""
-    rows = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1e-6)
+    rows = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps)
     return rows if weight is None else rows * weight
 
 
@@ -373,6 +376,39 @@ class Oracle:
             fed, tokens = torch.cat([fed, feedback[-1:]]), [*tokens, token]
             for_logits, feedback = self.forward(fed, tokens)
         return self.logits(for_logits[-1:])[0]
+
+
+class GlmOracle:
+    """As `Oracle`, of the MTP layer of a GLM-4.5 of `glm4_moe`: its experts are transformers'."""
+
+    def __init__(self, folder: str) -> None:
+        from transformers import Glm4MoeForCausalLM
+
+        # the MTP layer's block has the names of one more ordinary layer
+        self.model, whole = (
+            Glm4MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, num_hidden_layers=n)
+            for n in (2, 3)
+        )
+        self.block, self.rotary = whole.model.layers[2], whole.model.rotary_emb
+        self.weights = load_file(Path(folder) / "model.safetensors")
+
+    def norm(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        return normed(rows, self.weights[f"model.layers.2.{name}.weight"], 1e-5)
+
+    @torch.inference_mode()
+    def row(self, text: list[int], path: tuple[int, ...]) -> torch.Tensor:
+        fed = self.model.model(input_ids=torch.tensor([text[:-1]])).last_hidden_state[0]
+        fusing = self.weights["model.layers.2.eh_proj.weight"]
+        for count in range(len(path) + 1):
+            tokens = torch.tensor([*text[1:], *path[:count]])
+            embedded = self.model.get_input_embeddings()(tokens)
+            embedded[0] = 0
+            parts = self.norm("enorm", embedded), self.norm("hnorm", fed)
+            rows = (torch.cat(parts, dim=-1) @ fusing.T)[None]
+            angles = self.rotary(rows, torch.arange(len(tokens))[None])
+            given = self.block(rows, None, position_embeddings=angles)[0]
+            fed = torch.cat([fed, given[-1:]])
+        return self.model.get_output_embeddings()(self.norm("shared_head.norm", given[-1:]))[0]
 
 
 @dataclass

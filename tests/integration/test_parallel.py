@@ -9,11 +9,14 @@ import sys
 from contextlib import contextmanager
 
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from helpers import heads
 from helpers.engines import engine, greedy_params, plain_greedy, token_ids
+from helpers.heads import Oracle
 from helpers.metrics import spec_metrics
 from helpers.pair import DRAFT, EAGLE3, PROMPTS, TARGET
 
@@ -35,31 +38,43 @@ def one_core_each(monkeypatch):
 
 
 @contextmanager
-def two_workers(draft):
-    """An engine of two workers that has drawn the same tokens as one worker, on both of them."""
+def two_workers(like_one=True, **options):
+    """An engine of two workers that draws the same tokens on both of them: greedily those of plain
+    vLLM, and with seeds those of one worker."""
     expected = plain_greedy()
-    with engine(TREE, draft=draft) as llm:
-        seeded = token_ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False))
+    if like_one:
+        with engine(TREE, **options) as llm:
+            seeded = token_ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False))
 
-    options = {
+    options |= {
         "tensor_parallel_size": 2,
         "distributed_executor_backend": "mp",
         "worker_extension_cls": "helpers.decisions.DecisionRecorder",
     }
-    with engine(TREE, draft=draft, **options) as llm:
+    with engine(TREE, **options) as llm:
         llm.collective_rpc("record_decisions")
-        assert token_ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False)) == seeded
+        llm.collective_rpc("record_draft_rows")
+        if like_one:
+            assert token_ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False)) == seeded
         answers = token_ids(llm.generate(PROMPTS[:4], greedy_params(16), use_tqdm=False))
         assert answers == [answer[:16] for answer in expected[:4]]
-        assert spec_metrics(llm)["num_accepted_tokens"] > 20
+        assert spec_metrics(llm)["num_accepted_tokens"] > (20 if like_one else 0)
         first, second = llm.collective_rpc("recorded_decisions")
-        assert len(first) > 10
+        assert len(first) > (10 if like_one else 5)
         assert first == second
         yield llm
 
 
+def assert_rows_of_both_workers(llm, oracle):
+    for rows in llm.collective_rpc("recorded_draft_rows", args=(8,)):
+        assert len({len(path) for _, path, _ in rows}) > 1
+        for text, path, logits in rows:
+            expected = oracle.row(text, path)
+            torch.testing.assert_close(torch.tensor(logits), expected, atol=2e-4, rtol=1e-4)
+
+
 def test_tensor_parallelism(one_core_each):
-    with two_workers(DRAFT) as llm:
+    with two_workers(draft=DRAFT) as llm:
         workers = llm.llm_engine.engine_core.engine_core.model_executor.workers
         os.kill(workers[1].proc.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match=r"[Ee]xecutor|[Ww]orker|cancelled"):
@@ -68,7 +83,18 @@ def test_tensor_parallelism(one_core_each):
 
 def test_tensor_parallelism_of_a_head(one_core_each):
     """The head is split like its target, and its small vocabulary is gathered on every rank."""
-    with two_workers(EAGLE3):
+    with two_workers(draft=EAGLE3) as llm:
+        assert_rows_of_both_workers(llm, Oracle("eagle3", EAGLE3))
+
+
+def test_tensor_parallelism_of_an_mtp_layer(one_core_each, tmp_path):
+    model = heads.mimo(tmp_path / "mimo")
+    with two_workers(like_one=False, model=model, draft=None, tokenizer=TARGET) as llm:
+        assert_rows_of_both_workers(llm, Oracle("mtp", model))
+
+
+def test_tensor_parallelism_of_ngrams(one_core_each):
+    with two_workers(like_one=False, draft=None, spec={"proposer": "ngram"}):
         pass
 
 

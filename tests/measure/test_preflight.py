@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from helpers import vocabularies
 from helpers.models import edited
-from helpers.pair import DRAFT, EAGLE3, PAIR, TARGET
+from helpers.pair import DRAFT, PAIR, TARGET
 from vllm_spechub.cli import _parse_tree_rules, app
 from vllm_spechub.measure.benchmark import interleaved
 from vllm_spechub.measure.benchmark.interleaved import Failure, Row
@@ -111,13 +111,18 @@ def test_models_exist(tmp_path, arguments):
 
 
 @COMMANDS
-def test_heads_run_in_engines_only(arguments):
-    arguments = [EAGLE3 if argument == DRAFT else argument for argument in arguments]
-    if arguments[0] in ("simulate", "shape", "explain"):
-        assert_refused(arguments, f"DRAFT {EAGLE3!r} is a head (vLLM reads its configuration as Ea")
-    elif arguments[0] == "tune":
-        rules = ["--rule", "rrs", "--rule", "rrsw"]
-        assert_refused([*arguments, *rules], "--rule: a head is measured with one rule; name one")
+def test_heads_that_cannot_draft_trees(tmp_path, arguments):
+    head = edited(tmp_path / "head", TARGET, architectures=["DFlashDraftModel"])
+    asked = [head if argument == DRAFT else argument for argument in arguments]
+    assert_refused(asked, f"{head!r} is a DFlash head (vLLM reads its configuration as DFlashDraft")
+
+
+def test_mtp_layers_are_tuned_with_one_rule(tmp_path):
+    layer = {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    model = edited(tmp_path / "mimo", TARGET, model_type="qwen2", **layer)
+    asked = [model if argument in (TARGET, DRAFT) else argument for argument in TUNE]
+    rules = ["--rule", "rrs", "--rule", "rrsw"]
+    assert_refused([*asked, *rules], "--rule: a head that runs in engines only is measured with")
 
 
 @COMMANDS

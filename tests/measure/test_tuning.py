@@ -323,11 +323,12 @@ def test_slots_of_a_real_engine():
     assert accepted[0] > accepted[1] > 0
 
 
-def test_tune_from_end_to_end(fake, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("draft", "kind"), [(DRAFT, MODEL), (EAGLE3, "eagle3")])
+def test_tune_from_end_to_end(draft, kind, fake, monkeypatch, tmp_path):
     """All phases on the demo pair; acceptance is real, engines are not."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     out = tmp_path / "tuned.json"
-    arguments = ["tune", TARGET, "--draft", DRAFT, "--prompts", str(PAIR / "prompts.jsonl")]
+    arguments = ["tune", TARGET, "--draft", draft, "--prompts", str(PAIR / "prompts.jsonl")]
     arguments += ["--limit", "2", "--texts", "2", "--tokens", "8", "-n", "2", "-n", "4"]
     arguments += ["-K", "1", "-K", "2", "-b", "1", "-b", "4", "--repetitions", "1"]
     arguments += ["--rule", "ordered", "--out", str(out)]
@@ -341,10 +342,10 @@ def test_tune_from_end_to_end(fake, monkeypatch, tmp_path):
     assert done.exit_code == 0, done.output
     config = json.loads(out.read_text())
     assert config["verification"] == "ordered"
-    assert config["tree_by_batch_size"] == store.measured_schedule(TARGET, DRAFT, MODEL, "ordered")
+    assert config["tree_by_batch_size"] == store.measured_schedule(TARGET, draft, kind, "ordered")
     # two chains at two batches, of which the better one is measured again beside the schedule
-    assert [name for name, _ in first].count("draft_model") == 4
-    assert [name for name, _ in fake.calls].count("draft_model") == 2
+    assert [name for name, _ in first].count(kind) == 4
+    assert [name for name, _ in fake.calls].count(kind) == 2
 
     # results are written even if the plot cannot be drawn
     out.unlink()

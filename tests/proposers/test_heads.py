@@ -15,13 +15,16 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
 from helpers import heads, models
-from helpers.engines import engine, greedy_params, plain_greedy, token_ids
+from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids
 from helpers.heads import Oracle, recorded_rows
 from helpers.metrics import spec_metrics
 from helpers.pair import DRAFT, PROMPTS, TARGET
+from vllm_spechub.drafts.fit import check_tokens
 from vllm_spechub.integration.refusals import Unsupported
+from vllm_spechub.offline.simulation.rows import draft_logits
+from vllm_spechub.offline.simulation.texts import ModelPair
 from vllm_spechub.proposers import heads as proposer_of_heads
-from vllm_spechub.proposers.heads import Eagle3Proposer, HeadProposer
+from vllm_spechub.proposers.heads import HeadProposer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,13 +40,25 @@ IRREGULAR = [0, 0, 0, 1, 1, 2, 4]
 SCHEDULE = [[1, 2, "binary:2"], [3, 4, "chain:2"], [5, None, None]]
 
 
+CLOSE = {"atol": 2e-4, "rtol": 1e-4}
+
+
+def chosen(rows, count=40):
+    """Some of the rows, of several depths."""
+    assert len({len(row.path) for row in rows}) > 1
+    return [rows[i] for i in torch.linspace(0, len(rows) - 1, count).int()]
+
+
 def assert_rows_are_the_oracles(oracle, rows):
-    depths = {len(row.path) for row in rows}
-    assert len(depths) > 1
-    checked = [rows[i] for i in torch.linspace(0, len(rows) - 1, 40).int()]
-    for row in checked:
-        expected = oracle.row(row.text, row.path)
-        torch.testing.assert_close(row.logits, expected, atol=2e-4, rtol=1e-4)
+    for row in chosen(rows):
+        torch.testing.assert_close(row.logits, oracle.row(row.text, row.path), **CLOSE)
+
+
+def assert_rows_are_those_without_an_engine(head, rows):
+    pair = ModelPair.load(TARGET, head, "cpu", torch.float32)
+    for row in chosen(rows, 15):
+        found = draft_logits(pair, torch.tensor(row.text), torch.tensor(row.path).long())
+        torch.testing.assert_close(found, row.logits, **CLOSE)
 
 
 def engine_counters(llm):
@@ -93,6 +108,31 @@ def test_eagle3_rows(request, tmp_path, form, tree, options):
     if "kv_cache_memory_bytes" in options:
         assert counters["vllm:num_preemptions"] > 0
     assert_rows_are_the_oracles(Oracle("eagle3", head), rows)
+    assert_rows_are_those_without_an_engine(head, rows)
+
+
+def test_rows_of_what_other_eagle3_heads_have(made, tmp_path):
+    """Norms of queries and keys and of what is fed, a second layer, a normed output: the engine's
+    rows are the commands'."""
+    layer = json.loads((Path(made["eagle3"]) / "config.json").read_text())
+    layer = layer["transformer_layer_config"] | {"model_type": "qwen3", "num_hidden_layers": 2}
+    size, head_dim = layer["hidden_size"], layer["head_dim"]
+    torch.manual_seed(4)
+    norms = {"input_norm": 3 * size, **{f"fc_norm.{i}": size for i in range(3)}}
+    for i in (0, 1):
+        norms |= {f"layers.{i}.self_attn.{which}_norm": head_dim for which in "qk"}
+        norms |= {f"layers.{i}.{which}_layernorm": size for which in ("input", "post_attention")}
+    weights = load_file(Path(made["eagle3"]) / "model.safetensors")
+    weights |= heads.random_layer("layers.1.", layer, 0.3)
+    weights |= {f"{name}.weight": 0.5 + torch.rand(width) for name, width in norms.items()}
+    options = {"norm_before_fc": True, "fc_norm": True, "norm_output": True}
+    config = json.loads((Path(made["eagle3"]) / "config.json").read_text()) | options
+    config |= {"norm_before_residual": False, "transformer_layer_config": layer}
+    head = heads.folder_of(tmp_path / "head", config, weights)
+    with recorded_rows() as rows, engine("binary:2", draft=head) as llm:
+        llm.generate(PROMPTS[2:4], greedy_params(8), use_tqdm=False)
+        assert type(model_runner(llm).speculator.model).__name__ == "Eagle3Qwen3ForCausalLM"
+    assert_rows_are_those_without_an_engine(head, rows)
 
 
 @pytest.mark.parametrize("kind", ["eagle", "mtp"])
@@ -112,6 +152,8 @@ def test_rows_of_heads_that_read_the_last_layer(tmp_path, kind):
     assert answers == plain_greedy()
     assert metrics["num_accepted_tokens"] > 0.1 * metrics["num_drafts"]
     assert_rows_are_the_oracles(Oracle(kind, made), rows)
+    if kind == "eagle":
+        assert_rows_are_those_without_an_engine(made, rows)
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +291,8 @@ def test_targets_that_do_not_fit_are_refused(made, tmp_path, monkeypatch):
         ([5, 4, 7], "names a token of the target twice"),
     ],
 )
-def test_the_map_to_the_targets_tokens(made, d2t, message):
-    draft = SimpleNamespace(model=made["eagle3"], revision=None)
-    proposer = SimpleNamespace(draft_model_config=draft, vocab_size=2048)
-    check = partial(Eagle3Proposer._check_tokens, proposer, torch.tensor(d2t))
+def test_the_map_to_the_targets_tokens(d2t, message):
+    check = partial(check_tokens, "DRAFT", "head", torch.tensor(d2t), 2048)
     if message is None:
         check()
         return

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import StructuredOutputsParams
 
 from helpers.distributions import LENGTHS, assert_prefixes_follow
@@ -26,6 +27,7 @@ from helpers.engines import (
 from helpers.metrics import spec_metrics, spechub_metrics
 from helpers.oracle import tokens_of
 from helpers.pair import PROMPTS, TARGET
+from helpers.third_party import RULE, installed_examples
 from vllm_spechub.integration.platforms import PLATFORMS
 from vllm_spechub.proposers.ngram import (
     NUM_PLACES,
@@ -323,3 +325,11 @@ def test_schedules_are_checked():
         message = r"\['tree_by_batch_size'\] is 'auto.*', but nobody has measured"
         with pytest.raises(ValueError, match=message):
             NgramProposer.check_options(spec, None)
+
+
+def test_rules_that_may_draw_are_refused(tmp_path):
+    spec = {"method": "spechub", "proposer": "ngram", "tree": "binary:2", "verification": RULE}
+    args = EngineArgs(model=TARGET, dtype="float32", speculative_config=spec)
+    message = rf"\['verification'\] is '{RULE}', but proposer 'ngram' draws nothing; allowed: "
+    with installed_examples(tmp_path), pytest.raises(ValueError, match=message):
+        args.create_engine_config()

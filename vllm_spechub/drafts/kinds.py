@@ -129,13 +129,27 @@ def proposer_for(options: Mapping[str, Any], target: ModelConfig) -> str:
     head = named_head(options, target)
     if head is None:
         return MODEL
+    if options.get("model") is not None:  # otherwise it is the target's own MTP layer
+        check_kind("speculative_config['model']:", options["model"], head)
+    return head.kind
+
+
+def check_kind(option: str, draft: str, head: Head) -> None:
+    """Check that there is a proposer for a head.
+
+    Args:
+        option: what named the head, for messages.
+        draft: its folder or Hugging Face id.
+        head: what kind it is.
+
+    Raises:
+        ValueError: one line.
+    """
     if head.kind not in (EAGLE, EAGLE3, MTP):
         raise ValueError(
-            f"speculative_config['model']: {options['model']!r} is a {head.kind} head "
-            f"({head.sign}), which cannot draft trees; use an EAGLE-3, EAGLE or MTP head, or a "
-            "model that runs by itself"
+            f"{option} {draft!r} is a {head.kind} head ({head.sign}), which cannot draft trees; "
+            "use an EAGLE-3, EAGLE or MTP head, or a model that runs by itself"
         )
-    return head.kind
 
 
 def tensor_names(draft: str, revision: str | None) -> Iterator[str]:

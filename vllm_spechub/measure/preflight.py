@@ -58,32 +58,33 @@ def _check_name(option: str, model: str) -> None:
         raise ValueError(f"{option} {model!r} has no model: there is no such folder")
 
 
-def check_pair(target: str, option: str, draft: str, heads: bool = False) -> None:
+def check_pair(target: str, option: str, draft: str, in_engines: bool = False) -> None:
     """Read the configurations of a target and of its draft, and compare their vocabularies.
 
     Args:
         target: a folder or a Hugging Face name, as the draft.
         option: what named the draft.
-        heads: whether the draft may be a head, which the target's engine will check.
+        in_engines: whether a head may be one that runs in engines only, which check that it fits.
 
     Raises:
         ValueError: neither a folder with a model nor a Hugging Face name, another vocabulary, or a
-            head.
+            head that does not fit or cannot be used.
     """
-    from vllm_spechub.drafts.kinds import read_head
-    from vllm_spechub.offline.simulation.texts import PairDescription
+    from vllm_spechub.offline.simulation.texts import PairDescription, read_head
 
     _check_name(option, draft)
     check_models({"TARGET": target})
     head = read_head(draft)
     if head is None:
         check_models({option: draft})
-        PairDescription.read(target, draft, option)
-    elif not heads:
-        raise ValueError(
-            f"{option} {draft!r} is a head ({head.sign}), which runs only in an engine with its "
-            "target: `vllm-spechub tune` measures it there"
-        )
+    elif in_engines:
+        from vllm_spechub.drafts.kinds import check_kind
+        from vllm_spechub.offline.heads import needs_engine
+
+        check_kind(option, draft, head)
+        if needs_engine(draft):
+            return
+    PairDescription.read(target, draft, option)
 
 
 def check_output_folder(option: str, folder: Path) -> None:

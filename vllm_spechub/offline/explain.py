@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of draft trees: what was drafted, how likely it was, and what was accepted.
 
-The steps run `draft_tree` and `verify_tree` on a pair of Hugging Face models, so no engine is
-needed. Each node's path is computed anew from its tokens, which is fast enough for one prompt.
+The steps run `draft_tree` and `verify_tree` on a pair of Hugging Face models, or a model and its
+head, so no engine is needed. Each node's path is computed anew from its tokens, which is fast
+enough for one prompt.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from vllm_spechub.offline.draft_and_verify import draft_tree, verify_tree
-from vllm_spechub.offline.simulation.texts import ModelPair
+from vllm_spechub.offline.simulation.rows import draft_logits
+from vllm_spechub.offline.simulation.texts import ModelPair, PairDescription
 from vllm_spechub.trees.drawing import node_rows
 from vllm_spechub.trees.tree import TokenTree
 
@@ -66,9 +68,10 @@ def trace(
     """Decode some steps from a prompt, and record what each step drafted and accepted.
 
     Raises:
-        ValueError: the models cannot read as many tokens, or `draft_tree` refuses the rule or tree.
+        ValueError: the models cannot read as many tokens, or so few, or `draft_tree` refuses the
+            rule or tree.
     """
-    check_length(len(prompt), tree, num_steps, pair.max_positions)
+    check_length(len(prompt), tree, num_steps, pair.description)
     generator = torch.Generator().manual_seed(seed)
     steps, text = [], prompt
     for _ in range(num_steps):
@@ -78,13 +81,21 @@ def trace(
     return steps
 
 
-def check_length(num_prompt_tokens: int, tree: TokenTree, num_steps: int, limit: int) -> None:
-    """Raises: ValueError, if the prompt and the steps are longer than the models read."""
+def check_length(
+    num_prompt_tokens: int, tree: TokenTree, num_steps: int, pair: PairDescription
+) -> None:
+    """Raises: ValueError, if the prompt and the steps are longer than the models read, or if there
+    is no hidden state before the first root for a head."""
     longest = num_prompt_tokens + num_steps * (tree.depth + 1)
-    if longest > limit:
+    if longest > pair.max_positions:
         raise ValueError(
             f"the prompt's {num_prompt_tokens} tokens and {num_steps} steps need {longest} "
-            f"positions, the models read {limit}"
+            f"positions, the models read {pair.max_positions}"
+        )
+    if pair.head is not None and num_prompt_tokens < 2:
+        raise ValueError(
+            "the prompt has 1 token, but a head reads the hidden state before its root; give a "
+            "longer prompt"
         )
 
 
@@ -95,20 +106,21 @@ def shown(pair: ModelPair, token: int) -> str:
 
 @torch.inference_mode()
 def _step(pair, text, tree, rule, temperature, generator) -> tuple[Step, torch.Tensor]:
-    def probs(model, rows: torch.Tensor) -> torch.Tensor:
-        """After each row's last token. [num_rows, vocab_size]"""
-        return torch.softmax(model(input_ids=rows).logits[:, -1].float() / temperature, dim=-1)
+    def probs(
+        # [vocab_size]
+        logits: torch.Tensor,
+    ) -> torch.Tensor:
+        """[1, vocab_size]"""
+        return torch.softmax(logits.float() / temperature, dim=-1).unsqueeze(0).cpu()
 
     def draft_probs(prefixes: torch.Tensor) -> torch.Tensor:
-        rows = torch.cat([text.unsqueeze(0), prefixes.to(text.device)], dim=1)
-        return probs(pair.draft, rows).cpu()
+        return probs(draft_logits(pair, text, prefixes[0].to(text.device)))
 
     draft = draft_tree(tree, draft_probs, 1, rule=rule, generator=generator)
     tokens = [int(text[-1]), *draft.tokens[0].tolist()]
-    below = [torch.tensor([tokens[n] for n in path[1:]], dtype=text.dtype) for path in tree.paths]
-    target = torch.cat(
-        [probs(pair.target, torch.cat([text, b.to(text.device)]).unsqueeze(0)) for b in below]
-    ).cpu()
+    below = [text.new_tensor([tokens[n] for n in path[1:]]) for path in tree.paths]
+    whole = [torch.cat([text, path]).unsqueeze(0) for path in below]
+    target = torch.cat([probs(pair.target(input_ids=each).logits[0, -1]) for each in whole])
     emitted, num_tokens = verify_tree(draft, target.unsqueeze(0), rule=rule, generator=generator)
     emitted = emitted[0, : int(num_tokens)]
 

@@ -21,10 +21,10 @@ from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.model_executor.models.interfaces import supports_any_eagle, supports_eagle3
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
 from vllm.v1.worker.gpu.spec_decode.eagle.utils import load_eagle_model
 
 from vllm_spechub.config import SpecHubConfig
+from vllm_spechub.drafts.fit import TargetSize, check_fit, check_tokens
 from vllm_spechub.drafts.kinds import (
     EAGLE,
     EAGLE3,
@@ -40,12 +40,6 @@ from vllm_spechub.rules.draft_state import DraftLevel, DraftState
 MTP_ARCHITECTURES = ("MiMoMTPModel", "Glm4MoeMTPModel")
 """The MTP layers that may draft trees: others have recurrent layers or MLA, use the target's cache,
 or are not tested."""
-OTHERS = "use a head that was trained for this target, or a model that runs by itself"
-
-
-def _default_aux_layers(num_layers: int) -> tuple[int, ...]:
-    """The layers that vLLM collects if the head's configuration names none."""
-    return 2, num_layers // 2, num_layers - 3
 
 
 class HeadProposer(ModelProposer[torch.Tensor]):
@@ -84,16 +78,17 @@ class HeadProposer(ModelProposer[torch.Tensor]):
 
     @classmethod
     def check_config(cls, config: SpecHubConfig) -> None:
-        draft, target = config.draft_model_config, config.target_model_config
-        for what, own, targets in (
-            ("hidden states of size", cls.target_hidden_size(draft), target.get_hidden_size()),
-            ("a vocabulary of size", draft.get_vocab_size(), target.get_vocab_size()),
-        ):
-            if own != targets:
-                raise ValueError(
-                    f"speculative_config['model']: the head needs a target with {what} {own}, but "
-                    f"this one has {targets}; {OTHERS}"
-                )
+        target = config.target_model_config
+        check_fit(
+            "speculative_config['model']",
+            cls.vllm_method,
+            config.draft_model_config.hf_text_config,
+            TargetSize(
+                target.get_hidden_size(),
+                target.get_vocab_size(),
+                target.get_total_num_hidden_layers(),
+            ),
+        )
         workers = config.target_parallel_config.tensor_parallel_size
         if config.draft_tensor_parallel_size != workers:
             raise ValueError(
@@ -101,11 +96,6 @@ class HeadProposer(ModelProposer[torch.Tensor]):
                 f"{config.draft_tensor_parallel_size}, but a head is split like its target, over "
                 f"{workers}; leave it out"
             )
-
-    @staticmethod
-    def target_hidden_size(draft: ModelConfig) -> int:
-        """The size of the target's hidden states that a head was made for."""
-        return draft.get_hidden_size()
 
     @property
     def attn_vllm_config(self) -> VllmConfig:
@@ -275,33 +265,12 @@ class Eagle3Proposer(HeadProposer):
     @classmethod
     def check_config(cls, config: SpecHubConfig) -> None:
         super().check_config(config)
-        draft, target = config.draft_model_config.hf_config, config.target_model_config
+        target = config.target_model_config
         if not supports_eagle3(get_model_cls(target)):
             raise ValueError(
                 f"speculative_config['model']: vLLM has no EAGLE-3 for {target.architecture}; use "
                 "a model that runs by itself"
             )
-        options = getattr(draft, "eagle_config", None) or {}
-        if not options.get("use_aux_hidden_state", True):
-            raise ValueError(
-                "speculative_config['model']: the head's eagle_config has "
-                "use_aux_hidden_state=false, but vLLM feeds auxiliary hidden states to every "
-                f"EAGLE-3 head; {OTHERS}"
-            )
-        deepest = target.get_total_num_hidden_layers()
-        layers = get_eagle3_aux_layers_from_config(config) or _default_aux_layers(deepest)
-        count = getattr(draft, "num_aux_hidden_states", None) or len(
-            options.get("eagle_aux_hidden_state_layer_ids") or range(3)
-        )
-        if len(set(layers)) != count or not all(0 <= layer <= deepest for layer in layers):
-            raise ValueError(
-                f"speculative_config['model']: the head reads {count} of the target's layers, "
-                f"{list(layers)}; allowed: {count} different ones from 0 to {deepest}; {OTHERS}"
-            )
-
-    @staticmethod
-    def target_hidden_size(draft: ModelConfig) -> int:
-        return getattr(draft.hf_config, "target_hidden_size", None) or draft.get_hidden_size()
 
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
@@ -309,35 +278,18 @@ class Eagle3Proposer(HeadProposer):
         model = super().load_draft_model(target_model, target_attn_layer_names)
         offsets = model.draft_id_to_target_id
         if isinstance(offsets, torch.Tensor):
-            self._check_tokens(offsets)
+            draft = self.draft_model_config
+            # what is missing in the checkpoint stays 0
+            missing = not offsets.any() and "d2t" not in set(
+                tensor_names(draft.model, draft.revision)
+            )
+            check_tokens(
+                "speculative_config['model']",
+                draft.model,
+                None if missing else offsets,
+                self.vocab_size,
+            )
         return model
-
-    def _check_tokens(
-        self,
-        # [draft_vocab_size] int64, the target's id less the head's
-        offsets: torch.Tensor,
-    ) -> None:
-        """Check the map from the head's tokens to the target's.
-
-        Raises:
-            ValueError: one line that says what is wrong with it.
-        """
-        draft, vocab_size = self.draft_model_config, self.vocab_size
-        # What is missing in the checkpoint stays 0.
-        if not offsets.any() and "d2t" not in set(tensor_names(draft.model, draft.revision)):
-            wrong = "is missing"
-        else:
-            tokens = torch.arange(len(offsets), device=offsets.device) + offsets
-            if tokens.min() < 0 or tokens.max() >= vocab_size:
-                wrong = f"leaves the target's vocabulary, 0 to {vocab_size - 1}"
-            elif len(tokens.unique()) < len(tokens):
-                wrong = "names a token of the target twice"
-            else:
-                return
-        raise ValueError(
-            f"speculative_config['model']: d2t in the weights of {draft.model!r}, which maps the "
-            f"head's {len(offsets)} tokens to the target's, {wrong}; {OTHERS}"
-        )
 
     def target_states(
         self,

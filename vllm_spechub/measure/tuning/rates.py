@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the acceptance by slot of every rule on the user's prompts.
 
-Models that run by themselves are measured with transformers, and heads in engines.
+Models that run by themselves and EAGLE heads are measured with transformers, other heads in
+engines.
 """
 
 import multiprocessing
@@ -124,7 +125,7 @@ def _measure(request: TuningRequest) -> Measurement:
 def measure_head(
     setup: Setup, request: TuningRequest, report: Callable[[str], None]
 ) -> Measurement:
-    """Measure a head's acceptance with complete trees in engines, which are what can run a head.
+    """Measure a head's acceptance with complete trees in engines, if nothing else can run it.
 
     A node with k children is verified once for every drafted tree, and once for every accepted
     node that has children. All depths count alike, as they do where trees are chosen.

@@ -9,7 +9,6 @@ from statistics import median
 
 from rich.console import Console
 
-from vllm_spechub.drafts.kinds import read_head
 from vllm_spechub.measure.benchmark import methods
 from vllm_spechub.measure.benchmark.interleaved import (
     Failure,
@@ -31,6 +30,7 @@ from vllm_spechub.measure.tuning.choose import (
 )
 from vllm_spechub.measure.tuning.request import TuningRequest
 from vllm_spechub.measure.tuning.state import State
+from vllm_spechub.offline.heads import needs_engine
 from vllm_spechub.offline.simulation.texts import read_prompts
 from vllm_spechub.trees import measured_schedule
 from vllm_spechub.trees.tree import TokenTree
@@ -148,7 +148,7 @@ class Tuning:
             def advance(label: str, done: int, total: int) -> None:
                 progress.update(task, description=label, completed=done, total=total)
 
-            if read_head(self.request.draft) is None:
+            if not needs_engine(self.request.draft):
                 measured = rates.measure(self.request, advance)
             else:
                 measured = rates.measure_head(

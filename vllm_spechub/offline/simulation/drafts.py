@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_spechub.offline.simulation.rows import TreeRows
+from vllm_spechub.offline.simulation.rows import TreeRows, draft_rows
 from vllm_spechub.offline.simulation.texts import ModelPair, Roots
 from vllm_spechub.registry import RULES
 from vllm_spechub.rules.base import VerificationRule
@@ -144,7 +144,7 @@ class _Forest:
         self, pair: ModelPair, roots: Roots, plans: list[Plan], temperature: float, seed: int
     ) -> None:
         num_roots, device = len(roots.text), roots.texts.device
-        self.readers = TreeRows(pair.target, roots), TreeRows(pair.draft, roots)
+        self.readers = TreeRows(pair.target, roots), draft_rows(pair, roots)
         self.plans, self.temperature = plans, temperature
         self.vocab_size, self.num_roots = pair.vocab_size, num_roots
         # One stream per root; a hash of its tokens tells a node from the others of a root, so that

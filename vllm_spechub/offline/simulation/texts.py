@@ -3,13 +3,25 @@
 
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from vllm_spechub.drafts.vocabulary import check_vocabularies, first_line, is_made_up
+
+if TYPE_CHECKING:
+    from vllm_spechub.drafts.kinds import Head
+    from vllm_spechub.offline.heads import HeadDescription, OfflineHead
 
 UNLIMITED = 1 << 30
 """The positions that a model reads whose configuration names no number."""
@@ -27,6 +39,8 @@ class PairDescription:
     vocab_size: int
     # positions that both models read
     max_positions: int
+    # of a draft that is a head
+    head: "HeadDescription | None" = None
 
     @classmethod
     def read(cls, target: str, draft: str, draft_option: str = "DRAFT") -> "PairDescription":
@@ -38,25 +52,30 @@ class PairDescription:
             draft_option: what named the draft, for messages.
 
         Raises:
-            ValueError: the target has no tokenizer, or the draft another vocabulary.
+            ValueError: the target has no tokenizer, the draft has another vocabulary, or it is a
+                head of another target or one that runs in engines only.
         """
-        configs = [AutoConfig.from_pretrained(name).get_text_config() for name in (target, draft)]
-        vocab_size, draft_vocab_size = (config.vocab_size for config in configs)
+        own = AutoConfig.from_pretrained(target).get_text_config()
+        head = _describe_head(draft_option, draft, own)
+        # a head reads what its target reads
+        read = own if head else AutoConfig.from_pretrained(draft).get_text_config()
+        vocab_size, draft_vocab_size = own.vocab_size, read.vocab_size
         try:
             tokenizer = AutoTokenizer.from_pretrained(target)
         except Exception as error:  # each kind of tokenizer has its own
             raise ValueError(f"TARGET {target!r} has no tokenizer: {first_line(error)}") from error
         if is_made_up(tokenizer):
             raise ValueError(f"TARGET {target!r} has no tokenizer")
-        check_vocabularies(
-            draft_option,
-            (draft_vocab_size, vocab_size),
-            lambda: AutoTokenizer.from_pretrained(draft),
-            tokenizer,
-        )
-        lengths = (getattr(config, "max_position_embeddings", None) for config in configs)
+        if head is None:
+            check_vocabularies(
+                draft_option,
+                (draft_vocab_size, vocab_size),
+                lambda: AutoTokenizer.from_pretrained(draft),
+                tokenizer,
+            )
+        lengths = (getattr(config, "max_position_embeddings", None) for config in (own, read))
         longest = min(length or UNLIMITED for length in lengths)
-        return cls(target, draft, tokenizer, draft_vocab_size, vocab_size, longest)
+        return cls(target, draft, tokenizer, draft_vocab_size, vocab_size, longest, head)
 
     def encode(self, prompt: str, max_tokens: int) -> torch.Tensor:
         """The prompt's last `max_tokens` tokens, at least one. [num_tokens] int64, on the CPU"""
@@ -73,10 +92,31 @@ class PairDescription:
             torch.nn.Module.to(model, device)
             return model.eval()
 
-        target, draft = load(self.target), load(self.draft)
+        target = load(self.target)
+        if self.head is not None:
+            return ModelPair(target, self.head.load(target, device, dtype), self)
+        draft = load(self.draft)
         if self.draft_vocab_size != self.vocab_size:
             _fit_vocabulary(draft, self.draft_vocab_size, self.vocab_size)
         return ModelPair(target, draft, self)
+
+
+def read_head(draft: str) -> "Head | None":
+    """What kind of head a draft is; None for a model, and without vLLM, which knows the kinds."""
+    if find_spec("vllm") is None:
+        return None
+    from vllm_spechub.drafts import kinds
+
+    return kinds.read_head(draft)
+
+
+def _describe_head(option: str, draft: str, target: PretrainedConfig) -> "HeadDescription | None":
+    head = read_head(draft)
+    if head is None:
+        return None
+    from vllm_spechub.offline.heads import HeadDescription
+
+    return HeadDescription.read(option, draft, head, target)
 
 
 def _fit_vocabulary(draft: PreTrainedModel, own_size: int, size: int) -> None:
@@ -99,10 +139,10 @@ def _fit_vocabulary(draft: PreTrainedModel, own_size: int, size: int) -> None:
 @dataclass(frozen=True)
 class ModelPair:
     """A target and a draft over one vocabulary. Called with `input_ids` by name, each gives logits
-    [num_rows, num_tokens, vocab_size]."""
+    [num_rows, num_tokens, vocab_size], unless the draft is a head."""
 
     target: PreTrainedModel
-    draft: PreTrainedModel
+    draft: Union[PreTrainedModel, "OfflineHead"]
     description: PairDescription
 
     @classmethod
