@@ -8,7 +8,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import RepetitionDetectionParams
+from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
 from helpers import models
 from helpers.engines import engine, token_ids
@@ -54,6 +54,7 @@ ANSWERED = {
     "prompt_logprobs=-1": greedy(prompt_logprobs=-1),
     "logprob_token_ids=[]": greedy(logprob_token_ids=[]),
     "seed": greedy(seed=2**63 - 1),
+    "extra_args": greedy(extra_args={"x": [2**64 - 1, {"y": -(2**63)}], "z": float("nan")}),
 }
 SERVED = {
     # as nothing can be compared with: other random numbers, or a ruined row
@@ -81,6 +82,12 @@ REFUSED = {
     "seed='7'": sampled(seed="7"),
     "max_tokens=2.5": sampled(max_tokens=2.5),
     "min_tokens=2.5": sampled(min_tokens=2.5),
+    "extra_args=2**70": sampled(extra_args={"x": [0, {"y": (2**70,)}]}),
+    "extra_args=-2**63-1": sampled(extra_args={"x": {-(2**63) - 1: 0}}),
+    "structured_outputs=2**70": sampled(
+        structured_outputs=StructuredOutputsParams(json={"type": "integer", "maximum": 2**70})
+    ),
+    "stop_token_ids=2**70": sampled(stop_token_ids=[2**70]),
     "logit_bias=nan": sampled(logit_bias={5: float("nan")}),
     "logit_bias='1'": sampled(logit_bias={5: "1"}),
     "allowed_token_ids=[1.5]": sampled(allowed_token_ids=[1.5]),

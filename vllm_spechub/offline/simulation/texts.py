@@ -4,11 +4,19 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from vllm_spechub.drafts.sources import Sources
 from vllm_spechub.drafts.vocabulary import check_vocabularies, first_line, is_made_up
 
 UNLIMITED = 1 << 30
@@ -19,44 +27,51 @@ UNLIMITED = 1 << 30
 class PairDescription:
     """What is known of a pair before weights are loaded."""
 
-    target: str
-    draft: str
+    sources: Sources
     # of the target
     tokenizer: PreTrainedTokenizerBase
-    draft_vocab_size: int
-    vocab_size: int
+    target_config: PretrainedConfig
+    draft_config: PretrainedConfig
     # positions that both models read
     max_positions: int
 
     @classmethod
-    def read(cls, target: str, draft: str, draft_option: str = "DRAFT") -> "PairDescription":
-        """Read configurations and tokenizers from Hugging Face folders or names.
+    def read(cls, sources: Sources, draft_option: str = "DRAFT") -> "PairDescription":
+        """Read configurations and tokenizers.
 
         Args:
-            target: the target.
-            draft: the draft.
+            sources: Hugging Face folders or names.
             draft_option: what named the draft, for messages.
 
         Raises:
             ValueError: the target has no tokenizer, or the draft another vocabulary.
         """
-        configs = [AutoConfig.from_pretrained(name).get_text_config() for name in (target, draft)]
-        vocab_size, draft_vocab_size = (config.vocab_size for config in configs)
+        target = AutoConfig.from_pretrained(sources.target, **sources.target_options)
+        target.update(sources.overrides)
+        draft = AutoConfig.from_pretrained(sources.draft, **sources.draft_options)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(target)
+            tokenizer = AutoTokenizer.from_pretrained(
+                sources.tokenizer, **sources.tokenizer_options
+            )
         except Exception as error:  # each kind of tokenizer has its own
-            raise ValueError(f"TARGET {target!r} has no tokenizer: {first_line(error)}") from error
+            raise ValueError(f"{_named(sources)} has no tokenizer: {first_line(error)}") from error
         if is_made_up(tokenizer):
-            raise ValueError(f"TARGET {target!r} has no tokenizer")
+            raise ValueError(f"{_named(sources)} has no tokenizer")
+        texts = target.get_text_config(), draft.get_text_config()
         check_vocabularies(
             draft_option,
-            (draft_vocab_size, vocab_size),
-            lambda: AutoTokenizer.from_pretrained(draft),
+            (texts[1].vocab_size, texts[0].vocab_size),
+            lambda: AutoTokenizer.from_pretrained(sources.draft, **sources.draft_options),
             tokenizer,
         )
-        lengths = (getattr(config, "max_position_embeddings", None) for config in configs)
+        lengths = (getattr(config, "max_position_embeddings", None) for config in texts)
         longest = min(length or UNLIMITED for length in lengths)
-        return cls(target, draft, tokenizer, draft_vocab_size, vocab_size, longest)
+        return cls(sources, tokenizer, target, draft, longest)
+
+    @property
+    def vocab_size(self) -> int:
+        """The target's."""
+        return self.target_config.get_text_config().vocab_size
 
     def encode(self, prompt: str, max_tokens: int) -> torch.Tensor:
         """The prompt's last `max_tokens` tokens, at least one. [num_tokens] int64, on the CPU"""
@@ -68,15 +83,26 @@ class PairDescription:
     def load(self, device: str | torch.device, dtype: torch.dtype) -> "ModelPair":
         """Load both models' weights."""
 
-        def load(name: str) -> PreTrainedModel:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        def load(name: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=dtype, **options
+            )
             torch.nn.Module.to(model, device)
             return model.eval()
 
-        target, draft = load(self.target), load(self.draft)
-        if self.draft_vocab_size != self.vocab_size:
-            _fit_vocabulary(draft, self.draft_vocab_size, self.vocab_size)
+        sources = self.sources
+        target = load(sources.target, self.target_config, sources.target_options)
+        draft = load(sources.draft, self.draft_config, sources.draft_options)
+        draft_size = self.draft_config.get_text_config().vocab_size
+        if draft_size != self.vocab_size:
+            _fit_vocabulary(draft, draft_size, self.vocab_size)
         return ModelPair(target, draft, self)
+
+
+def _named(sources: Sources) -> str:
+    """What names the tokenizer, for messages."""
+    tokenizer = sources.engine.get("tokenizer")
+    return f"tokenizer {tokenizer!r}" if tokenizer else f"TARGET {sources.target!r}"
 
 
 def _fit_vocabulary(draft: PreTrainedModel, own_size: int, size: int) -> None:
@@ -114,7 +140,7 @@ class ModelPair:
         Raises:
             ValueError: as `PairDescription.read`.
         """
-        return PairDescription.read(target, draft).load(device, dtype)
+        return PairDescription.read(Sources(target, draft)).load(device, dtype)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
