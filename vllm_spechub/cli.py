@@ -240,13 +240,13 @@ def shape(
             advance = prompt_counter(bar)
             # Build a tree from the rule's own rates and one from the rates that it should use
             # instead; the simulation decides between them.
-            sources = [variant, Variant(rates_of(variant.rule), variant.sharpening)]
-            measured = list(dict.fromkeys([*sources, *others]))
+            rated = [variant, Variant(rates_of(variant.rule), variant.sharpening)]
+            measured = list(dict.fromkeys([*rated, *others]))
             rates = {
                 f"{t:g}": study.measure_rates(pair, encoded, measured, t, sampling, depth, advance)
                 for t in temperature
             }
-            average = {v: average_rates([table[v] for table in rates.values()]) for v in sources}
+            average = {v: average_rates([table[v] for table in rates.values()]) for v in rated}
             trees = [best_shape(by_slot, nodes, depth).tree for by_slot in average.values()]
             tree, tokens_per_step = study.pick_tree(
                 pair, encoded, variant, trees, temperature, sampling, advance

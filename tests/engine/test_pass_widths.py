@@ -74,12 +74,12 @@ def test_a_pass_is_as_wide_as_the_budget_at_most(tree, budget, widths):
 
 
 def test_vllms_ranges_of_compiled_widths(compiled, widths):
-    with engine(SCHEDULE, enforce_eager=False, max_num_batched_tokens=BUDGET + 1) as llm:
+    with engine(SCHEDULE, enforce_eager=False, max_num_batched_tokens=BUDGET + 2) as llm:
         assert_greedy(answers(llm))
         assert len(set(widths)) > 6
         # the assertion that a wider pass would meet is in force
         run_model = model_runner(llm).speculator.run_model
-        tokens = torch.zeros(BUDGET + 2, dtype=torch.int32)
+        tokens = torch.zeros(BUDGET + 3, dtype=torch.int32)
         with pytest.raises(AssertionError, match="out of considered ranges"):
             run_model(tokens, tokens.long(), None, None, None)
 

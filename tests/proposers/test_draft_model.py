@@ -205,7 +205,6 @@ SPECULATORS = {
         ({"architectures": ["EagleLlamaForCausalLM"]}, READS + "EagleLlamaForCausalLM"),
         ({"architectures": ["DFlashDraftModel"]}, READS + "DFlashDraftModel"),
         ({"architectures": ["Qwen3DSparkModel"]}, READS + "Qwen3DSparkModel"),
-        ({"model_type": "medusa"}, "vLLM reads its configuration as model_type='medusa'"),
         (SPECULATORS, READS + "Eagle3LlamaForCausalLM"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -119,8 +119,7 @@ def read_head(draft: str, revision: str | None = None, **options: Any) -> Head |
 
 
 def _unknown_head(draft: str, revision: str | None) -> Head | None:
-    """A head whose configuration vLLM cannot read: vLLM 0.33 knows neither Medusa's heads nor MLP
-    speculators."""
+    """A head whose configuration vLLM cannot read: from 0.33 on, Medusa's and MLP speculators'."""
     try:
         raw, _ = PretrainedConfig.get_config_dict(draft, revision=revision)
     except Exception:

@@ -86,8 +86,8 @@ def engine_refusals(vllm_config: "VllmConfig", platform: Platform) -> Iterator[t
     )
     nodes = spechub.tree.num_nodes
     yield (
-        vllm_config.kernel_config.enable_jit_warmup and budget < nodes + 2,
-        f"max_num_batched_tokens={budget} is less than the {nodes + 2} tokens of a request in "
+        vllm_config.kernel_config.enable_jit_warmup and budget < nodes + 3,
+        f"max_num_batched_tokens={budget} is less than the {nodes + 3} tokens of a request in "
         f"vLLM's warm-up for a tree of {nodes} nodes; raise it, or choose a smaller tree",
     )
     yield (

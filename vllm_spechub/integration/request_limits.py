@@ -94,17 +94,6 @@ LISTS = (
 )
 
 
-FREE_FORM: tuple[tuple[str, Callable[[SamplingParams], Any]], ...] = (
-    ("extra_args", lambda params: params.extra_args),
-    (
-        "structured_outputs",
-        lambda params: params.structured_outputs and params.structured_outputs.json,
-    ),
-    ("stop_token_ids", lambda params: params.stop_token_ids),
-)
-"""Whatever the user puts into them travels to the engine's process."""
-
-
 def hold_to_limits(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     """Clamp what changes nothing beyond what the engine can hold, and refuse the rest.
 
@@ -126,8 +115,8 @@ def hold_to_limits(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             _integer(field, value)
             if not largest.min <= value <= largest.max:
                 raise _refusal(field, value, f"an integer of {largest.min} to {largest.max}")
-    for field, value in FREE_FORM:
-        _check_travels(field, value(params))
+    if params.structured_outputs is not None:
+        _check_travels("structured_outputs", params.structured_outputs.json)
     for field, unit, largest, items in LISTS:
         size = len(items(params) or ())
         if size > largest():
@@ -153,7 +142,8 @@ def _check_prompt_logprobs(params: SamplingParams, vllm_config: VllmConfig) -> N
 
 
 def _check_travels(field: str, value: Any) -> None:
-    """What is sent to the engine's process holds integers of 64 bits, with or without sign."""
+    """What is sent to the engine's process holds integers of 64 bits, with or without sign. vLLM
+    checks `extra_args` itself."""
     if isinstance(value, int):
         if not INT64.min <= value <= UINT64_MAX:
             raise _refusal(field, value, f"integers of {INT64.min} to {UINT64_MAX}")

@@ -120,9 +120,9 @@ def engine_options(setup: Setup, max_batch: int, resident: int) -> dict[str, Any
     from vllm.transformers_utils.config import get_config
 
     sources = setup.sources
-    trusted = {"trust_remote_code": False}
+    untrusted: dict[str, Any] = {"trust_remote_code": False}
     target, draft = (
-        get_config(model, **trusted | options).get_text_config()
+        get_config(model, **(untrusted | options)).get_text_config()
         for model, options in (
             (sources.target, sources.target_options),
             (sources.draft, sources.draft_options),
@@ -136,7 +136,7 @@ def engine_options(setup: Setup, max_batch: int, resident: int) -> dict[str, Any
     value = 4 if sources.engine.get("dtype") == "float32" else 2
     per_token = sum(kv_bytes_per_token(config, value) for config in (target, draft))
     blocks = max_batch * (-(-length // KV_BLOCK) + 1) + 1
-    return {
+    options = {
         "model": sources.target,
         "max_model_len": length,
         "max_num_seqs": max_batch,
@@ -145,7 +145,8 @@ def engine_options(setup: Setup, max_batch: int, resident: int) -> dict[str, Any
         "gpu_memory_utilization": CUDA_SHARE / resident,
         "enable_prefix_caching": False,
         "disable_log_stats": False,
-    } | sources.engine
+    }
+    return {**options, **sources.engine}
 
 
 def groups(methods: Sequence[Method], resident: int) -> Iterator[list[Method]]:
