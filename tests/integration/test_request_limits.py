@@ -83,7 +83,7 @@ REFUSED = {
     "max_tokens=2.5": sampled(max_tokens=2.5),
     "min_tokens=2.5": sampled(min_tokens=2.5),
     "structured_outputs=2**70": sampled(
-        structured_outputs=StructuredOutputsParams(json={"anyOf": [{"maximum": 2**70}]})
+        structured_outputs=StructuredOutputsParams(json={"type": "integer", "maximum": 2**70})
     ),
     "logit_bias=nan": sampled(logit_bias={5: float("nan")}),
     "logit_bias='1'": sampled(logit_bias={5: "1"}),
