@@ -124,15 +124,9 @@ def _refused(
     options = {key: value for key, value in engine.items() if key in known}
     refused = {}
     for name, wanted in speculative.items():
-        path = str((wanted or {}).get("model")).lower()
-        word = next((word for word in GUESSED_BY if word in path), None)
-        if wanted is not None and wanted.get("method") in (MODEL, MTP) and word is not None:
-            refused[name] = (
-                f"vLLM takes the draft {wanted['model']!r} for a head, because {word!r} is in its "
-                "path; give it another path, for example by a symbolic link to its folder"
-            )
-            continue
         try:
+            if wanted is not None and wanted.get("method") in (MODEL, MTP):
+                _check_path(str(wanted.get("model")))
             EngineArgs(**options, speculative_config=wanted).create_engine_config()
         except ValidationError as error:
             message = error.errors()[0]["msg"].removeprefix("Value error, ")
@@ -140,6 +134,15 @@ def _refused(
         except Exception as error:  # vLLM raises any kind
             refused[name] = shorten(str(error), LONGEST_MESSAGE) or repr(error)
     return refused
+
+
+def _check_path(draft: str) -> None:
+    for word in GUESSED_BY:
+        if word in draft.lower():
+            raise ValueError(
+                f"vLLM takes the draft {draft!r} for a head, because {word!r} is in its path; give "
+                "it another path, for example by a symbolic link to its folder"
+            )
 
 
 def check_output_folder(option: str, folder: Path) -> None:

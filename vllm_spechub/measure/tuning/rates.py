@@ -30,10 +30,6 @@ PREFERENCE = 0.01
 COMPLETE_TREES = {1: 5, 2: 3, 3: 2, 4: 2}
 """By the number of children of every node, the depths of the trees that heads are measured with."""
 POLL_SECONDS = 0.2
-KILLED = (
-    "the process that measures acceptance was killed, usually for lack of memory; free some, or "
-    "give fewer --texts, fewer --tokens or shorter prompts"
-)
 
 _progress: Connection
 """In the measuring process: where it reports its progress."""
@@ -75,7 +71,10 @@ def measure(request: TuningRequest, progress: Callable[[str, int, int], None]) -
             os.kill(worker, signal.SIGKILL)  # otherwise the pool would wait for the result
             raise
         except BrokenProcessPool:
-            raise ChildProcessError(KILLED) from None
+            raise ChildProcessError(
+                "the process that measures acceptance was killed, usually for lack of memory; free "
+                "some, or give fewer --texts, fewer --tokens or shorter prompts"
+            ) from None
 
 
 def _start_worker(reports: Connection) -> None:
