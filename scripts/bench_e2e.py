@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from vllm_spechub.drafts.sources import Sources
 from vllm_spechub.measure import preflight
 from vllm_spechub.measure.benchmark import methods, report
 from vllm_spechub.measure.benchmark.interleaved import (
@@ -31,7 +32,9 @@ from vllm_spechub.measure.benchmark.interleaved import (
     Point,
     Row,
     Setup,
+    default_resident,
     encode,
+    engine_options,
 )
 from vllm_spechub.measure.benchmark.machine import provenance
 from vllm_spechub.measure.terminal import one_line_errors, progress_bar
@@ -41,6 +44,7 @@ DEMO_PAIR, MAKE_PAIR = SCRIPTS / "demo_pair", SCRIPTS / "make_pair.py"
 DEFAULT_NODES = 14
 """The number of tokens that SpecHub drafts by default. A chain of this length is measured, too."""
 DEMO_ENGINE = {"dtype": "float32"}
+SPECHUB = "SpecHub"
 console = Console(width=None if os.environ.get("COLUMNS") else 120, highlight=False)
 
 
@@ -66,30 +70,45 @@ def pair_files(pair: Path) -> tuple[str, str, Path]:
 
 
 def compared(
-    target: str,
-    draft: str,
+    sources: Sources,
     chains: Sequence[int],
     trees: Sequence[str],
     configs: dict[str, dict[str, Any]],
 ) -> list[methods.Method]:
     """All methods to measure. `auto` is one of them if a schedule was measured for this pair."""
-    from vllm_spechub.drafts.kinds import MODEL, read_head
     from vllm_spechub.trees.measured_schedule import measured_schedule
     from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
-    found = [methods.plain(), *(methods.chain(draft, length) for length in chains)]
-    found += [methods.spechub("SpecHub", draft)]
+    draft = sources.draft
+    found = [methods.plain(), *(methods.chain(sources, length) for length in chains)]
+    found += [methods.spechub(SPECHUB, draft)]
     for tree in trees:
         shape = json.loads(tree) if tree.startswith("[") else tree
         found.append(methods.spechub(f"SpecHub {tree}", draft, tree=shape))
     found += [methods.Method(name, config) for name, config in configs.items()]
     try:
-        head = read_head(draft)
-        measured_schedule(target, draft, head.kind if head else MODEL, DEFAULT_RULE)
+        measured_schedule(sources.target, draft, methods.proposer_of(sources), DEFAULT_RULE)
         found.append(methods.spechub("SpecHub auto", draft, tree_by_batch_size="auto"))
     except ValueError as error:
         console.print(f"without SpecHub auto: {error}", markup=False)
     return found
+
+
+def startable(setup: Setup, compared: list[methods.Method], batch: int) -> list[methods.Method]:
+    """The methods that vLLM and this package would start. The others are named with the reason.
+
+    Raises:
+        ValueError: plain vLLM or SpecHub is refused.
+    """
+    resident = setup.resident or default_resident(len(compared))
+    options = engine_options(setup, batch, resident)
+    refused = preflight.engine_refusals(options, {m.name: m.speculative for m in compared})
+    for name in (methods.PLAIN, SPECHUB):
+        if name in refused:
+            raise ValueError(refused[name])
+    for name, reason in refused.items():
+        console.print(f"without {name}: {reason}", markup=False)
+    return [method for method in compared if method.name not in refused]
 
 
 def measure(
@@ -196,13 +215,13 @@ def main(
             options = DEMO_ENGINE | options
         elif draft is None or prompts is None:
             raise ValueError("a TARGET of your own needs --draft and --prompts")
-        preflight.check_pair(target, "--draft", draft, in_engines=True)
+        sources = Sources(target, draft, options)
+        preflight.check_pair(sources, "--draft", in_engines=True)
         from vllm_spechub.offline.simulation.texts import read_prompts
 
-        encoded = encode(target, read_prompts(prompts))
-        setup = Setup(target, draft, encoded, tokens, options, resident)
+        setup = Setup(sources, encode(sources, read_prompts(prompts)), tokens, resident)
         points = [Point(b, t) for t in temperature for b in batch]
-        what = compared(target, draft, chain, tree, configs)
+        what = startable(setup, compared(sources, chain, tree, configs), max(batch))
         rows = measure(setup, what, points, repetitions, out / "measurements.csv")
         summaries = report.summarize(rows)
         console.print(report.table(summaries))

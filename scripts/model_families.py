@@ -217,7 +217,7 @@ FAMILIES = (
         "DeepseekV3",
         DEEPSEEK | {"topk_method": "noaux_tc"},
         "the same",
-        refused_as_draft="vLLM reads its configuration as model_type='deepseek_mtp'",
+        refused_as_draft="MTP layers that vLLM loads as DeepSeekMTPModel cannot draft trees",
         environment=NO_MLA,
     ),
     Family(

@@ -65,6 +65,10 @@ DECISIONS: dict[str, dict[str, str]] = {
         "vllm.v1.worker.cpu_worker.CPUWorker.__init__": (
             "checks the free memory later, and binds memory by the worker's own device"
         ),
+        f"{_GPU}.warmup.warmup_kernels": (
+            "warms up once more, with greedy requests, and masks as many rows as the largest tree "
+            "has nodes: our steps of smaller trees go without masks"
+        ),
         # read, and of no consequence
         "vllm.engine.arg_utils.EngineArgs.add_cli_args": "new flags, none of speculation",
         "vllm.platforms.cpu.CpuPlatform.check_and_update_config": (
@@ -130,7 +134,6 @@ DECISIONS: dict[str, dict[str, str]] = {
         "vllm.v1.worker.gpu_worker.Worker.compile_or_warm_up_model": (
             "suppresses records of expert load around what it did before"
         ),
-        f"{_GPU}.warmup.warmup_kernels": "warms up once more, with greedy requests",
         f"{_GPU}.spec_decode.eagle.utils.load_eagle_model": (
             "may quantize a copy of the target's output matrix for the head, by an option that we "
             "do not take"

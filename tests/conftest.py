@@ -33,6 +33,22 @@ def named_groups(config) -> set[Path]:
     return {group_of(path.resolve()) for path in paths}
 
 
+@pytest.fixture
+def inspected_here(monkeypatch):
+    """vLLM asks a class what it supports in a process of its own, which imports everything anew."""
+    monkeypatch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda ask: ask())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The folder of a Hugging Face cache, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
 def pytest_configure(config):
     groups = named_groups(config)
     if len(groups) > 1:

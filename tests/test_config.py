@@ -313,8 +313,9 @@ def test_a_draft_whose_positions_are_scaled(tmp_path):
     draft = edited_draft(
         tmp_path / "long", rope_parameters=rope, original_max_position_embeddings=64
     )
-    config = configured({"model": draft}).speculative_config
-    assert config.draft_model_config.max_model_len == 64  # what vLLM serves if nobody asks
+    config = configured({"model": draft})  # vLLM itself would serve it with 64 unless asked
+    draft_config = config.speculative_config.draft_model_config
+    assert config.model_config.max_model_len == draft_config.max_model_len == 1024
     draft = edited_draft(
         tmp_path / "short",
         rope_parameters=rope,

@@ -112,6 +112,7 @@ SOURCES = [
 ]
 ERRORS = {
     "ArgumentTypeError",
+    "ChildProcessError",
     "PatchMismatch",
     "RuntimeError",
     "SystemExit",

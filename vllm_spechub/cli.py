@@ -28,6 +28,7 @@ from vllm_spechub.triton_kernels.rules import DEFAULT_RULE, rates_of
 if TYPE_CHECKING:
     import torch
 
+    from vllm_spechub.drafts.sources import Sources
     from vllm_spechub.offline.simulation.drafts import Variant
     from vllm_spechub.offline.simulation.study import Sampling
     from vllm_spechub.offline.simulation.texts import ModelPair
@@ -75,6 +76,13 @@ Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same res
 Device = Annotated[
     str | None,
     typer.Option(help="The PyTorch device.", show_default="CUDA if available, else the CPU"),
+]
+LoadedAs = Annotated[
+    str,
+    typer.Option(
+        help="Those options of your engine that say where models come from, as JSON: tokenizer, "
+        "revision, trust_remote_code and the like."
+    ),
 ]
 Dtype = Annotated[
     str, typer.Option(help="The data type of both models: float32, bfloat16 or float16.")
@@ -129,6 +137,7 @@ def simulate(
             "--small", help="Also compare acceptance with the optimum, on vocabularies of 8 tokens."
         ),
     ] = False,
+    engine: LoadedAs = "{}",
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
@@ -143,12 +152,13 @@ def simulate(
         if out is not None:
             preflight.check_modules(PLOT_MODULE)
             preflight.check_output_folder("--out", out)
-        preflight.check_pair(target, "DRAFT", draft)
+        sources = _sources(target, draft, engine)
+        preflight.check_pair(sources, "DRAFT")
         variants = _parse_rules(rule)
         from vllm_spechub.offline.simulation import report, study, yardstick
 
         sampling = _sampling(texts, tokens, seed)
-        pair, encoded = _load(target, draft, prompts, limit, sampling, max(depth), device, dtype)
+        pair, encoded = _load(sources, prompts, limit, sampling, max(depth), device, dtype)
         with progress_bar(notes, "prompts") as bar:
             found = study.run_study(
                 pair,
@@ -169,7 +179,7 @@ def simulate(
                     yardsticks += yardstick.run_yardstick(pair, encoded, variants, t, sampling)
             output.print(report.yardstick_table(yardsticks))
         if out is not None:
-            settings = _settings(target, draft, encoded, sampling, depth) | {"dtype": dtype}
+            settings = _settings(sources, encoded, sampling, depth) | {"dtype": dtype}
             report.save(found, yardsticks, settings, out)
             notes.print(f"written to {out}")
 
@@ -204,6 +214,7 @@ def shape(
             help="Also write the acceptance rates of all rules by temperature to this JSON file.",
         ),
     ] = None,
+    engine: LoadedAs = "{}",
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
@@ -217,7 +228,8 @@ def shape(
         preflight.check_modules("transformers")
         if rates_file is not None:
             preflight.check_output_file("--rates", rates_file)
-        preflight.check_pair(target, "DRAFT", draft)
+        sources = _sources(target, draft, engine)
+        preflight.check_pair(sources, "DRAFT")
         (variant,) = _parse_rules([rule])
         others = _parse_rules(None) if rates_file else []
         from vllm_spechub.offline.simulation import study
@@ -225,24 +237,24 @@ def shape(
         from vllm_spechub.trees.best_tree import average_rates, best_shape
 
         sampling = _sampling(texts, tokens, seed)
-        pair, encoded = _load(target, draft, prompts, limit, sampling, depth, device, dtype)
+        pair, encoded = _load(sources, prompts, limit, sampling, depth, device, dtype)
         with progress_bar(notes, "prompts") as bar:
             advance = prompt_counter(bar)
             # Build a tree from the rule's own rates and one from the rates that it should use
             # instead; the simulation decides between them.
-            sources = [variant, Variant(rates_of(variant.rule), variant.sharpening)]
-            measured = list(dict.fromkeys([*sources, *others]))
+            rated = [variant, Variant(rates_of(variant.rule), variant.sharpening)]
+            measured = list(dict.fromkeys([*rated, *others]))
             rates = {
                 f"{t:g}": study.measure_rates(pair, encoded, measured, t, sampling, depth, advance)
                 for t in temperature
             }
-            average = {v: average_rates([table[v] for table in rates.values()]) for v in sources}
+            average = {v: average_rates([table[v] for table in rates.values()]) for v in rated}
             trees = [best_shape(by_slot, nodes, depth).tree for by_slot in average.values()]
             tree, tokens_per_step = study.pick_tree(
                 pair, encoded, variant, trees, temperature, sampling, advance
             )
         if rates_file is not None:
-            settings = _settings(target, draft, encoded, sampling, depth)
+            settings = _settings(sources, encoded, sampling, depth)
             record = {"settings": settings, "rates": _rounded(rates)}
             rates_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     notes.print(_slot_table(f"{variant}: acceptance by slot", temperature, average[variant]))
@@ -275,6 +287,7 @@ def explain(
         Path | None,
         typer.Option(help="Write a picture to FILE.png or FILE.html instead of printing text."),
     ] = None,
+    engine: LoadedAs = "{}",
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
@@ -288,7 +301,8 @@ def explain(
         preflight.check_modules("transformers")
         if out is not None:
             _check_picture(out)
-        preflight.check_pair(target, "DRAFT", draft)
+        sources = _sources(target, draft, engine)
+        preflight.check_pair(sources, "DRAFT")
         _parse_rules([rule])
         from vllm_spechub.offline import explain
         from vllm_spechub.offline.simulation.load import placement
@@ -297,7 +311,7 @@ def explain(
 
         parsed = parse_tree(json.loads(tree) if tree.startswith("[") else tree, rule)
         where = placement(device, dtype)
-        description = PairDescription.read(target, draft)
+        description = PairDescription.read(sources)
         limit = description.max_positions
         explain.check_length(len(description.encode(prompt, limit)), parsed, steps, description)
         pair = description.load(*where)
@@ -371,21 +385,21 @@ def tune(
     with one_line_errors(notes):
         preflight.check_modules("transformers", PLOT_MODULE)
         preflight.check_output_file("--out", out)
-        preflight.check_pair(target, "--draft", draft, in_engines=True)
-        from vllm_spechub.drafts.kinds import MODEL, read_head
+        from vllm_spechub.drafts.sources import Sources
         from vllm_spechub.offline.heads import needs_engine
 
-        head = read_head(draft)
+        sources = Sources(target, draft, preflight.parse_engine_options("--engine", engine))
+        preflight.check_pair(sources, "--draft", in_engines=True)
         rules = _parse_tree_rules(rule)
-        if len(rules) > 1 and needs_engine(draft):
+        if len(rules) > 1 and needs_engine(sources):
             if rule is not None:
                 raise ValueError(
                     "--rule: a head that runs in engines only is measured with one rule; name one, "
                     "or none"
                 )
             rules = (DEFAULT_RULE,)
-        engine_options = preflight.parse_engine_options("--engine", engine)
         from vllm_spechub.measure.benchmark.machine import provenance
+        from vllm_spechub.measure.benchmark.methods import proposer_of
         from vllm_spechub.measure.benchmark.report import write_csv
         from vllm_spechub.measure.tuning import report
         from vllm_spechub.measure.tuning.request import TuningRequest
@@ -395,8 +409,7 @@ def tune(
 
         preflight.check_output_folder("VLLM_CACHE_ROOT:", measured_schedule.folder())
         request = TuningRequest(
-            target,
-            draft,
+            sources,
             prompts,
             limit,
             rules,
@@ -407,7 +420,6 @@ def tune(
             texts,
             tokens,
             repetitions,
-            engine_options,
         )
         about = provenance()
         state = State.load(out.with_suffix(".state.json"), request.settings)
@@ -418,7 +430,7 @@ def tune(
             raise typer.Exit(130) from None
         output.print(report.table(tuned))
         write_csv(list(state.rows.values()), out.with_suffix(".csv"), about)
-        proposer = head.kind if head else MODEL
+        proposer = proposer_of(sources)
         kept = measured_schedule.keep(target, draft, proposer, tuned.rule, tuned.schedule)
         if tuned.speculates:
             config = json.dumps(report.speculative_config(tuned, draft), indent=1)
@@ -505,9 +517,14 @@ def _sampling(texts: int, tokens: int, seed: int) -> "Sampling":
     return Sampling(texts=texts, tokens=tokens, roots=4, seed=seed)
 
 
+def _sources(target: str, draft: str, engine: str) -> "Sources":
+    from vllm_spechub.drafts.sources import Sources
+
+    return Sources(target, draft, preflight.parse_source_options("--engine", engine))
+
+
 def _load(
-    target: str,
-    draft: str,
+    sources: "Sources",
     prompts: Path,
     limit: int | None,
     sampling: "Sampling",
@@ -517,20 +534,17 @@ def _load(
 ) -> "tuple[ModelPair, list[torch.Tensor]]":
     from vllm_spechub.offline.simulation.load import load
 
-    return load(target, draft, prompts, limit, sampling, depth, device, dtype)
+    return load(sources, prompts, limit, sampling, depth, device, dtype)
 
 
 def _settings(
-    target: str,
-    draft: str,
+    sources: "Sources",
     encoded: "Sequence[torch.Tensor]",
     sampling: "Sampling",
     depth: int | list[int],
 ) -> dict[str, Any]:
     """The settings of a measurement, for its JSON file."""
-    return {
-        "target": target,
-        "draft": draft,
+    return vars(sources) | {
         "prompts": len(encoded),
         "texts": sampling.texts,
         "tokens": sampling.tokens,

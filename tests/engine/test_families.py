@@ -24,6 +24,7 @@ from vllm_spechub.integration.refusals import Unsupported
 
 GREEDY = greedy_params(20, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=1.0, seed=3, max_tokens=20, ignore_eos=True)
+pytestmark = pytest.mark.usefixtures("inspected_here")
 ROWS = 6
 """How many nodes of each depth are compared."""
 
@@ -36,12 +37,6 @@ def cases(refused: bool) -> list:
         pytest.param(family, id=family.name, marks=marks[family.always or refused])
         for family in chosen
     ]
-
-
-@pytest.fixture(autouse=True)
-def inspected_here(monkeypatch):
-    """vLLM asks a class what it supports in a process of its own, which imports everything anew."""
-    monkeypatch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda ask: ask())
 
 
 @pytest.fixture

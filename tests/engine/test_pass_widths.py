@@ -15,7 +15,7 @@ from vllm_spechub.proposers.draft_model import DraftModelProposer
 
 # six requests draft nothing, then four draft levels of nine nodes, and the last one a chain
 SCHEDULE = [[1, 1, "chain:8"], [2, 4, "kary:3:3"], [5, None, None]]
-BUDGET = 24
+BUDGET = 40  # vLLM 0.33 refuses less than a tree's 39 nodes and its root
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def assert_greedy(found):
 
 
 @pytest.mark.parametrize(
-    ("tree", "budget"), [(SCHEDULE, BUDGET), ("kary:3:3", 64), ("kary:2:4", 20)]
+    ("tree", "budget"), [(SCHEDULE, BUDGET), ("kary:3:3", 64), ("kary:2:4", 31)]
 )
 def test_a_pass_is_as_wide_as_the_budget_at_most(tree, budget, widths):
     """Also the passes that profile the memory, of as many requests as there may be."""
@@ -74,12 +74,12 @@ def test_a_pass_is_as_wide_as_the_budget_at_most(tree, budget, widths):
 
 
 def test_vllms_ranges_of_compiled_widths(compiled, widths):
-    with engine(SCHEDULE, enforce_eager=False, max_num_batched_tokens=BUDGET) as llm:
+    with engine(SCHEDULE, enforce_eager=False, max_num_batched_tokens=BUDGET + 2) as llm:
         assert_greedy(answers(llm))
         assert len(set(widths)) > 6
         # the assertion that a wider pass would meet is in force
         run_model = model_runner(llm).speculator.run_model
-        tokens = torch.zeros(BUDGET + 1, dtype=torch.int32)
+        tokens = torch.zeros(BUDGET + 3, dtype=torch.int32)
         with pytest.raises(AssertionError, match="out of considered ranges"):
             run_model(tokens, tokens.long(), None, None, None)
 

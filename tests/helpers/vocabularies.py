@@ -58,19 +58,20 @@ def pad(folder: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 2112}))
 
 
-def in_cache(cache: Path, name: str, **revisions) -> str:
-    """Put copies of the demo draft into a cache of the Hugging Face hub.
+def in_cache(cache: Path, name: str, source: str = DRAFT, **revisions) -> str:
+    """Put copies of a model into a cache of the Hugging Face hub.
 
     Args:
         cache: the hub's folder, as `HF_HUB_CACHE`.
         name: "owner/model".
+        source: the model's folder.
         revisions: for each, the functions of this module to call with its folder.
     """
     repository = cache / f"models--{name.replace('/', '--')}"
     for revision, edits in revisions.items():
         commit = (revision.encode().hex() * 40)[:40]
         snapshot = repository / "snapshots" / commit
-        shutil.copytree(DRAFT, snapshot)
+        shutil.copytree(source, snapshot)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / revision).write_text(commit)
         for edit in edits:

@@ -52,6 +52,7 @@ def assert_one_line(error, message: str) -> None:
         ("parallel_config", "worker_cls", "my.Worker", "leave worker_cls unset"),
         ("scheduler_config", "scheduler_cls", "my.Scheduler", "leave scheduler_cls unset"),
         ("scheduler_config", "max_num_batched_tokens", 3, "less than the 4 nodes that the draft"),
+        ("scheduler_config", "max_num_batched_tokens", 16, "less than the 17 tokens of a request"),
         ("aux_output_config", "enable_return_routed_experts", True, "enable_return_routed_experts"),
         (None, "kv_transfer_config", KVTransferConfig(), "(KV connectors) is not supported"),
         (None, "ec_transfer_config", ECTransferConfig(), "ec_transfer_config is not supported"),

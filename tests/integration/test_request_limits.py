@@ -8,7 +8,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import RepetitionDetectionParams
+from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
 from helpers import models
 from helpers.engines import engine, token_ids
@@ -54,6 +54,7 @@ ANSWERED = {
     "prompt_logprobs=-1": greedy(prompt_logprobs=-1),
     "logprob_token_ids=[]": greedy(logprob_token_ids=[]),
     "seed": greedy(seed=2**63 - 1),
+    "extra_args": greedy(extra_args={"x": [2**64 - 1, {"y": -(2**63)}], "z": float("nan")}),
 }
 SERVED = {
     # as nothing can be compared with: other random numbers, or a ruined row
@@ -81,6 +82,9 @@ REFUSED = {
     "seed='7'": sampled(seed="7"),
     "max_tokens=2.5": sampled(max_tokens=2.5),
     "min_tokens=2.5": sampled(min_tokens=2.5),
+    "structured_outputs=2**70": sampled(
+        structured_outputs=StructuredOutputsParams(json={"type": "integer", "maximum": 2**70})
+    ),
     "logit_bias=nan": sampled(logit_bias={5: float("nan")}),
     "logit_bias='1'": sampled(logit_bias={5: "1"}),
     "allowed_token_ids=[1.5]": sampled(allowed_token_ids=[1.5]),
@@ -135,6 +139,19 @@ def test_refused(llm, plain, name):
     assert len(str(error.value).splitlines()) == 1
     assert not llm.llm_engine.has_unfinished_requests()
     assert ask(llm, greedy()) == plain[""]
+
+
+def test_what_vllm_itself_checks(llm, plain):
+    for params in (
+        {"extra_args": {"x": [0, {"y": 2**70}]}},
+        {"stop_token_ids": [2**70]},
+        {"prompt_logprob_token_ids": [[2**40]] * 3},
+        {"logprobs": 2**70},
+        {"bad_words": [f"a{i} b c d" for i in range(400)]},
+    ):
+        with pytest.raises(VLLMValidationError):
+            llm.generate(PROMPTS[0], greedy(**params), use_tqdm=False)
+        assert ask(llm, greedy()) == plain[""]
 
 
 @pytest.mark.parametrize("priority", [2**63, -(2**70), 1.5])

@@ -172,7 +172,11 @@ def test_the_example_of_a_client(server, plain, capsys):
     main(server)
     printed = capsys.readouterr().out
     assert printed.startswith(PROMPTS[0] + plain[0])
-    assert re.search(r"\n[1-4]\.\d\d tokens per verified tree", printed)
+    accepted = metric(server, r"vllm:spec_decode_num_accepted_tokens_total\b")
+    drafts = metric(server, r"vllm:spec_decode_num_drafts_total\b")
+    assert 1.5 < 1 + accepted / drafts < 5
+    said = f"{1 + accepted / drafts:.2f} tokens per verified tree since the server started"
+    assert printed.splitlines()[-1] == said
 
 
 def test_the_dashboards_metrics_exist(server):

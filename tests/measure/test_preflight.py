@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Long commands check everything they need before a model is loaded or an engine starts."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -20,8 +21,11 @@ from helpers import vocabularies
 from helpers.models import edited
 from helpers.pair import DRAFT, PAIR, TARGET
 from vllm_spechub.cli import _parse_tree_rules, app
+from vllm_spechub.drafts.sources import Sources
+from vllm_spechub.measure import preflight
 from vllm_spechub.measure.benchmark import interleaved
 from vllm_spechub.measure.benchmark.interleaved import Failure, Row
+from vllm_spechub.measure.benchmark.methods import chain_config
 from vllm_spechub.measure.tuning import rates
 from vllm_spechub.measure.tuning.request import TuningRequest
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
@@ -33,6 +37,7 @@ EXPLAIN = ["explain", TARGET, DRAFT, "--prompt", "x"]
 TUNE = ["tune", TARGET, "--draft", DRAFT, "--prompts", PROMPTS]
 BENCH_E2E = ["bench_e2e", TARGET, "--draft", DRAFT, "--prompts", PROMPTS]
 BENCH_KERNELS = ["bench_kernels", "--quick"]
+MEASURE = rates.measure
 COMMANDS = pytest.mark.parametrize(
     "arguments", [SIMULATE, SHAPE, EXPLAIN, TUNE, BENCH_E2E], ids=lambda a: a[0]
 )
@@ -126,6 +131,59 @@ def test_mtp_layers_are_tuned_with_one_rule(tmp_path):
 
 
 @COMMANDS
+def test_models_are_found_as_the_engine_finds_them(hub, monkeypatch, arguments):
+    """At its revisions, with its tokenizer, and with remote code only if it is trusted."""
+    target = vocabularies.in_cache(hub, "made/target", TARGET, v2=[vocabularies.drop])
+    tokenizer = vocabularies.in_cache(hub, "made/tokenizer", TARGET, v3=[])
+    revisions = {"made/target": "v2", "made/tokenizer": "v3", DRAFT: None}
+    asked = []
+    for owner in (transformers.AutoConfig, transformers.AutoTokenizer):
+
+        def from_pretrained(name, *args, load=owner.from_pretrained, **options):
+            asked.append((name, options.get("revision"), options.get("trust_remote_code")))
+            return load(name, *args, **options)
+
+        monkeypatch.setattr(owner, "from_pretrained", from_pretrained)
+    engine = {"revision": "v2", "tokenizer": tokenizer, "tokenizer_revision": "v3"}
+    engine["trust_remote_code"] = True
+    arguments = [target if argument == TARGET else argument for argument in arguments]
+    assert_refused(arguments, "TARGET 'made/target' has no model")
+    asked.clear()
+    monkeypatch.setattr(preflight, "engine_refusals", lambda *_: {})
+    done = run([*arguments, "--engine", json.dumps(engine)])
+    assert str(done.exception).startswith("too late"), done.output
+    assert {name for name, *_ in asked} == set(revisions)
+    assert set(asked) == {(name, revisions[name], True) for name in revisions}
+
+
+@pytest.mark.usefixtures("inspected_here")
+def test_engines_are_checked_before_anything_is_measured():
+    """Here the plugin refuses what plain vLLM takes."""
+    engine = ["--engine", '{"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}']
+    assert_refused([*TUNE, "--rule", "rrs", *engine], "spechub supplies its own scheduler; leave")
+
+
+@pytest.mark.parametrize("folder", ["eagle-x", "my-Eagle3", "dflash", "dspark"])
+def test_chains_whose_draft_vllm_takes_for_a_head(tmp_path, folder):
+    """It goes by the path, whatever the method is."""
+    (tmp_path / folder).symlink_to(DRAFT)
+    chain = chain_config(Sources(TARGET, str(tmp_path / folder)), 2)
+    refused = preflight.engine_refusals({"model": TARGET}, {"chain": chain})
+    word = folder.removeprefix("my-").removesuffix("x").lower()
+    assert f"for a head, because {word!r} is in its path" in refused["chain"]
+
+
+def test_a_benchmark_goes_on_without_what_vllm_refuses(monkeypatch):
+    monkeypatch.setattr(preflight, "engine_refusals", lambda *_: {"chain 2": "too long"})
+    done = run([*BENCH_E2E, "-K", "2"])
+    assert "without chain 2: too long" in done.output
+    assert str(done.exception).startswith("too late")
+    monkeypatch.setattr(preflight, "engine_refusals", lambda *_: {"SpecHub": "too wide"})
+    done = run(BENCH_E2E)
+    assert (done.exit_code, done.output.splitlines()[-1]) == (2, "error: too wide")
+
+
+@COMMANDS
 def test_a_proposer_is_no_draft(arguments):
     asked = ["ngram" if argument == DRAFT else argument for argument in arguments]
     assert_refused(asked, "is 'ngram', a proposer, but must name a draft model")
@@ -204,8 +262,15 @@ def test_prompts_and_engine_options_are_read(tmp_path, arguments):
         ("dtype=float32", "--engine must be a JSON object"),
         ("[1]", "--engine must be a JSON object"),
         ('{"dtipe": "float32"}', "--engine has 'dtipe', which vLLM does not know"),
+        ('{"model": "x"}', "--engine has 'model', which the command gives itself; leave it out"),
     ):
         assert_refused([*arguments, "--engine", engine], message)
+
+
+@pytest.mark.parametrize("arguments", [SIMULATE, SHAPE, EXPLAIN], ids=lambda a: a[0])
+def test_options_of_engines_that_do_not_run(arguments):
+    message = "--engine has 'dtype', allowed here, where no engine runs: tokenizer, tokenizer_r"
+    assert_refused([*arguments, "--engine", '{"dtype": "float32"}'], message)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +351,7 @@ def endless_measurement(request):
 def measure(monkeypatch):
     """Measure acceptance with another function in the place of `_measure`."""
     monkeypatch.undo()
-    request = TuningRequest("", "", Path(), None, (), 1.0, (), (), (), 1, 1, 1, {})
+    request = TuningRequest(Sources("", ""), Path(), None, (), 1.0, (), (), (), 1, 1, 1)
 
     def measure(function, progress):
         monkeypatch.setattr(rates, "_measure", function)
@@ -300,8 +365,18 @@ def test_errors_of_the_measuring_process_arrive(measure):
     with pytest.raises(ValueError, match="do not fit"):
         measure(refused_measurement, lambda *report: reports.append(report))
     assert reports == [("texts", 1, 2)]
-    with pytest.raises(RuntimeError, match="was killed"):
+    with pytest.raises(ChildProcessError, match="was killed, usually for lack of memory; free"):
         measure(killed_measurement, lambda *report: None)
+
+
+def test_a_measuring_process_that_is_killed_takes_one_line(monkeypatch):
+    monkeypatch.setattr(preflight, "engine_refusals", lambda *_: {})
+    monkeypatch.setattr(rates, "measure", MEASURE)
+    monkeypatch.setattr(rates, "_measure", killed_measurement)
+    done = run(TUNE)
+    assert done.exit_code == 1
+    line = done.output.splitlines()[-1]
+    assert line.startswith("error: the process that measures acceptance was killed, usually for la")
 
 
 def test_an_interrupt_stops_the_measuring_process(measure):

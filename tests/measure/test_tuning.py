@@ -16,6 +16,7 @@ from helpers.oracle import tokens_of
 from helpers.pair import DRAFT, EAGLE3, PAIR, PROMPTS, TARGET
 from vllm_spechub.cli import app
 from vllm_spechub.drafts.kinds import MODEL
+from vllm_spechub.drafts.sources import Sources
 from vllm_spechub.measure.benchmark import interleaved
 from vllm_spechub.measure.benchmark.decoding import Decoded
 from vllm_spechub.measure.benchmark.engine import EngineFailed
@@ -160,7 +161,7 @@ def fake(monkeypatch):
 
 
 METHODS = [plain(), *(spechub(name, DRAFT, title=name) for name in ("a", "b", "c"))]
-SETUP = Setup(TARGET, DRAFT, [[1, 2, 3]], tokens=8, resident=3)
+SETUP = Setup(Sources(TARGET, DRAFT), [[1, 2, 3]], tokens=8, resident=3)
 
 
 def interleaved_runs(known=(), repetitions=2):
@@ -291,18 +292,18 @@ def test_a_heads_acceptance_is_counted_in_engines(fake, monkeypatch, tmp_path):
 
     monkeypatch.setattr(fake, "call", call)
     monkeypatch.setattr(fake, "__init__", start)
+    sources = Sources(TARGET, EAGLE3)
     request = TuningRequest(
-        TARGET, EAGLE3, PAIR / "prompts.jsonl", None, ("traversal",), 1.0, (4,), (1,), (1, 4),
-        2, 8, 1, {},
-    )  # fmt: skip
-    setup = Setup(TARGET, EAGLE3, [[1, 2, 3]], tokens=8)
+        sources, PAIR / "prompts.jsonl", None, ("traversal",), 1.0, (4,), (1,), (1, 4), 2, 8, 1
+    )
+    setup = Setup(sources, [[1, 2, 3]], tokens=8)
     measured = rates.measure_head(setup, request, lambda text: None)
     assert trees == [f"kary:{k}:{depth}" for k, depth in rates.COMPLETE_TREES.items()]
     by_slot = rates.rates_for_trees(measured.rates, "traversal")
     assert by_slot == {k: [count / 100 for count in counts] for k, counts in slots.items()}
     assert rates.best_rule(measured.tokens_per_step, "traversal") == "traversal"
     # and its chain is vLLM's own for such heads
-    assert chain_config(EAGLE3, 3)["method"] == "eagle3"
+    assert chain_config(sources, 3)["method"] == "eagle3"
 
 
 def test_slots_of_a_real_engine():
@@ -324,6 +325,7 @@ def test_slots_of_a_real_engine():
 
 
 @pytest.mark.parametrize(("draft", "kind"), [(DRAFT, MODEL), (EAGLE3, "eagle3")])
+@pytest.mark.usefixtures("inspected_here")
 def test_tune_from_end_to_end(draft, kind, fake, monkeypatch, tmp_path):
     """All phases on the demo pair; acceptance is real, engines are not."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))

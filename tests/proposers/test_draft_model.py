@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
@@ -29,14 +28,6 @@ UNKNOWN = (
 @pytest.fixture(autouse=True, scope="module")
 def _plugin():
     load_general_plugins()
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The folder of a Hugging Face cache, and no network."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
 
 
 def configured(draft, model=TARGET, more=None, **options):
@@ -214,7 +205,6 @@ SPECULATORS = {
         ({"architectures": ["EagleLlamaForCausalLM"]}, READS + "EagleLlamaForCausalLM"),
         ({"architectures": ["DFlashDraftModel"]}, READS + "DFlashDraftModel"),
         ({"architectures": ["Qwen3DSparkModel"]}, READS + "Qwen3DSparkModel"),
-        ({"model_type": "medusa"}, "vLLM reads its configuration as model_type='medusa'"),
         (SPECULATORS, READS + "Eagle3LlamaForCausalLM"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -14,7 +14,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
-from helpers import heads, models
+from helpers import heads, models, vocabularies
 from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids
 from helpers.heads import Oracle, recorded_rows
 from helpers.metrics import spec_metrics
@@ -200,9 +200,12 @@ def test_the_kind_is_told_by_the_configuration_and_weights(made):
         assert config.draft_model_config.model == made["mtp"]
 
 
-def test_a_head_that_is_served_by_its_own_name(made):
-    """Its configuration names the target."""
-    head = made["eagle3"]
+def test_a_head_that_is_served_by_its_own_name(hub, made, tmp_path):
+    """Its configuration names the target, which from vLLM 0.33 on must be on the hub."""
+    target = vocabularies.in_cache(hub, "made/target", TARGET, main=[])
+    config = json.loads(Path(made["eagle3"], "config.json").read_text())["speculators_config"]
+    config["verifier"]["name_or_path"] = target
+    head = edited_head(tmp_path / "head", made["eagle3"], speculators_config=config)
     for options in (
         {"speculative_config": {"method": "spechub", "tree": "chain:2"}},
         {"speculative_config": {"method": "spechub", "tree": "chain:2", "model": head}},
@@ -210,7 +213,7 @@ def test_a_head_that_is_served_by_its_own_name(made):
     ):
         config = EngineArgs(model=head, dtype="float32", **options).create_engine_config()
         spec = config.speculative_config
-        assert (config.model_config.model, spec.model) == (TARGET, head)
+        assert (config.model_config.model, spec.model) == (target, head)
         assert (type(spec).__name__, spec.proposer) == ("SpecHubConfig", "eagle3")
         assert spec.tree.depth == (2 if "speculative_config" in options else 3)
     assert_refused("is a head itself; serve '.*target'", {"model": made["eagle"]}, model=head)

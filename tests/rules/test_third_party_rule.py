@@ -12,6 +12,7 @@ from helpers.pair import PAIR
 from helpers.third_party import RULE, installed_examples
 from vllm_spechub import TokenTree, acceptance, draft_tree, otm, verify_tree
 from vllm_spechub.cli import app
+from vllm_spechub.drafts.sources import Sources
 from vllm_spechub.measure.tuning import rates
 from vllm_spechub.measure.tuning.request import TuningRequest
 from vllm_spechub.offline.simulation.drafts import Plan, Variant, draft_plans
@@ -121,7 +122,8 @@ def test_the_command_line_takes_it(rule, tmp_path):
 def test_tuning_measures_it(rule):
     prompts = PAIR / "prompts.jsonl"
     models = str(PAIR / "target"), str(PAIR / "draft")
-    request = TuningRequest(*models, prompts, 1, (rule,), 1.0, (6,), (2,), (1,), 1, 8, 1, {})
+    sources = Sources(*models)
+    request = TuningRequest(sources, prompts, 1, (rule,), 1.0, (6,), (2,), (1,), 1, 8, 1)
     by_slot, tokens_per_step = rates.measure(request, lambda *_: None)
     assert set(by_slot) == set(tokens_per_step) == {rule}
     assert rates.rates_for_trees(by_slot, rule)[1][0] > 0

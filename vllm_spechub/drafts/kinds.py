@@ -116,8 +116,22 @@ def read_head(draft: str, revision: str | None = None, **options: Any) -> Head |
         config = get_config(draft, revision=revision, **options)
         config = SpeculativeConfig.hf_config_override(config)
     except Exception:  # whatever it is, vLLM will meet it too, and say so
-        return None
+        return _unknown_head(draft, revision)
     return head_of(config, tensor_names(draft, revision))
+
+
+def _unknown_head(draft: str, revision: str | None) -> Head | None:
+    """A head whose configuration vLLM cannot read: from 0.33 on, Medusa's and MLP speculators'."""
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(draft, revision=revision)
+    except Exception:
+        return None
+    model_type = raw.get("model_type")
+    if model_type in _MODEL_TYPES:
+        return Head(_MODEL_TYPES[model_type], f"its configuration has {model_type=}")
+    if "medusa_num_heads" in raw:  # as published first, without a type
+        return Head("Medusa", "its configuration has medusa_num_heads")
+    return None
 
 
 def proposer_for(options: Mapping[str, Any], target: ModelConfig) -> str:

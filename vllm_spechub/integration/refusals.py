@@ -84,6 +84,12 @@ def engine_refusals(vllm_config: "VllmConfig", platform: Platform) -> Iterator[t
         f"max_num_batched_tokens={budget} is less than the {widest} nodes that the draft reads at "
         "once of one tree; raise it, or choose a narrower tree",
     )
+    nodes = spechub.tree.num_nodes
+    yield (
+        vllm_config.kernel_config.enable_jit_warmup and budget < nodes + 3,
+        f"max_num_batched_tokens={budget} is less than the {nodes + 3} tokens of a request in "
+        f"vLLM's warm-up for a tree of {nodes} nodes; raise it, or choose a smaller tree",
+    )
     yield (
         parallel.pipeline_parallel_size > 1,
         "pipeline_parallel_size > 1 is not supported; use tensor_parallel_size",

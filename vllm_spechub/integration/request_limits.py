@@ -6,7 +6,7 @@ receives no integer above 64 bits. What does not fit would stop the engine, and 
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from operator import index
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.worker.gpu.sample import logit_bias as buffers
 
 INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
+UINT64_MAX = 2**64 - 1
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 CLAMPED = ("top_k", "thinking_token_budget", "stream_interval")
@@ -114,6 +115,8 @@ def hold_to_limits(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             _integer(field, value)
             if not largest.min <= value <= largest.max:
                 raise _refusal(field, value, f"an integer of {largest.min} to {largest.max}")
+    if params.structured_outputs is not None:
+        _check_travels("structured_outputs", params.structured_outputs.json)
     for field, unit, largest, items in LISTS:
         size = len(items(params) or ())
         if size > largest():
@@ -136,6 +139,24 @@ def _check_prompt_logprobs(params: SamplingParams, vllm_config: VllmConfig) -> N
                 "CPU maps adapters to sampled tokens only, not to a prompt's",
                 parameter=field,
             )
+
+
+def _check_travels(field: str, value: Any) -> None:
+    """What is sent to the engine's process holds integers of 64 bits, with or without sign. vLLM
+    checks `extra_args` itself."""
+    if isinstance(value, int):
+        if not INT64.min <= value <= UINT64_MAX:
+            raise _refusal(field, value, f"integers of {INT64.min} to {UINT64_MAX}")
+    elif isinstance(value, Mapping):
+        _check_travels(field, [*value, *value.values()])
+    elif isinstance(value, list | tuple | set):
+        try:
+            for item in value:
+                _check_travels(field, item)
+        except RecursionError:
+            raise VLLMValidationError(
+                f"{field} is nested too deeply to be sent to the engine", parameter=field
+            ) from None
 
 
 def _check_prompt(prompt: Sequence[int], vocab_size: int) -> None:

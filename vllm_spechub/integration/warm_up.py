@@ -23,13 +23,18 @@ def warm_up_trees(
         execute_model: the worker's.
         sample_tokens: the worker's.
     """
+
+    def sample(_grammar_output: Any) -> Any:
+        """Without masks, of which there may be as many as the largest tree needs in any step."""
+        return sample_tokens(None)
+
     _, *others = spechub_config(runner.vllm_config).schedule.trees
     largest = runner.num_speculative_steps, runner.decode_query_len
     try:
         for tree in others:
             runner.num_speculative_steps = tree.num_nodes
             runner.decode_query_len = 1 + tree.num_nodes
-            warmup_kernels(runner, execute_model, sample_tokens)
+            warmup_kernels(runner, execute_model, sample)
     finally:
         runner.num_speculative_steps, runner.decode_query_len = largest
     with torch.inference_mode():

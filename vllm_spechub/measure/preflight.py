@@ -6,15 +6,28 @@ Every check raises a ValueError of one line that names the option.
 
 import inspect
 import json
+import multiprocessing
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from importlib import import_module
 from os import W_OK, access
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+from pydantic import ValidationError
+
+from vllm_spechub.drafts.sources import OPTIONS, Sources
 from vllm_spechub.registry import PROPOSERS
+
+GIVEN_BY_COMMANDS = {"model", "speculative_config"}
+"""Arguments of `vllm.LLM` that commands give themselves."""
+GUESSED_BY = ("eagle-", "eagle3", "dflash", "dspark")
+"""Parts of a draft's path by which vLLM's own methods guess what it is, whatever they are told."""
+LONGEST_MESSAGE = 400
+"""vLLM's messages may list all models that it knows."""
 
 
 def check_modules(*names: str) -> None:
@@ -33,21 +46,15 @@ def check_modules(*names: str) -> None:
             ) from error
 
 
-def check_models(models: Mapping[str, str]) -> None:
-    """Read the configuration of each model, given by the name of its option.
-
-    Raises:
-        ValueError: neither a folder with a model nor a Hugging Face name, or a proposer's name.
-    """
+def _check_model(option: str, model: str, options: Mapping[str, Any]) -> None:
     from transformers import AutoConfig
 
-    for option, model in models.items():
-        _check_name(option, model)
-        try:
-            AutoConfig.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{option} {model!r} has no model: {reason}") from error
+    _check_name(option, model)
+    try:
+        AutoConfig.from_pretrained(model, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{option} {model!r} has no model: {reason}") from error
 
 
 def _check_name(option: str, model: str) -> None:
@@ -58,11 +65,11 @@ def _check_name(option: str, model: str) -> None:
         raise ValueError(f"{option} {model!r} has no model: there is no such folder")
 
 
-def check_pair(target: str, option: str, draft: str, in_engines: bool = False) -> None:
+def check_pair(sources: Sources, option: str, in_engines: bool = False) -> None:
     """Read the configurations of a target and of its draft, and compare their vocabularies.
 
     Args:
-        target: a folder or a Hugging Face name, as the draft.
+        sources: folders or Hugging Face names.
         option: what named the draft.
         in_engines: whether a head may be one that runs in engines only, which check that it fits.
 
@@ -72,19 +79,71 @@ def check_pair(target: str, option: str, draft: str, in_engines: bool = False) -
     """
     from vllm_spechub.offline.simulation.texts import PairDescription, read_head
 
+    draft = sources.draft
     _check_name(option, draft)
-    check_models({"TARGET": target})
-    head = read_head(draft)
+    _check_model("TARGET", sources.target, sources.target_options)
+    head = read_head(draft, **sources.draft_options)
     if head is None:
-        check_models({option: draft})
+        _check_model(option, draft, sources.draft_options)
     elif in_engines:
         from vllm_spechub.drafts.kinds import check_kind
         from vllm_spechub.offline.heads import needs_engine
 
         check_kind(option, draft, head)
-        if needs_engine(draft):
+        if needs_engine(sources):
             return
-    PairDescription.read(target, draft, option)
+    PairDescription.read(sources, option)
+
+
+def engine_refusals(
+    engine: Mapping[str, Any], speculative: Mapping[str, dict[str, Any] | None]
+) -> dict[str, str]:
+    """Which of several engines vLLM or this plugin would refuse before it loads weights, and why.
+
+    The configurations are made in a process of their own: it may touch the GPU, and engines are
+    forked from this one.
+
+    Args:
+        engine: arguments of `vllm.LLM` that all have in common.
+        speculative: the `speculative_config` of each engine, by its name.
+    """
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, fork) as pool:
+        return pool.submit(_refused, dict(engine), dict(speculative)).result()
+
+
+def _refused(
+    engine: dict[str, Any], speculative: dict[str, dict[str, Any] | None]
+) -> dict[str, str]:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    from vllm_spechub.drafts.kinds import MODEL, MTP
+
+    load_general_plugins()
+    known = {field.name for field in fields(EngineArgs)}
+    options = {key: value for key, value in engine.items() if key in known}
+    refused = {}
+    for name, wanted in speculative.items():
+        try:
+            if wanted is not None and wanted.get("method") in (MODEL, MTP):
+                _check_path(str(wanted.get("model")))
+            EngineArgs(**options, speculative_config=wanted).create_engine_config()
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            refused[name] = shorten(message, LONGEST_MESSAGE)
+        except Exception as error:  # vLLM raises any kind
+            refused[name] = shorten(str(error), LONGEST_MESSAGE) or repr(error)
+    return refused
+
+
+def _check_path(draft: str) -> None:
+    for word in GUESSED_BY:
+        if word in draft.lower():
+            raise ValueError(
+                f"vLLM takes the draft {draft!r} for a head, because {word!r} is in its path; give "
+                "it another path, for example by a symbolic link to its folder"
+            )
 
 
 def check_output_folder(option: str, folder: Path) -> None:
@@ -133,7 +192,8 @@ def parse_engine_options(option: str, text: str) -> dict[str, Any]:
     """Further arguments of `vllm.LLM`, given as a JSON object.
 
     Raises:
-        ValueError: the text is not a JSON object, or vLLM does not know an argument.
+        ValueError: the text is not a JSON object, vLLM does not know an argument, or the command
+            gives the argument itself.
     """
     options = parse_object(option, text)
     from vllm import LLM
@@ -143,4 +203,20 @@ def parse_engine_options(option: str, text: str) -> dict[str, Any]:
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"{option} has {', '.join(map(repr, unknown))}, which vLLM does not know")
+    for key in GIVEN_BY_COMMANDS & options.keys():
+        raise ValueError(f"{option} has {key!r}, which the command gives itself; leave it out")
+    return options
+
+
+def parse_source_options(option: str, text: str) -> dict[str, Any]:
+    """Those arguments of `vllm.LLM` that say where models come from, given as a JSON object.
+
+    Raises:
+        ValueError: the text is not a JSON object, or has something else in it.
+    """
+    options = parse_object(option, text)
+    for key in options.keys() - set(OPTIONS):
+        raise ValueError(
+            f"{option} has {key!r}, allowed here, where no engine runs: {', '.join(OPTIONS)}"
+        )
     return options

@@ -23,18 +23,18 @@ def one_line_errors(console: Console) -> Iterator[None]:
     """Exit with one line instead of a traceback.
 
     A bad value or a missing file exits with status 2. An engine that failed exits with status 1,
-    after the end of its log.
+    after the end of its log, and so does a process that was killed.
     """
     try:
         yield
     except EngineFailed as failure:
         console.print(str(failure), markup=False, highlight=False)
-        console.print("error: plain vLLM's engine stopped; its last lines are above", style="red")
+        console.print("error: an engine stopped; its last lines are above", style="red")
         raise typer.Exit(1) from failure
     except (ValueError, OSError) as error:
         line = " ".join(str(error).split())
         console.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(1 if isinstance(error, ChildProcessError) else 2) from error
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from vllm_spechub.drafts.fit import (
     num_aux_layers,
 )
 from vllm_spechub.drafts.kinds import EAGLE, EAGLE3, Head, check_kind, read_head
+from vllm_spechub.drafts.sources import Sources
 
 # By how vLLM runs a head: its configuration and layer in transformers.
 _FAMILIES = {
@@ -59,14 +60,16 @@ def family_of(config: PretrainedConfig, head: Head) -> str | None:
     return next((family for family in run if family in _FAMILIES), None)
 
 
-def needs_engine(draft: str) -> bool:
-    """Whether a draft is a head that cannot be loaded here.
+def needs_engine(sources: Sources) -> bool:
+    """Whether a pair's draft is a head that cannot be loaded here."""
+    head = read_head(sources.draft, **sources.draft_options)
+    return head is not None and family_of(_config(sources), head) is None
 
-    Args:
-        draft: a folder or a Hugging Face id.
-    """
-    head = read_head(draft)
-    return head is not None and family_of(get_config(draft, trust_remote_code=False), head) is None
+
+def _config(sources: Sources) -> PretrainedConfig:
+    """A head's configuration, as vLLM reads it."""
+    options: dict[str, Any] = {"trust_remote_code": False} | sources.draft_options
+    return get_config(sources.draft, **options)
 
 
 class HeadDescription(NamedTuple):
@@ -83,21 +86,21 @@ class HeadDescription(NamedTuple):
 
     @classmethod
     def read(
-        cls, option: str, name: str, head: Head, target: PretrainedConfig
+        cls, option: str, sources: Sources, head: Head, target: PretrainedConfig
     ) -> "HeadDescription":
         """Check what the configurations of a head and of its target say.
 
         Args:
             option: what named the head, for messages.
-            name: its folder or Hugging Face id.
+            sources: where the head comes from.
             head: what kind it is.
             target: the target's configuration.
 
         Raises:
             ValueError: one line: the head does not fit the target, or runs in engines only.
         """
+        name, config = sources.draft, _config(sources)
         check_kind(option, name, head)
-        config = get_config(name, trust_remote_code=False)
         family = family_of(config, head)
         if family is None:
             raise ValueError(

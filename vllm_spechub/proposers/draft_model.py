@@ -100,6 +100,8 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
                 f"{target.max_model_len}; set max_model_len to at most {most}, or lengthen both "
                 "with hf_overrides as a function, which vLLM applies to the draft too"
             )
+        # vLLM 0.33 would serve the target with a shorter context otherwise
+        draft.max_model_len = max(draft.max_model_len, target.max_model_len)
         cls.check_tokenizers(draft, target)
 
     @staticmethod

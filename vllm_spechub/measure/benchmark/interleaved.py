@@ -8,14 +8,15 @@ was measured seconds earlier: slow changes of the machine cancel in their ratio.
 
 import tempfile
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_spechub.drafts.kinds import read_head
+from vllm_spechub.drafts.kinds import MODEL
+from vllm_spechub.drafts.sources import Sources
 from vllm_spechub.measure.benchmark.decoding import decode, longest_request
 from vllm_spechub.measure.benchmark.engine import EngineFailed, EngineProcess, close_all
-from vllm_spechub.measure.benchmark.methods import PLAIN, Method
+from vllm_spechub.measure.benchmark.methods import PLAIN, Method, proposer_of
 from vllm_spechub.trees.tree import MAX_NODES
 
 CUDA_RESIDENT = 3
@@ -83,25 +84,22 @@ class Failure:
 class Setup:
     """What all methods have in common."""
 
-    target: str
-    # a draft model or head
-    draft: str
+    # the models, the draft being a model or a head, and further options of every engine
+    sources: Sources
     # [num_prompts][num_tokens]
     prompts: Sequence[Sequence[int]]
     # mean number of tokens to time for each request
     tokens: int
-    # further options of every engine
-    engine: dict[str, Any] = field(default_factory=dict)
     # number of engines that run at the same time; None means all on the CPU and `CUDA_RESIDENT` on
     # a GPU
     resident: int | None = None
 
 
-def encode(target: str, prompts: Sequence[str]) -> list[list[int]]:
+def encode(sources: Sources, prompts: Sequence[str]) -> list[list[int]]:
     """The last `MAX_PROMPT_TOKENS` tokens of every prompt. [num_prompts][num_tokens]"""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(sources.tokenizer, **sources.tokenizer_options)
     return [tokenizer(prompt)["input_ids"][-MAX_PROMPT_TOKENS:] for prompt in prompts]
 
 
@@ -121,20 +119,25 @@ def engine_options(setup: Setup, max_batch: int, resident: int) -> dict[str, Any
     """
     from vllm.transformers_utils.config import get_config
 
-    def config(model: str) -> Any:
-        return get_config(model, trust_remote_code=False).get_text_config()
-
+    sources = setup.sources
+    untrusted: dict[str, Any] = {"trust_remote_code": False}
+    target, draft = (
+        get_config(model, **(untrusted | options)).get_text_config()
+        for model, options in (
+            (sources.target, sources.target_options),
+            (sources.draft, sources.draft_options),
+        )
+    )
     wanted = longest_request(setup.prompts, setup.tokens)
     # a head reads what its target reads
-    models = [setup.target] if read_head(setup.draft) else [setup.target, setup.draft]
-    lengths = (getattr(config(model), "max_position_embeddings", wanted) for model in models)
+    readers = [target, draft] if proposer_of(sources) == MODEL else [target]
+    lengths = (getattr(config, "max_position_embeddings", wanted) for config in readers)
     length = min(wanted, *lengths)
-    value = 4 if setup.engine.get("dtype") == "float32" else 2
-    models = setup.target, setup.draft
-    per_token = sum(kv_bytes_per_token(config(model), value) for model in models)
+    value = 4 if sources.engine.get("dtype") == "float32" else 2
+    per_token = sum(kv_bytes_per_token(config, value) for config in (target, draft))
     blocks = max_batch * (-(-length // KV_BLOCK) + 1) + 1
-    return {
-        "model": setup.target,
+    options = {
+        "model": sources.target,
         "max_model_len": length,
         "max_num_seqs": max_batch,
         "max_num_batched_tokens": max(MIN_BATCHED_TOKENS, max_batch * (MAX_NODES + 1), length),
@@ -142,7 +145,8 @@ def engine_options(setup: Setup, max_batch: int, resident: int) -> dict[str, Any
         "gpu_memory_utilization": CUDA_SHARE / resident,
         "enable_prefix_caching": False,
         "disable_log_stats": False,
-    } | setup.engine
+    }
+    return {**options, **sources.engine}
 
 
 def groups(methods: Sequence[Method], resident: int) -> Iterator[list[Method]]:
@@ -187,7 +191,7 @@ class Interleaved:
             raise ValueError("the first method must be plain vLLM")
         self.setup, self.points, self.repetitions = setup, points, repetitions
         self.report = report
-        self.resident = setup.resident or _default_resident(len(methods))
+        self.resident = setup.resident or default_resident(len(methods))
         self.plain = {
             (row.run.point, row.repetition): row.tokens_per_s
             for row in known
@@ -276,7 +280,8 @@ class Interleaved:
         )
 
 
-def _default_resident(num_methods: int) -> int:
+def default_resident(num_methods: int) -> int:
+    """How many engines run at the same time unless the user says so."""
     from vllm.platforms import current_platform
 
     return CUDA_RESIDENT if current_platform.is_cuda() else num_methods

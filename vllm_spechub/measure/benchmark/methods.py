@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_spechub.drafts.kinds import MODEL, read_head
+from vllm_spechub.drafts.sources import Sources
 
 PLAIN = "plain"
 
@@ -20,16 +21,21 @@ class Method:
     speculative: dict[str, Any] | None
 
 
-def chain_config(draft: str, length: int) -> dict[str, Any]:
+def chain_config(sources: Sources, length: int) -> dict[str, Any]:
     """vLLM's own chain of a draft model or head, which is lossless only with the draft's
     probabilities."""
-    head = read_head(draft)
     return {
-        "method": head.kind if head else MODEL,
-        "model": draft,
+        "method": proposer_of(sources),
+        "model": sources.draft,
         "num_speculative_tokens": length,
         "draft_sample_method": "probabilistic",
     }
+
+
+def proposer_of(sources: Sources) -> str:
+    """The name of the proposer that drafts with the pair's draft."""
+    head = read_head(sources.draft, **sources.draft_options)
+    return head.kind if head else MODEL
 
 
 def plain() -> Method:
@@ -37,9 +43,9 @@ def plain() -> Method:
     return Method(PLAIN, None)
 
 
-def chain(draft: str, length: int) -> Method:
+def chain(sources: Sources, length: int) -> Method:
     """vLLM's chain of `length` drafted tokens."""
-    return Method(f"chain {length}", chain_config(draft, length))
+    return Method(f"chain {length}", chain_config(sources, length))
 
 
 def spechub(name: str, draft: str, **options: Any) -> Method:

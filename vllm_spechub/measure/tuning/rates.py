@@ -55,15 +55,15 @@ def measure(request: TuningRequest, progress: Callable[[str, int, int], None]) -
 
     Raises:
         ValueError: the models do not fit together, or the prompts cannot be read.
-        RuntimeError: the process was killed, for example because memory ran out.
+        ChildProcessError: the process was killed, for example because memory ran out.
     """
     fork = multiprocessing.get_context("fork")
     # A pipe has no lock that a killed process could keep, unlike a queue.
     reports, worker_reports = fork.Pipe(duplex=False)
     with ProcessPoolExecutor(1, fork, _start_worker, (worker_reports,)) as pool:
-        worker = pool.submit(os.getpid).result()
-        measured = pool.submit(_measure, request)
         try:
+            worker = pool.submit(os.getpid).result()
+            measured = pool.submit(_measure, request)
             while reports.poll(POLL_SECONDS) or not measured.done():
                 if reports.poll():
                     progress(*reports.recv())
@@ -72,7 +72,10 @@ def measure(request: TuningRequest, progress: Callable[[str, int, int], None]) -
             os.kill(worker, signal.SIGKILL)  # otherwise the pool would wait for the result
             raise
         except BrokenProcessPool:
-            raise RuntimeError("the process that measures acceptance was killed") from None
+            raise ChildProcessError(
+                "the process that measures acceptance was killed, usually for lack of memory; free "
+                "some, or give fewer --texts, fewer --tokens or shorter prompts"
+            ) from None
 
 
 def _start_worker(reports: Connection) -> None:
@@ -94,8 +97,8 @@ def _measure(request: TuningRequest) -> Measurement:
 
     sampling = Sampling(texts=request.texts, tokens=request.tokens)
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    models = request.target, request.draft, request.prompts, request.limit
-    pair, prompts = load(*models, sampling, REFERENCE_DEPTH, None, dtype)
+    asked = request.sources, request.prompts, request.limit
+    pair, prompts = load(*asked, sampling, REFERENCE_DEPTH, None, dtype)
     rules = dict.fromkeys([*request.rules, *map(rates_of, request.rules)])
     rates = measure_rates(
         pair,
@@ -144,7 +147,7 @@ def measure_head(
     with tempfile.TemporaryDirectory() as folder:
         for k, depth in COMPLETE_TREES.items():
             report(f"acceptance of nodes with {k} children")
-            method = methods.spechub("", request.draft, verification=rates_of(rule))
+            method = methods.spechub("", request.sources.draft, verification=rates_of(rule))
             config = (method.speculative or {}) | {"tree": f"kary:{k}:{depth}"}
             log = Path(folder) / f"{k}.log"
             engine = EngineProcess(options | {"speculative_config": config}, log)

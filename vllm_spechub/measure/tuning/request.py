@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_spechub.drafts.sources import Sources
 from vllm_spechub.measure.benchmark.machine import device_name, versions
 
 
@@ -13,8 +14,8 @@ from vllm_spechub.measure.benchmark.machine import device_name, versions
 class TuningRequest:
     """What to tune, and how thoroughly."""
 
-    target: str
-    draft: str
+    # the models, and further arguments of `vllm.LLM`
+    sources: Sources
     prompts: Path
     # number of prompts to use; None means all
     limit: int | None
@@ -30,12 +31,11 @@ class TuningRequest:
     # length of each of these texts, and tokens to time per request
     tokens: int
     repetitions: int
-    # further arguments of `vllm.LLM`
-    engine: dict[str, Any]
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that measurements depend on."""
         prompts = hashlib.sha256(self.prompts.read_bytes()).hexdigest()[:16]
         here = {"device": device_name(), "versions": versions()}
-        return vars(self) | {"prompts": prompts} | here
+        others = {key: value for key, value in vars(self).items() if key != "sources"}
+        return vars(self.sources) | others | {"prompts": prompts} | here

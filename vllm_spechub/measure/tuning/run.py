@@ -9,6 +9,7 @@ from statistics import median
 
 from rich.console import Console
 
+from vllm_spechub.measure import preflight
 from vllm_spechub.measure.benchmark import methods
 from vllm_spechub.measure.benchmark.interleaved import (
     Failure,
@@ -16,7 +17,9 @@ from vllm_spechub.measure.benchmark.interleaved import (
     Point,
     Row,
     Setup,
+    default_resident,
     encode,
+    engine_options,
 )
 from vllm_spechub.measure.terminal import progress_bar
 from vllm_spechub.measure.tuning import rates
@@ -95,10 +98,8 @@ class Tuning:
     ) -> None:
         self.request, self.state, self.console = request, state, console
         self.points = [Point(batch, request.temperature) for batch in request.batches]
-        prompts = encode(request.target, read_prompts(request.prompts, request.limit))
-        self.setup = Setup(
-            request.target, request.draft, prompts, request.tokens, request.engine, resident
-        )
+        prompts = encode(request.sources, read_prompts(request.prompts, request.limit))
+        self.setup = Setup(request.sources, prompts, request.tokens, resident)
         first = range(request.repetitions)
         self.trying, self.checking = first, range(first.stop, 2 * first.stop)
 
@@ -109,7 +110,8 @@ class Tuning:
             ValueError: the models do not fit together, or no chain could be measured.
             EngineFailed: plain vLLM's engine did not start or stopped early.
         """
-        request, draft = self.request, self.request.draft
+        request, draft = self.request, self.request.sources.draft
+        self._check_engines()
         self._measure_acceptance()
         rule = rates.best_rule(self.state.simulated, DEFAULT_RULE)
 
@@ -131,13 +133,28 @@ class Tuning:
         tuned = Tuned(rule, schedule, trees, curves, chains, ranges, plain)
         if tuned.speculates:
             best = sorted({tuned.best_chain(batch) for batch in request.batches})
-            compared = [methods.plain(), *(methods.chain(draft, length) for length in best)]
+            chained = (methods.chain(request.sources, length) for length in best)
+            compared = [methods.plain(), *chained]
             compared.append(
                 methods.spechub(TUNED, draft, verification=rule, tree_by_batch_size=schedule)
             )
             self._measure("the schedule", compared, self.checking)
             tuned.checked = [r for r in self.state.rows.values() if r.repetition in self.checking]
         return tuned
+
+    def _check_engines(self) -> None:
+        """Raises: ValueError, with the first reason for which an engine would not start."""
+        request = self.request
+        tried = [methods.plain(), methods.chain(request.sources, request.chains[0])]
+        tried += [
+            methods.spechub(f"rule {rule}", request.sources.draft, verification=rule)
+            for rule in request.rules
+        ]
+        resident = self.setup.resident or default_resident(len(tried))
+        options = engine_options(self.setup, request.batches[-1], resident)
+        wanted = {method.name: method.speculative for method in tried}
+        for reason in preflight.engine_refusals(options, wanted).values():
+            raise ValueError(reason)
 
     def _measure_acceptance(self) -> None:
         if self.state.rates:
@@ -148,7 +165,7 @@ class Tuning:
             def advance(label: str, done: int, total: int) -> None:
                 progress.update(task, description=label, completed=done, total=total)
 
-            if not needs_engine(self.request.draft):
+            if not needs_engine(self.request.sources):
                 measured = rates.measure(self.request, advance)
             else:
                 measured = rates.measure_head(
@@ -161,9 +178,10 @@ class Tuning:
 
     def _try_chains(self) -> dict[int, Curve]:
         """Measure plain vLLM and its chains. Returns curves of all lengths up to the longest."""
-        chains = [methods.chain(self.request.draft, length) for length in self.request.chains]
+        request = self.request
+        chains = [methods.chain(request.sources, length) for length in request.chains]
         self._measure("plain vLLM and its chains", [methods.plain(), *chains], self.trying)
-        curves = chain_curves(self._tried([c.name for c in chains]), self.request.chains)
+        curves = chain_curves(self._tried([c.name for c in chains]), request.chains)
         if not curves:
             raise ValueError("no chain could be measured, so the cost of a level is unknown")
         return curves
@@ -171,7 +189,9 @@ class Tuning:
     def _try_trees(self, trees: dict[str, TokenTree], rule: str) -> dict[str, Curve]:
         """Measure all trees. Returns curves of those that were measured at every batch."""
         tried = [
-            methods.spechub(name, self.request.draft, verification=rule, tree=tree_spec(tree))
+            methods.spechub(
+                name, self.request.sources.draft, verification=rule, tree=tree_spec(tree)
+            )
             for name, tree in trees.items()
         ]
         self._measure("trees", [methods.plain(), *tried], self.trying)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from vllm_spechub.drafts.sources import Sources
 from vllm_spechub.drafts.vocabulary import first_line
 from vllm_spechub.offline.simulation.study import Sampling
 from vllm_spechub.offline.simulation.texts import ModelPair, PairDescription, read_prompts
@@ -31,8 +32,7 @@ def placement(device: str | None, dtype: str) -> tuple[torch.device, torch.dtype
 
 
 def load(
-    target: str,
-    draft: str,
+    sources: Sources,
     prompts: Path,
     limit: int | None,
     sampling: Sampling,
@@ -51,7 +51,7 @@ def load(
     """
     where = placement(device, dtype)
     read = read_prompts(prompts, limit)
-    description = PairDescription.read(target, draft)
+    description = PairDescription.read(sources)
     room = description.max_positions - sampling.tokens - depth
     if room < 1:
         raise ValueError(

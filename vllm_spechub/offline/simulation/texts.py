@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from transformers import (
@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from vllm_spechub.drafts.sources import Sources
 from vllm_spechub.drafts.vocabulary import check_vocabularies, first_line, is_made_up
 
 if TYPE_CHECKING:
@@ -31,51 +32,61 @@ UNLIMITED = 1 << 30
 class PairDescription:
     """What is known of a pair before weights are loaded."""
 
-    target: str
-    draft: str
+    sources: Sources
     # of the target
     tokenizer: PreTrainedTokenizerBase
-    draft_vocab_size: int
-    vocab_size: int
+    target_config: PretrainedConfig
+    # None for a head
+    draft_config: PretrainedConfig | None
     # positions that both models read
     max_positions: int
     # of a draft that is a head
     head: "HeadDescription | None" = None
 
     @classmethod
-    def read(cls, target: str, draft: str, draft_option: str = "DRAFT") -> "PairDescription":
-        """Read configurations and tokenizers from Hugging Face folders or names.
+    def read(cls, sources: Sources, draft_option: str = "DRAFT") -> "PairDescription":
+        """Read configurations and tokenizers.
 
         Args:
-            target: the target.
-            draft: the draft.
+            sources: Hugging Face folders or names.
             draft_option: what named the draft, for messages.
 
         Raises:
             ValueError: the target has no tokenizer, the draft has another vocabulary, or it is a
                 head of another target or one that runs in engines only.
         """
-        own = AutoConfig.from_pretrained(target).get_text_config()
-        head = _describe_head(draft_option, draft, own)
-        # a head reads what its target reads
-        read = own if head else AutoConfig.from_pretrained(draft).get_text_config()
-        vocab_size, draft_vocab_size = own.vocab_size, read.vocab_size
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(target)
-        except Exception as error:  # each kind of tokenizer has its own
-            raise ValueError(f"TARGET {target!r} has no tokenizer: {first_line(error)}") from error
-        if is_made_up(tokenizer):
-            raise ValueError(f"TARGET {target!r} has no tokenizer")
+        target = AutoConfig.from_pretrained(sources.target, **sources.target_options)
+        target.update(sources.overrides)
+        own = target.get_text_config()
+        head = _describe_head(draft_option, sources, own)
+        draft = None
         if head is None:
+            draft = AutoConfig.from_pretrained(sources.draft, **sources.draft_options)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                sources.tokenizer, **sources.tokenizer_options
+            )
+        except Exception as error:  # each kind of tokenizer has its own
+            raise ValueError(f"{_named(sources)} has no tokenizer: {first_line(error)}") from error
+        if is_made_up(tokenizer):
+            raise ValueError(f"{_named(sources)} has no tokenizer")
+        # a head reads what its target reads
+        read = own if draft is None else draft.get_text_config()
+        if draft is not None:
             check_vocabularies(
                 draft_option,
-                (draft_vocab_size, vocab_size),
-                lambda: AutoTokenizer.from_pretrained(draft),
+                (read.vocab_size, own.vocab_size),
+                lambda: AutoTokenizer.from_pretrained(sources.draft, **sources.draft_options),
                 tokenizer,
             )
         lengths = (getattr(config, "max_position_embeddings", None) for config in (own, read))
         longest = min(length or UNLIMITED for length in lengths)
-        return cls(target, draft, tokenizer, draft_vocab_size, vocab_size, longest, head)
+        return cls(sources, tokenizer, target, draft, longest, head)
+
+    @property
+    def vocab_size(self) -> int:
+        """The target's."""
+        return self.target_config.get_text_config().vocab_size
 
     def encode(self, prompt: str, max_tokens: int) -> torch.Tensor:
         """The prompt's last `max_tokens` tokens, at least one. [num_tokens] int64, on the CPU"""
@@ -87,36 +98,49 @@ class PairDescription:
     def load(self, device: str | torch.device, dtype: torch.dtype) -> "ModelPair":
         """Load both models' weights."""
 
-        def load(name: str) -> PreTrainedModel:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        def load(name: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=dtype, **options
+            )
             torch.nn.Module.to(model, device)
             return model.eval()
 
-        target = load(self.target)
+        sources = self.sources
+        target = load(sources.target, self.target_config, sources.target_options)
         if self.head is not None:
             return ModelPair(target, self.head.load(target, device, dtype), self)
-        draft = load(self.draft)
-        if self.draft_vocab_size != self.vocab_size:
-            _fit_vocabulary(draft, self.draft_vocab_size, self.vocab_size)
+        assert self.draft_config is not None  # only heads have none
+        draft = load(sources.draft, self.draft_config, sources.draft_options)
+        draft_size = self.draft_config.get_text_config().vocab_size
+        if draft_size != self.vocab_size:
+            _fit_vocabulary(draft, draft_size, self.vocab_size)
         return ModelPair(target, draft, self)
 
 
-def read_head(draft: str) -> "Head | None":
+def read_head(draft: str, **options: Any) -> "Head | None":
     """What kind of head a draft is; None for a model, and without vLLM, which knows the kinds."""
     if find_spec("vllm") is None:
         return None
     from vllm_spechub.drafts import kinds
 
-    return kinds.read_head(draft)
+    return kinds.read_head(draft, **options)
 
 
-def _describe_head(option: str, draft: str, target: PretrainedConfig) -> "HeadDescription | None":
-    head = read_head(draft)
+def _describe_head(
+    option: str, sources: Sources, target: PretrainedConfig
+) -> "HeadDescription | None":
+    head = read_head(sources.draft, **sources.draft_options)
     if head is None:
         return None
     from vllm_spechub.offline.heads import HeadDescription
 
-    return HeadDescription.read(option, draft, head, target)
+    return HeadDescription.read(option, sources, head, target)
+
+
+def _named(sources: Sources) -> str:
+    """What names the tokenizer, for messages."""
+    tokenizer = sources.engine.get("tokenizer")
+    return f"tokenizer {tokenizer!r}" if tokenizer else f"TARGET {sources.target!r}"
 
 
 def _fit_vocabulary(draft: PreTrainedModel, own_size: int, size: int) -> None:
@@ -154,7 +178,7 @@ class ModelPair:
         Raises:
             ValueError: as `PairDescription.read`.
         """
-        return PairDescription.read(target, draft).load(device, dtype)
+        return PairDescription.read(Sources(target, draft)).load(device, dtype)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
