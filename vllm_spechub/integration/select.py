@@ -18,6 +18,7 @@ from vllm_spechub.integration.refusals import (
     Unsupported,
     engine_refusals,
     model_refusals,
+    multimodal_refusals,
     pair_refusals,
     raise_first,
 )
@@ -51,6 +52,7 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
     target, draft = vllm_config.model_config, spechub_config(vllm_config).draft_model_config
     raise_first(model_refusals(target, ours))
     raise_first(model_refusals(draft, ours))
+    raise_first(multimodal_refusals(target, draft))
     raise_first(pair_refusals(target, draft))
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]

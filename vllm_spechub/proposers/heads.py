@@ -85,6 +85,11 @@ class HeadProposer(ModelProposer[torch.Tensor]):
     @classmethod
     def check_config(cls, config: SpecHubConfig) -> None:
         draft, target = config.draft_model_config, config.target_model_config
+        if target.is_multimodal_model:
+            raise ValueError(
+                f"speculative_config['model'] is a head, but {target.architecture} is multimodal, "
+                "and heads are tried on text models only; use a model that runs by itself"
+            )
         for what, own, targets in (
             ("hidden states of size", cls.target_hidden_size(draft), target.get_hidden_size()),
             ("a vocabulary of size", draft.get_vocab_size(), target.get_vocab_size()),
