@@ -176,7 +176,9 @@ def test_graphs_of_a_target_with_images_and_mrope(tmp_path, replays):
                 outputs = llm.generate(target.prompts(), greedy_params(24), use_tqdm=False)
             answers.append(token_ids(outputs))
     assert answers[0] == answers[1]
-    assert replays["target", 4, 15] > 4
+    kinds = Counter(kind for kind, _, _ in replays.elements())
+    assert kinds["target"] > 4
+    assert kinds["draft"] > 8
 
 
 @pytest.mark.usefixtures("attention_of_gpus")

@@ -47,7 +47,7 @@ def plain(target) -> list[list[int]]:
 @pytest.mark.parametrize("scheduling", [False, True])
 def test_greedy(target, plain, scheduling):
     """In chunks of prompts and with little memory, then again from the prefix cache."""
-    options = {"max_num_batched_tokens": 40, "block_size": 32, "num_gpu_blocks_override": 12}
+    options = {"max_num_batched_tokens": 40, "block_size": 32, "num_gpu_blocks_override": 9}
     options |= target.options | {"async_scheduling": scheduling}
     with engine("binary:3", **options) as llm:
         first = token_ids(llm.generate(target.prompts(), GREEDY, use_tqdm=False))
@@ -72,12 +72,19 @@ def test_every_node_equals_its_path_decoded_plainly(target, monkeypatch):
         for r in range(batch.num_reqs):
             rows = batch.logits_indices[slice(*batch.cu_num_logits_np[r : r + 2])]
             if len(rows) > 1:
-                positions.extend(inputs["positions"][..., rows].T.clone())
+                positions.extend(inputs["positions"][..., rows].movedim(-1, 0))
         return inputs
 
     monkeypatch.setattr(TreeModelState, "prepare_inputs", spy)
-    options = target.options | {"max_num_batched_tokens": 60}  # so that some trees are truncated
+    # so that some trees are truncated
+    options = target.options | {"max_num_batched_tokens": 60, "block_size": 32}
     with recorded_nodes() as nodes, engine("binary:3", **options) as llm:
+        for _ in range(2):  # the second has only its last token to read, and placeholders below
+            llm.generate({"prompt_token_ids": list(range(100, 133))}, SEEDED, use_tqdm=False)
+        assert any(node.root_position < 33 for node in nodes)
+        assert all(position.min() >= 0 for position in positions)
+        nodes.clear()
+        positions.clear()
         outputs = llm.generate(target.prompts(), SEEDED, use_tqdm=False)
     assert len(nodes) > 300
     by_request = {output.request_id: i for i, output in enumerate(outputs)}

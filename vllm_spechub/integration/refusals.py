@@ -18,7 +18,7 @@ SCHEDULERS = {
     True: "vllm_spechub.integration.scheduler.AsyncTreeScheduler",
 }
 """The paths of our schedulers, by whether scheduling is asynchronous."""
-ANOTHER_MODEL = "trees need a text model with plain attention; use one, or leave speculation off"
+ANOTHER_MODEL = "trees need a decoder with plain attention; use one, or leave speculation off"
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
