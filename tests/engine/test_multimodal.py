@@ -47,7 +47,7 @@ def plain(target) -> list[list[int]]:
 @pytest.mark.parametrize("scheduling", [False, True])
 def test_greedy(target, plain, scheduling):
     """In chunks of prompts and with little memory, then again from the prefix cache."""
-    options = {"max_num_batched_tokens": 40, "block_size": 32, "num_gpu_blocks_override": 9}
+    options = {"max_num_batched_tokens": 64, "block_size": 32, "num_gpu_blocks_override": 9}
     options |= target.options | {"async_scheduling": scheduling}
     with engine("binary:3", **options) as llm:
         first = token_ids(llm.generate(target.prompts(), GREEDY, use_tqdm=False))
