@@ -366,7 +366,8 @@ FEATURES = (
     Row(
         ("drafts with another vocabulary", "`use_heterogeneous_vocab`"),
         "refused",
-        "by comparing the tokenizers, at the draft's revision; the commands refuse them too",
+        "by comparing the tokenizers, at the draft's revision; the commands refuse them too; the "
+        "target may have added tokens that the draft lacks",
         (
             "test_config.py::test_a_draft_with_another_vocabulary_size",
             "proposers/test_draft_model.py::"
@@ -489,10 +490,39 @@ FEATURES = (
         ),
     ),
     Row(
+        ("[multimodal targets](multimodal.md)", "M-RoPE"),
+        "works",
+        "with a text draft or `ngram`; tried with images for a tiny LLaVA and a tiny Qwen2-VL",
         (
-            "hybrid or Mamba, M-RoPE, MLA, ALiBi models",
+            "engine/test_multimodal.py::test_greedy",
+            "engine/test_multimodal.py::test_every_node_equals_its_path_decoded_plainly",
+            "engine/test_multimodal.py::test_a_seed_gives_plain_decodings_text",
+            "engine/test_multimodal.py::test_without_images",
+            "engine/test_multimodal.py::test_drafts_from_the_text_itself",
+            "engine/test_cuda_path.py::test_graphs_of_a_target_with_images_and_mrope",
+        ),
+    ),
+    Row(
+        (
+            "image tokens that see each other in both directions",
+            "multimodal drafts",
+            "heads on multimodal targets",
+            "pruned videos",
+            "audio while decoding",
+        ),
+        "refused",
+        "[more](multimodal.md#what-is-tested-and-what-is-refused)",
+        (
+            "integration/test_refusals.py::test_multimodal_models",
+            "integration/test_refusals.py::test_multimodal_drafts",
+            "integration/test_refusals.py::test_heads_on_multimodal_targets",
+        ),
+    ),
+    Row(
+        (
+            "hybrid or Mamba, MLA, ALiBi models",
             "chunked attention",
-            "multimodal, encoder-decoder models",
+            "encoder-decoder models",
         ),
         "refused",
         "MLA models run with `VLLM_MLA_DISABLE=1`",

@@ -6,8 +6,9 @@ import runpy
 
 import pytest
 
+from helpers import multimodal
 from helpers.engines import engine, greedy_params, settled_heap
-from helpers.pair import PAIR, ROOT
+from helpers.pair import DRAFT, PAIR, ROOT
 
 
 @pytest.fixture
@@ -15,10 +16,10 @@ def run():
     """Runs an example's `main` with an engine inside the test's process."""
     from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
-    def main(name, *arguments):
+    def main(name, *arguments, **engine):
         example = runpy.run_path(str(ROOT / "examples" / name))
         with settled_heap():
-            example["main"](*arguments, enforce_eager=True, max_num_seqs=8)
+            example["main"](*arguments, enforce_eager=True, max_num_seqs=8, **engine)
             destroy_model_parallel()
             destroy_distributed_environment()
         return example
@@ -51,3 +52,22 @@ def test_eagle_head(run, capsys):
     with engine() as llm:
         for request in llm.generate(prompts, greedy_params(64), use_tqdm=False):
             assert request.prompt + request.outputs[0].text in said
+
+
+def test_multimodal(run, tmp_path, capsys):
+    with multimodal.importable():
+        target = multimodal.target("llava", tmp_path)
+        picture = str(tmp_path / "picture.png")
+        multimodal.image(0).save(picture)
+        run(
+            "multimodal.py",
+            picture,
+            target.folder,
+            DRAFT,
+            dtype="float32",
+            max_model_len=256,
+            kv_cache_memory_bytes=64 << 20,
+        )
+    said = capsys.readouterr().out
+    assert said.startswith("What is in this picture?")
+    assert 1.3 < tokens_per_tree(said.splitlines()[-1]) < 6

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import (
     profile_cudagraph_memory,
 )
 
+from helpers import multimodal
 from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids, worker
 from helpers.launches import Launches
 from helpers.metrics import spec_metrics
@@ -160,6 +161,24 @@ def test_graphs_replay_what_a_step_needs(tree, draft, replays):
         trees |= {("target", 3), ("target", 1), ("draft", 3), ("draft", 1)}
     assert sizes == trees
     assert {num_reqs for _, num_reqs, _ in replays} >= {1, 2, 4}
+
+
+@pytest.mark.usefixtures("attention_of_gpus")
+def test_graphs_of_a_target_with_images_and_mrope(tmp_path, replays):
+    """They read embeddings, and positions in three dimensions."""
+    answers = []
+    with multimodal.importable():
+        target = multimodal.target("qwen2_vl", tmp_path)
+        for graphs in (False, True):
+            with engine("binary:3", **target.options) as llm:
+                if graphs:
+                    capture_graphs(llm)
+                outputs = llm.generate(target.prompts(), greedy_params(24), use_tqdm=False)
+            answers.append(token_ids(outputs))
+    assert answers[0] == answers[1]
+    kinds = Counter(kind for kind, _, _ in replays.elements())
+    assert kinds["target"] > 4
+    assert kinds["draft"] > 8
 
 
 @pytest.mark.usefixtures("attention_of_gpus")

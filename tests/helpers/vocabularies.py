@@ -23,12 +23,12 @@ def exchange(folder: Path) -> None:
     file.write_text(json.dumps(tokenizer))
 
 
-def add(folder: Path) -> None:
+def add(folder: Path, name: str = "<more>") -> None:
     """One special token more."""
     file = folder / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     special = tokenizer["added_tokens"][0]
-    tokenizer["added_tokens"].append(special | {"id": 2048, "content": "<more>"})
+    tokenizer["added_tokens"].append(special | {"id": 2048, "content": name})
     file.write_text(json.dumps(tokenizer))
 
 

@@ -7,17 +7,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from vllm.config import ECTransferConfig, KVTransferConfig, ModelConfig
+from vllm.config import ECTransferConfig, KVTransferConfig, ModelConfig, MultiModalConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models import interfaces
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from helpers.pair import DRAFT, TARGET
+from helpers.pair import DRAFT, EAGLE3, TARGET
 from vllm_spechub.integration.platforms import PLATFORMS
 from vllm_spechub.integration.refusals import Unsupported
 from vllm_spechub.integration.select import attention_backend, prepare_engine
 from vllm_spechub.integration.versions import running
+from vllm_spechub.proposers.heads import Eagle3Proposer
 
 
 def configured(model=TARGET, draft=DRAFT, tree_by_batch_size=None, **options):
@@ -205,7 +207,7 @@ MODELS = {
             "llama",
             {"rope_parameters": {"rope_type": "default", "mrope_section": [8, 4, 4]}},
         ),
-        "uses M-RoPE positions",
+        "uses M-RoPE positions without being multimodal",
     ),
     "mla": (
         (
@@ -238,7 +240,6 @@ def test_models(accepted, tmp_path, kind, role):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("is_multimodal_model", "is multimodal"),
         ("is_encoder_decoder", "is an encoder-decoder"),
         ("is_diffusion", "is a diffusion model"),
     ],
@@ -249,3 +250,53 @@ def test_kinds_of_models(accepted, monkeypatch, kind, message):
     with pytest.raises(Unsupported) as error:
         prepare_engine(accepted)
     assert_one_line(error, message)
+
+
+PRUNING = MultiModalConfig(video_pruning_rate=0.5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("is_mm_prefix_lm", True, "lets the tokens of an image see each other in both directions"),
+        ("multimodal_config", PRUNING, "pruning the tokens of videos is not supported"),
+        ("realtime", True, "hears audio while it decodes"),
+    ],
+)
+def test_multimodal_models(accepted, monkeypatch, field, value, message):
+    """A target of which vLLM says that it takes images and audio."""
+    target = copy.copy(accepted.model_config)
+    config = copy.copy(accepted)
+    config.model_config = target
+    target.multimodal_config = MultiModalConfig()
+    images = property(lambda self: self is target)
+    monkeypatch.setattr(ModelConfig, "supports_multimodal_inputs", images)
+    prepare_engine(config)
+    if field == "multimodal_config":
+        target.multimodal_config = value
+    elif field == "realtime":
+        monkeypatch.setattr(interfaces, "supports_realtime", lambda model: True)
+    else:
+        monkeypatch.setattr(ModelConfig, field, property(lambda self: value))
+    with pytest.raises(Unsupported) as error:
+        prepare_engine(config)
+    assert_one_line(error, message)
+    monkeypatch.setattr(ModelConfig, "supports_multimodal_inputs", property(lambda self: False))
+    prepare_engine(config)  # as with language_model_only=True
+
+
+def test_multimodal_drafts(accepted, monkeypatch):
+    draft = accepted.speculative_config.draft_model_config
+    kind = property(lambda self: self is draft)
+    monkeypatch.setattr(ModelConfig, "is_multimodal_model", kind)
+    with pytest.raises(Unsupported) as error:
+        prepare_engine(accepted)
+    assert_one_line(error, "speculative_config['model'] is multimodal (LlamaForCausalLM), but a")
+
+
+def test_heads_on_multimodal_targets(accepted, monkeypatch):
+    config = configured(draft=EAGLE3).speculative_config
+    kind = property(lambda self: self.model == TARGET)
+    monkeypatch.setattr(ModelConfig, "is_multimodal_model", kind)
+    with pytest.raises(ValueError, match="is a head, but LlamaForCausalLM is multimodal"):
+        Eagle3Proposer.check_config(config)

@@ -82,6 +82,16 @@ def test_tokenizers_are_compared_however_they_are_named_and_kept(
         assert_refused(message, draft)
 
 
+def test_a_target_may_have_added_tokens_that_the_draft_lacks(tmp_path):
+    target = folder_with(tmp_path / "target", add, pad, source=TARGET)
+    configured(DRAFT, model=target)
+    configured(folder_with(tmp_path / "same", add, pad), model=target)
+    draft = folder_with(tmp_path / "other", lambda folder: add(folder, "<other>"), pad)
+    assert_refused(DIFFERS + "'<other>'", draft, model=target)
+    draft = folder_with(tmp_path / "exchanged", exchange)
+    assert_refused(DIFFERS + "'a'", draft, model=target)
+
+
 @pytest.mark.parametrize(
     ("revisions", "asked", "accepted"),
     [

@@ -27,8 +27,9 @@ def check_vocabularies(
 ) -> None:
     """Check that both models mean the same tokens.
 
-    The models' sizes may differ by padding, that is by ids that no token of the tokenizer has. If
-    one of them has no tokenizer, only their sizes are compared.
+    The target may have added tokens that the draft lacks, such as those for images. Otherwise the
+    models' sizes may differ by padding, that is by ids that no token of the tokenizer has. If one
+    of them has no tokenizer, only their sizes are compared.
 
     Args:
         option: what named the draft, for messages.
@@ -62,17 +63,19 @@ def check_vocabularies(
             )
         logger.warning("%s: the draft's vocabulary is not checked: %s", option, unknown)
         return
-    if own != shared:
-        different = _first_difference(own, shared)
+    lacking = target_tokenizer.get_added_vocab().keys() - own.keys()
+    common = {token: number for token, number in shared.items() if token not in lacking}
+    if own != common:
+        different = _first_difference(own, common)
         raise ValueError(
             f"{option}: the draft's tokenizer differs from the target's (first in "
             f"{different!r}); draft and target need one vocabulary"
         )
-    if max(shared.values()) >= min(sizes) and draft_size != target_size:
+    if max(common.values()) >= min(sizes) and draft_size != target_size:
         raise ValueError(
             f"{option}: the draft's vocab_size={draft_size} and the target's "
             f"vocab_size={target_size} may differ by padding only, but the tokenizer's ids go up "
-            f"to {max(shared.values())}"
+            f"to {max(common.values())}"
         )
 
 

@@ -91,11 +91,24 @@ class TreeModelState(DefaultModelState):
         self, input_batch: InputBatch, req_states: RequestState
     ) -> dict[str, torch.Tensor | None]:
         self._map_adapters_to_rows(input_batch)
-        return {"positions": self.layout.positions[: input_batch.num_tokens_after_padding]}
+        num_tokens = input_batch.num_tokens_after_padding
+        positions = self.layout.positions[:num_tokens]
+        # M-RoPE: [num_dims, num_tokens], by slots. All dimensions of a text token's positions are
+        # its slot plus the request's offset, so they differ by depth as ordinary positions do.
+        by_slot = super().prepare_inputs(input_batch, req_states).get("positions")
+        if by_slot is None:
+            return {"positions": positions}
+        if input_batch.num_draft_tokens:
+            by_slot += positions - input_batch.positions[:num_tokens]
+            # vLLM knows no positions of the placeholders below a prompt's last token
+            by_slot.clamp_(min=0)
+        return {"positions": by_slot}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
-        # A captured graph reads this buffer on every replay.
-        return {"positions": self.layout.positions[:num_tokens]}
+        # A captured graph reads these buffers on every replay: ours, or those of M-RoPE, and the
+        # embeddings if prompts may have images.
+        ours = {"positions": self.layout.positions[:num_tokens]}
+        return ours | super().prepare_dummy_inputs(num_reqs, num_tokens)
 
     def _map_adapters_to_rows(self, input_batch: InputBatch) -> None:
         """Give every logits row its request's LoRA adapter. vLLM's V2 runner gives the adapters to

@@ -18,7 +18,7 @@ SCHEDULERS = {
     True: "vllm_spechub.integration.scheduler.AsyncTreeScheduler",
 }
 """The paths of our schedulers, by whether scheduling is asynchronous."""
-ANOTHER_MODEL = "trees need a text model with plain attention; use one, or leave speculation off"
+ANOTHER_MODEL = "trees need a decoder with plain attention; use one, or leave speculation off"
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -163,8 +163,10 @@ def model_refusals(model: "ModelConfig | None", platform: Platform) -> Iterator[
         f"{name} has recurrent (Mamba-like) layers, whose state cannot branch; {ANOTHER_MODEL}",
     )
     yield model.is_encoder_decoder, f"{name} is an encoder-decoder model; {ANOTHER_MODEL}"
-    yield model.is_multimodal_model, f"{name} is multimodal; {ANOTHER_MODEL}"
-    yield model.uses_mrope, f"{name} uses M-RoPE positions; {ANOTHER_MODEL}"
+    yield (
+        model.uses_mrope and not model.is_multimodal_model,
+        f"{name} uses M-RoPE positions without being multimodal; {ANOTHER_MODEL}",
+    )
     yield (
         model.use_mla,
         f"{name} uses MLA attention, whose kernels have no tree masks; set VLLM_MLA_DISABLE=1, and "
@@ -189,6 +191,39 @@ def model_refusals(model: "ModelConfig | None", platform: Platform) -> Iterator[
     yield model.enable_prompt_embeds, "enable_prompt_embeds is not supported; turn it off"
     yield model.enable_trace_replay, "enable_trace_replay is not supported; turn it off"
     yield model.return_sampling_mask, "return_sampling_mask is not supported; turn it off"
+
+
+def multimodal_refusals(
+    target: "ModelConfig", draft: "ModelConfig | None"
+) -> Iterator[tuple[bool, str]]:
+    """Yield, for everything of multimodal models that trees cannot do, whether it is so, and the
+    message that says what to do instead."""
+    yield (
+        draft is not None and draft.is_multimodal_model,
+        f"speculative_config['model'] is multimodal ({draft and draft.architecture}), but a draft "
+        "reads text only; use a text model of the target's vocabulary",
+    )
+    if not target.supports_multimodal_inputs:  # or the engine's limits leave it text only
+        return
+    # here, as these import all that models need
+    from vllm.model_executor.model_loader.utils import get_model_cls
+    from vllm.model_executor.models.interfaces import supports_realtime
+
+    name = target.architecture
+    text_only = "use another model, or set language_model_only=True"
+    yield (
+        target.is_mm_prefix_lm,
+        f"{name} lets the tokens of an image see each other in both directions, which tree masks "
+        f"do not express; {text_only}",
+    )
+    yield (
+        target.get_multimodal_config().is_multimodal_pruning_enabled(),
+        "pruning the tokens of videos is not supported; leave video_pruning_rate unset",
+    )
+    yield (
+        supports_realtime(get_model_cls(target)),
+        f"{name} hears audio while it decodes, and trees hold text only; {text_only}",
+    )
 
 
 def pair_refusals(target: "ModelConfig", draft: "ModelConfig | None") -> Iterator[tuple[bool, str]]:

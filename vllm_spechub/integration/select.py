@@ -18,6 +18,7 @@ from vllm_spechub.integration.refusals import (
     Unsupported,
     engine_refusals,
     model_refusals,
+    multimodal_refusals,
     pair_refusals,
     raise_first,
 )
@@ -48,9 +49,13 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
     """
     ours = platform()
     raise_first(engine_refusals(vllm_config, ours))
-    target, draft = vllm_config.model_config, spechub_config(vllm_config).draft_model_config
+    spechub = spechub_config(vllm_config)
+    target, draft = vllm_config.model_config, spechub.draft_model_config
+    if draft is spechub.target_model_config:
+        draft = None  # vLLM names the target where a proposer loads no model
     raise_first(model_refusals(target, ours))
     raise_first(model_refusals(draft, ours))
+    raise_first(multimodal_refusals(target, draft))
     raise_first(pair_refusals(target, draft))
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]

@@ -79,6 +79,11 @@ class HeadProposer(ModelProposer[torch.Tensor]):
     @classmethod
     def check_config(cls, config: SpecHubConfig) -> None:
         target = config.target_model_config
+        if target.is_multimodal_model:
+            raise ValueError(
+                f"speculative_config['model'] is a head, but {target.architecture} is multimodal, "
+                "and heads are tried on text models only; use a model that runs by itself"
+            )
         check_fit(
             "speculative_config['model']",
             cls.vllm_method,

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from vllm.v1.worker.gpu import block_table, buffer_utils, input_batch
+from vllm.v1.worker.gpu.mm import rope
 
 from helpers.interpreted import assert_host_matches, bounds, ints, strided
 from vllm_spechub.integration.versions import running
@@ -277,5 +278,32 @@ def test_requests_expand_to_logits(seed):
         return input_batch.expand_idx_mapping(
             _slots(rng, num_reqs), int(counts.sum()) + 2, bounds(counts), 7
         )
+
+    assert_host_matches(scenario, seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rope_positions(seed):
+    """Of prompts in one piece and in chunks, and of what is decoded after them."""
+
+    def scenario(rng):
+        dims = int(rng.integers(3, 5))
+        state = rope.RopeState(dims, SLOTS, 61, MODEL_LEN, torch.device("cpu"))
+        lengths = rng.integers(10, MODEL_LEN - 20, SLOTS)
+        for slot, length in enumerate(lengths.tolist()):
+            for dim in range(dims):
+                row = rng.integers(0, 99, length).tolist()
+                state.prefill_positions.stage_write(dims * slot + dim, 0, row)
+            state.prefill_delta.np[slot] = rng.integers(-9, 9)
+        state.apply_staged_writes()
+        state.positions.fill_(-77)
+        idx_mapping = _slots(rng, int(rng.integers(1, 7)))
+        chunks = rng.integers(1, 8, len(idx_mapping))
+        prompts = rng.random(SLOTS) < 0.5
+        computed = np.where(
+            prompts, rng.integers(0, lengths - 8), lengths + rng.integers(0, 10, SLOTS)
+        )
+        state.prepare_positions(idx_mapping, bounds(chunks), ints(lengths), ints(computed))
+        return state.get_positions(61)
 
     assert_host_matches(scenario, seed)

@@ -29,6 +29,7 @@ HOST_KERNELS: dict[str, Callable[..., None]] = {
             batch.post_update_num_computed_tokens
         ),
         "input_batch._expand_idx_mapping_kernel": batch.expand_idx_mapping,
+        "mm.rope._prepare_rope_positions_kernel": batch.prepare_rope_positions,
         "metrics.logits._num_nans_kernel": sampling.num_nans,
         "sample.bad_words._bad_words_kernel": processors.bad_words,
         "sample.gumbel._gumbel_sample_kernel": sampling.gumbel_sample,

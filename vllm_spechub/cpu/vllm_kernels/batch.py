@@ -484,3 +484,38 @@ def expand_idx_mapping(
         np.repeat(bounds[:-1], counts),
         out=expanded_local_pos.numpy()[begin:end],
     )
+
+
+def prepare_rope_positions(
+    # [num_dims, max_num_tokens + 1]
+    positions: torch.Tensor,
+    _positions_stride: int,
+    # [max_num_reqs * num_dims, max_model_len], of the tokens that requests came with
+    prefill_positions: torch.Tensor,
+    _prefill_stride0: int,
+    max_model_len: int,
+    # [max_num_reqs], what positions after those exceed slots by
+    prefill_delta: torch.Tensor,
+    # [num_reqs]
+    idx_mapping: torch.Tensor,
+    # [num_reqs + 1]
+    query_start_loc: torch.Tensor,
+    # [max_num_reqs]
+    prefill_lens: torch.Tensor,
+    # [max_num_reqs]
+    num_computed_tokens: torch.Tensor,
+    BLOCK_SIZE: int,
+    NUM_DIMS: int,
+) -> None:
+    """Stand-in for `mm.rope._prepare_rope_positions_kernel`."""
+    out, bounds = positions.numpy(), query_start_loc.tolist()
+    known = prefill_positions.numpy().reshape(-1, NUM_DIMS, max_model_len)
+    for i, req in enumerate(idx_mapping.tolist()):
+        first, start, end = int(num_computed_tokens[req]), bounds[i], bounds[i + 1]
+        if first < int(prefill_lens[req]):
+            found = known[req, :, first : first + end - start]
+            # placeholders below the last token of a prompt may exceed the longest text
+            out[:, start : start + found.shape[1]] = found
+        else:
+            first += int(prefill_delta[req])
+            out[:, start:end] = np.arange(first, first + end - start)

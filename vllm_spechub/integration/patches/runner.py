@@ -39,7 +39,7 @@ def _init_model_state(original):
         if needed is not DefaultModelState:
             raise ValueError(
                 f"spechub: {type(model).__name__} needs {needed.__name__}, which trees do not "
-                "support; only decoder-only text models are supported"
+                "support; only plain decoders are supported"
             )
         return TreeModelState(vllm_config, model, encoder_cache, device, platform())
 
