@@ -38,7 +38,8 @@ from vllm_spechub.triton_kernels.arguments import Requests, TargetRows, Verified
 class TreeSamplerOutput(SamplerOutput):
     """vLLM's sampler output, with the accepted nodes."""
 
-    # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end
+    # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end, and
+    # everywhere if the request had lost its draft
     accepted_paths: torch.Tensor = field(kw_only=True)
     # the same on the host, once the copy that `start_copy_to_host` queues is through
     accepted_paths_on_host: torch.Tensor = field(init=False)
@@ -138,6 +139,11 @@ class TreeRejectionSampler(RejectionSampler):
         paths, logprobs = self._in_order(verified, batch)
         self.compactor(root_positions, paths.path)
         self.request_trees.record_accepted(paths.path)
+        assert batch.num_draft_tokens_per_req is not None  # else vLLM's own sampler runs
+        lost = self.request_trees.draft_rows_for(batch.idx_mapping_np) < 0
+        (lost_trees,) = (lost & (batch.num_draft_tokens_per_req > 0)).nonzero()
+        if len(lost_trees):
+            paths.path[async_tensor_h2d(lost_trees, device=logits.device), 0] = -1
 
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             paths.num_emitted, batch.seq_lens, batch.cu_num_logits, batch.idx_mapping, prefill_len
