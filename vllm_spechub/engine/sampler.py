@@ -21,12 +21,16 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
     RejectionSampler,
     _iter_request_chunks,
-    get_max_chunk_logits,
 )
 
 from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.layout import TreeLayout
-from vllm_spechub.engine.processors import HistoryProcessors, UnrolledRows, unroll
+from vllm_spechub.engine.processors import (
+    HistoryProcessors,
+    UnrolledRows,
+    most_processed_rows,
+    unroll,
+)
 from vllm_spechub.engine.request_trees import RequestTrees
 from vllm_spechub.engine.truncation import truncates
 from vllm_spechub.rules.base import VerificationRule
@@ -343,8 +347,7 @@ class TreeRejectionSampler(RejectionSampler):
         )
         # A temperature above 0 has been divided by.
         remaining = (temperature > 0).to(temperature.dtype)
-        # vLLM's cap on rows: its processors allocate several times what they are given.
-        for start, end in _iter_request_chunks(rows.bounds, get_max_chunk_logits(logits.shape[1])):
+        for start, end in _iter_request_chunks(rows.bounds, most_processed_rows(logits.shape[1])):
             part = rows.for_requests(start, end)
             own_start = np.cumsum([0, *(num_nodes[start : end - 1] + 1)])
             yield ProcessedRows(
