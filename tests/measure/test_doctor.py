@@ -49,13 +49,12 @@ def test_tokens_outside_the_vocabulary_are_a_fault():
 
 def test_inputs(monkeypatch):
     assert kernels._inputs(CPU).outcome == OK
-    reference = step_inputs.prepare_drafts_reference
 
     def wrong(inputs, *arguments):
-        reference(inputs, *arguments)
+        step_inputs.prepare_drafts_reference(inputs, *arguments)
         inputs.root_positions[0] += 1
 
-    monkeypatch.setattr(step_inputs, "prepare_drafts_reference", wrong)
+    monkeypatch.setattr(step_inputs, "prepare_drafts", wrong)
     assert kernels._inputs(CPU).outcome == FAULT
 
 
