@@ -145,9 +145,9 @@ class TreeRejectionSampler(RejectionSampler):
         self.request_trees.record_accepted(paths.path)
         assert batch.num_draft_tokens_per_req is not None  # else vLLM's own sampler runs
         lost = self.request_trees.draft_rows_for(batch.idx_mapping_np) < 0
-        (lost_trees,) = (lost & (batch.num_draft_tokens_per_req > 0)).nonzero()
-        if len(lost_trees):
-            paths.path[async_tensor_h2d(lost_trees, device=logits.device), 0] = -1
+        lost &= (batch.num_draft_tokens_per_req > 0) & ~batch.is_prefilling_np
+        if lost.any():
+            paths.path[async_tensor_h2d(lost.nonzero()[0], device=logits.device), 0] = -1
 
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             paths.num_emitted, batch.seq_lens, batch.cu_num_logits, batch.idx_mapping, prefill_len
