@@ -149,12 +149,17 @@ class TreeScheduler(Scheduler):
             return spec_decoding_stats
         with reporting("statistics of verified trees"):
             assert isinstance(self.step_output, TreeRunnerOutput)
+            place = self.step_output.req_id_to_index[request_id]
+            path = self.step_output.accepted_paths[place]
+            if path[0] < 0:
+                self.fallbacks["lost"] += 1
+                return spec_decoding_stats
             return self.observer.add_tree(
                 spec_decoding_stats,
                 self.step_drafts.drafted_index(request_id),
                 num_draft_tokens,
                 num_accepted_tokens,
-                self.step_output.accepted_paths[self.step_output.req_id_to_index[request_id]],
+                path,
             )
         return spec_decoding_stats
 

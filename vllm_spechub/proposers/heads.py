@@ -49,6 +49,7 @@ class HeadProposer(ModelProposer[torch.Tensor]):
     2, hidden_size]: the hidden state for its logits first, the one that its children are fed last.
     """
 
+    captures_steps = True
     shift = 1
 
     def __init__(
@@ -142,12 +143,14 @@ class HeadProposer(ModelProposer[torch.Tensor]):
 
     def target_states(
         self,
-        step: DraftStep,
-        # [num_rows] int64, rows of the target's batch
-        rows: torch.Tensor,
+        # [num_tokens, hidden_size]
+        hidden_states: torch.Tensor,
+        # each [num_tokens, hidden_size]
+        aux_hidden_states: list[torch.Tensor] | None,
+        # [num_rows] int64
+        tokens: torch.Tensor,
     ) -> torch.Tensor:
-        """What the head is fed of the target's hidden states. [num_rows, hidden_size]"""
-        return step.hidden_states[rows]
+        return hidden_states[tokens]
 
     def read(self, step: DraftStep) -> torch.Tensor:
         """Feed the tokens that the target has just read and kept, each with the token after it.
@@ -155,39 +158,10 @@ class HeadProposer(ModelProposer[torch.Tensor]):
         Returns:
             What the head gives for the roots, [num_reqs, 1 or 2, hidden_size].
         """
-        batch, device, num_reqs = step.batch, self.device, step.num_reqs
-        counts = self._rows_to_feed(step)
-        starts_np = np.zeros(num_reqs + 1, dtype=np.int32)
-        np.cumsum(counts, out=starts_np[1:])
-        req_np = np.repeat(np.arange(num_reqs), counts)
-        local_np = np.arange(starts_np[-1]) - starts_np[req_np]
-
-        starts = async_tensor_h2d(starts_np, device=device)
-        req = async_tensor_h2d(req_np, device=device)
-        local = async_tensor_h2d(local_np, device=device)
-        first, root = step.first_positions, step.root_positions
-        positions = first[req] + local
-        last = (root - 1)[req]
-        unused = positions > last
-        if step.dummy_run:
-            tokens = torch.zeros_like(positions, dtype=torch.int32)
-        else:
-            after = (positions + 1).clamp(max=self.max_model_len - 1)
-            tokens = self.req_states.all_token_ids.gpu[batch.idx_mapping[req], after]
-        rows = batch.query_start_loc[req] + self._kept_rows(step, req, local)
-        given = self.run_pass(
-            step,
-            tokens,
-            positions,
-            positions,
-            starts,
-            starts_np,
-            first + torch.diff(starts),
-            unused,
-            self.up_to_roots(step, counts, positions, last),
-            self.target_states(step, rows),
-        )
-        return given[starts[:-1] + root - first - 1]
+        rows = self.fed_rows(self._rows_to_feed(step))
+        places = step.batch.query_start_loc[rows.req] + self._kept_rows(step, rows.req, rows.local)
+        states = self.target_states(step.hidden_states, step.aux_hidden_states, places)
+        return self.feed(step, rows, step.first_positions, states)
 
     def _rows_to_feed(self, step: DraftStep) -> np.ndarray:
         """How many rows each request gets. [num_reqs] int64"""
@@ -298,12 +272,15 @@ class Eagle3Proposer(HeadProposer):
 
     def target_states(
         self,
-        step: DraftStep,
+        # [num_tokens, hidden_size]
+        hidden_states: torch.Tensor,
+        # each [num_tokens, hidden_size]
+        aux_hidden_states: list[torch.Tensor] | None,
         # [num_rows] int64
-        rows: torch.Tensor,
+        tokens: torch.Tensor,
     ) -> torch.Tensor:
-        assert step.aux_hidden_states is not None  # since vLLM's method is eagle3
-        states = torch.cat([layer[rows] for layer in step.aux_hidden_states], dim=-1)
+        assert aux_hidden_states is not None  # since vLLM's method is eagle3
+        states = torch.cat([layer[tokens] for layer in aux_hidden_states], dim=-1)
         model: Any = self.model
         return model.combine_hidden_states(states)
 

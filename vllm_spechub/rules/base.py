@@ -65,6 +65,9 @@ class VerificationRule(ABC):
     """Most children of a node."""
     sharpens: ClassVar[bool] = False
     """Whether `sharpening` may be other than 1."""
+    captures: ClassVar[bool] = False
+    """Whether `sample_children` only launches work whose arguments are tensors or the same in every
+    step, so that a CUDA graph may replay it."""
     reads_draws: ClassVar[bool] = False
     """Whether `verify` reads `target.drawn`, the target's own draws with the engine's noise."""
 

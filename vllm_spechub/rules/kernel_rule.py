@@ -2,6 +2,7 @@
 """The built-in rules: one class, which runs the kernels by a row of `triton_kernels.rules`."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +21,8 @@ PORTABLE_KERNELS = TreeKernels(sample_children, verify_tree, DraftState.write_to
 
 class KernelRule(VerificationRule):
     """Any rule of the table, by its name."""
+
+    captures: ClassVar[bool] = True
 
     def __init__(self, name: str, kernels: TreeKernels, sharpening: float = 1.0) -> None:
         super().__init__(name, kernels, sharpening)
