@@ -39,6 +39,7 @@ from vllm_spechub.proposers.draft_model import DraftModelProposer
 from vllm_spechub.rules.base import TreeKernels
 from vllm_spechub.rules.draft_state import DraftState
 from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
+from vllm_spechub.triton_kernels.level_allocation import kernel as level_allocation
 from vllm_spechub.triton_kernels.verification import kernel as verification
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -261,6 +262,7 @@ def launches(monkeypatch):
         found.of_launcher(child_sampling.sample_children, cpu.sample_children),
         found.of_launcher(verification.verify_tree, cpu.verify_tree),
         DraftState.write_tokens,
+        found.of_launcher(level_allocation.allocate_children, cpu.allocate_children),
     )
     monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], tree_kernels=lambda: kernels))
     for module in (base, draft_model, layout, sampler):

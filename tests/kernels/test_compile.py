@@ -148,7 +148,7 @@ EVERYWHERE = with_rest([*TARGETS], always=[TARGETS[0], HOPPER, TARGETS[4]])
 def test_sums_of_draft_rows(compile_for, sharpened, capability, dtype):
     constexprs = {"SHARPENED": sharpened, "KEPT": True}
     what = f"lane sums{', sharpened' * sharpened}"
-    kernel = child_sampling._lane_sums_kernel
+    kernel = child_sampling.lane_sums_kernel
     compile_lanes(compile_for, kernel, constexprs, capability, dtype, what)
 
 

@@ -24,7 +24,6 @@ from helpers.enumeration import (
     expected_length,
     grow,
     level_counts,
-    node_scores,
     normalised,
     sequences,
     total_variation,
@@ -205,9 +204,7 @@ def level_widths(model: Model, rule: str, widths: tuple[int, ...]):
         counts = level_counts(rows, reach, width, drafting, most)
         # a child is a sample only if something can be drawn
         hubs = [drafting.hubs(q, k) if any(q) else k for q, k in zip(rows, counts, strict=True)]
-        return {
-            context: (k - m, m) for context, k, m in zip(level, counts, hubs, strict=True) if k
-        }
+        return {context: (k - m, m) for context, k, m in zip(level, counts, hubs, strict=True) if k}
 
     return plan
 

@@ -16,6 +16,7 @@ from rich.tree import Tree
 from vllm_spechub.offline.draft_and_verify import draft_tree, verify_tree
 from vllm_spechub.offline.simulation.texts import ModelPair
 from vllm_spechub.trees.drawing import node_rows
+from vllm_spechub.trees.level_tree import LevelTree
 from vllm_spechub.trees.tree import TokenTree
 
 ACCEPTED, REFUSED, BONUS = "green", "bright_black", "bold cyan"
@@ -57,7 +58,7 @@ def trace(
     pair: ModelPair,
     # [num_tokens] int64
     prompt: torch.Tensor,
-    tree: TokenTree,
+    tree: TokenTree | LevelTree,
     rule: str,
     temperature: float,
     num_steps: int,
@@ -78,7 +79,9 @@ def trace(
     return steps
 
 
-def check_length(num_prompt_tokens: int, tree: TokenTree, num_steps: int, limit: int) -> None:
+def check_length(
+    num_prompt_tokens: int, tree: TokenTree | LevelTree, num_steps: int, limit: int
+) -> None:
     """Raises: ValueError, if the prompt and the steps are longer than the models read."""
     longest = num_prompt_tokens + num_steps * (tree.depth + 1)
     if longest > limit:
@@ -104,6 +107,7 @@ def _step(pair, text, tree, rule, temperature, generator) -> tuple[Step, torch.T
         return probs(pair.draft, rows).cpu()
 
     draft = draft_tree(tree, draft_probs, 1, rule=rule, generator=generator)
+    tree = draft.tree_of(0)
     tokens = [int(text[-1]), *draft.tokens[0].tolist()]
     below = [torch.tensor([tokens[n] for n in path[1:]], dtype=text.dtype) for path in tree.paths]
     target = torch.cat(

@@ -16,7 +16,7 @@ from vllm_spechub.trees.tree import MAX_NODES, TokenTree, Tree
 from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
 
 LEVELS = "levels:"
-LEVELS_FORM = "levels:WIDTH,WIDTH,..., levels:auto[:NODES[:DEPTH]]"
+LEVELS_FORM = "levels:WIDTH,WIDTH,..."
 _WIDTHS = re.compile(r"levels:\s*(\d+(?:\s*,\s*\d+)*)")
 
 
