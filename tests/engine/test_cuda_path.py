@@ -33,7 +33,7 @@ from vllm_spechub.attention import triton_backend
 from vllm_spechub.cpu.tree_kernels.compaction import HostKVCompactor
 from vllm_spechub.engine import layout, sampler
 from vllm_spechub.integration.platforms import PLATFORMS
-from vllm_spechub.proposers import base, draft_model
+from vllm_spechub.proposers import base, draft_model, model_proposer
 from vllm_spechub.proposers.cuda_graphs import DraftGraphs
 from vllm_spechub.proposers.draft_model import DraftModelProposer
 from vllm_spechub.rules.base import TreeKernels
@@ -265,7 +265,7 @@ def launches(monkeypatch):
         found.of_launcher(level_allocation.allocate_children, cpu.allocate_children),
     )
     monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], tree_kernels=lambda: kernels))
-    for module in (base, draft_model, layout, sampler):
+    for module in (base, draft_model, model_proposer, layout, sampler):
         copy = found.one("copy from host", module.async_tensor_h2d)
         monkeypatch.setattr(module, "async_tensor_h2d", copy)
     for owner, name, kind in (

@@ -66,7 +66,7 @@ def allocate_children(
         raise ValueError(f"width_below must be in 1..{MAX_CHILDREN * width}, not {width_below}")
     if first_node + width + width_below > num_nodes:
         raise ValueError(f"trees have {num_nodes} nodes, too few for this level")
-    shape = (len(requests.temperature), num_nodes)
+    shape = (len(trees.reach), num_nodes)
     for name, table in (
         ("first_child", trees.tables.first_child),
         ("num_children", trees.tables.num_children),

@@ -65,7 +65,7 @@ def verify_tree(
         "parents": (tree.parents, tree.first_child.shape),
     }
     if tree.first_child.dim() > 1:
-        shape = (*max_num_reqs, tree.num_nodes)
+        shape = (len(drafts.sampled), tree.num_nodes)
         expected["first_child"] = (tree.first_child, shape)
     for name, (value, shape) in expected.items():
         if value.shape != shape:

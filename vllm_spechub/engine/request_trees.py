@@ -33,8 +33,8 @@ class RequestTrees:
         self._owners = [
             np.full(most, -1) if most < max_num_reqs else None for most in most_requests
         ]
-        # by tree, the rows that there are for drafts; of those that are given the last is nobody's
-        self.num_draft_rows = [most + (most < max_num_reqs) for most in most_requests]
+        # by tree, the rows that there are for drafts, of which the last is nobody's
+        self.num_draft_rows = [most + 1 for most in most_requests]
         # [max_num_reqs] the row of the request's draft; -1 if it has none, or lost it
         self._draft_row = np.full(max_num_reqs, -1)
         # [max_num_reqs] upper bound on the tokens before the next one that the draft has not read

@@ -9,11 +9,11 @@ reads what it missed when the schedule asks for trees again.
 """
 
 from bisect import bisect_left
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig
 from vllm.tokenizers import cached_tokenizer_from_config, get_tokenizer
 from vllm.tokenizers.registry import tokenizer_args_from_config
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -28,7 +28,6 @@ from vllm_spechub.drafts.kinds import head_of, tensor_names
 from vllm_spechub.drafts.vocabulary import check_vocabularies, first_line
 from vllm_spechub.proposers.base import DraftStep
 from vllm_spechub.proposers.model_proposer import ModelProposer
-from vllm_spechub.rules.base import VerificationRule
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
 
 
@@ -48,25 +47,6 @@ def _longest(draft: ModelConfig, too_long: int) -> int:
     return bisect_left(range(too_long), True, lo=1, key=lambda n: not _reads(draft, n + 1))
 
 
-class FedRows(NamedTuple):
-    """The rows of a batch that the draft reads."""
-
-    # [num_reqs + 1] int32, each request's first row
-    starts: torch.Tensor
-    # [num_rows] int64, the row's request, and its place among the request's rows
-    req: torch.Tensor
-    local: torch.Tensor
-    # [num_reqs + 1] int32, `starts` on the host
-    starts_np: np.ndarray
-
-    def of(self, num_reqs: int, each: int) -> "FedRows":
-        """Those of the first requests, which have `each` rows."""
-        bounds, rows = slice(num_reqs + 1), slice(num_reqs * each)
-        return FedRows(
-            self.starts[bounds], self.req[rows], self.local[rows], self.starts_np[bounds]
-        )
-
-
 class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     """Drafts with a smaller model of the same vocabulary.
 
@@ -75,13 +55,6 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
 
     # whether a layer has a sliding window, so that vLLM may free its blocks after any step
     has_windows: bool
-
-    def __init__(
-        self, vllm_config: VllmConfig, device: torch.device, rule: VerificationRule
-    ) -> None:
-        super().__init__(vllm_config, device, rule)
-        # by the number of rows per request, of as many requests as there may be
-        self.uniform_rows: dict[int, FedRows] = {}
 
     @classmethod
     def check_config(cls, config: SpecHubConfig) -> None:
@@ -187,70 +160,20 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
         Returns:
             The roots' hidden states, [num_reqs, hidden_size].
         """
-        batch, device = step.batch, self.device
         lags, skipped, counts = self._rows_to_feed(step)
-        starts, req, local, starts_np = self._fed_rows(counts)
-        root, begin = step.root_positions, step.first_positions
+        rows, first, lagging = self.fed_rows(counts), step.first_positions, bool(lags.any())
         if skipped.all():  # a root each, as usual
-            begin = begin + 1
+            first = first + 1
         elif skipped.any():
-            begin = begin + async_tensor_h2d(skipped, device=device)
-        if lags.any():
-            unread = self.request_trees.next_unread_position(batch.idx_mapping)
-            begin = torch.where(async_tensor_h2d(lags, device=device), unread, begin)
-        end = begin + torch.diff(starts)
-        positions = begin[req] + local
-        roots = root[req]
-        unused = positions > roots
-        if step.dummy_run:
-            tokens = torch.zeros_like(positions, dtype=torch.int32)
-        else:
-            if self.schedule.pauses:
-                self.request_trees.record_read(batch.idx_mapping, torch.minimum(end, root))
-            read = positions.clamp(max=self.max_model_len - 1)
-            tokens = self.req_states.all_token_ids.gpu[batch.idx_mapping[req], read]
-        hidden = self.run_pass(
-            step,
-            tokens,
-            positions,
-            positions,
-            starts,
-            starts_np,
-            end,
-            unused,
-            self.up_to_roots(step, counts, positions, roots),
-        )
-        # A request that still lags has no root among its rows, and drafts from its last row.
-        last = torch.minimum(root, end - 1) if lags.any() else root
-        return hidden[starts[:-1] + last - begin]
-
-    def _fed_rows(
-        self,
-        # [num_reqs] the numbers of rows
-        counts: np.ndarray,
-    ) -> FedRows:
-        """The rows of `read`, a request's side by side."""
-        num_reqs, most = len(counts), int(counts.max())
-        # At most a whole path for each request: the tables of such batches are kept.
-        uniform = most <= self.schedule.depth + 1 and bool((counts == most).all())
-        if uniform and most in self.uniform_rows:
-            return self.uniform_rows[most].of(num_reqs, most)
-        if uniform:
-            counts = np.full(self.max_num_reqs, most)
-        starts_np = np.zeros(len(counts) + 1, dtype=np.int32)
-        np.cumsum(counts, out=starts_np[1:])
-        req_np = np.repeat(np.arange(len(counts)), counts)
-        local_np = np.arange(starts_np[-1]) - starts_np[req_np]
-        rows = FedRows(
-            async_tensor_h2d(starts_np, device=self.device),
-            async_tensor_h2d(req_np, device=self.device),
-            async_tensor_h2d(local_np, device=self.device),
-            starts_np,
-        )
-        if uniform:
-            self.uniform_rows[most] = rows
-            return rows.of(num_reqs, most)
-        return rows
+            first = first + async_tensor_h2d(skipped, device=self.device)
+        if lagging:
+            unread = self.request_trees.next_unread_position(step.batch.idx_mapping)
+            first = torch.where(async_tensor_h2d(lags, device=self.device), unread, first)
+        if self.schedule.pauses and not step.dummy_run:
+            end = first + torch.diff(rows.starts)
+            read = torch.minimum(end, step.root_positions)
+            self.request_trees.record_read(step.batch.idx_mapping, read)
+        return self.feed(step, rows, first, lagging=lagging)
 
     def _rows_to_feed(self, step: DraftStep) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which requests' drafts lag, [num_reqs] bool; how many of each request's scheduled tokens

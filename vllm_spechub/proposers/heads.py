@@ -160,39 +160,9 @@ class HeadProposer(ModelProposer[torch.Tensor]):
         Returns:
             What the head gives for the roots, [num_reqs, 1 or 2, hidden_size].
         """
-        batch, device, num_reqs = step.batch, self.device, step.num_reqs
-        counts = self._rows_to_feed(step)
-        starts_np = np.zeros(num_reqs + 1, dtype=np.int32)
-        np.cumsum(counts, out=starts_np[1:])
-        req_np = np.repeat(np.arange(num_reqs), counts)
-        local_np = np.arange(starts_np[-1]) - starts_np[req_np]
-
-        starts = async_tensor_h2d(starts_np, device=device)
-        req = async_tensor_h2d(req_np, device=device)
-        local = async_tensor_h2d(local_np, device=device)
-        first, root = step.first_positions, step.root_positions
-        positions = first[req] + local
-        last = (root - 1)[req]
-        unused = positions > last
-        if step.dummy_run:
-            tokens = torch.zeros_like(positions, dtype=torch.int32)
-        else:
-            after = (positions + 1).clamp(max=self.max_model_len - 1)
-            tokens = self.req_states.all_token_ids.gpu[batch.idx_mapping[req], after]
-        rows = batch.query_start_loc[req] + self._kept_rows(step, req, local)
-        given = self.run_pass(
-            step,
-            tokens,
-            positions,
-            positions,
-            starts,
-            starts_np,
-            first + torch.diff(starts),
-            unused,
-            self.up_to_roots(step, counts, positions, last),
-            self.target_states(step, rows),
-        )
-        return given[starts[:-1] + root - first - 1]
+        rows = self.fed_rows(self._rows_to_feed(step))
+        places = step.batch.query_start_loc[rows.req] + self._kept_rows(step, rows.req, rows.local)
+        return self.feed(step, rows, step.first_positions, self.target_states(step, places))
 
     def _rows_to_feed(self, step: DraftStep) -> np.ndarray:
         """How many rows each request gets. [num_reqs] int64"""

@@ -11,11 +11,12 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig, replace
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
@@ -29,6 +30,25 @@ from vllm_spechub.proposers.cuda_graphs import DraftGraphs, DraftPass
 from vllm_spechub.rules.base import VerificationRule
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
 from vllm_spechub.trees.tree import Tree
+
+
+class FedRows(NamedTuple):
+    """The rows of a batch that a network reads before it drafts, a request's side by side."""
+
+    # [num_reqs + 1] int32, each request's first row
+    starts: torch.Tensor
+    # [num_rows] int64, the row's request, and its place among the request's rows
+    req: torch.Tensor
+    local: torch.Tensor
+    # [num_reqs + 1] int32, `starts` on the host
+    starts_np: np.ndarray
+
+    def of(self, num_reqs: int, each: int) -> "FedRows":
+        """Those of the first requests, which have `each` rows."""
+        bounds, rows = slice(num_reqs + 1), slice(num_reqs * each)
+        return FedRows(
+            self.starts[bounds], self.req[rows], self.local[rows], self.starts_np[bounds]
+        )
 
 
 class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
@@ -55,6 +75,8 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         self.draft_vocab_size = self.vocab_size
         TreeProposer.__init__(self, vllm_config, device, rule)
         self.graphs: DraftGraphs | None = None
+        # by the number of rows per request, of as many requests as there may be
+        self.uniform_rows: dict[int, FedRows] = {}
         # [num_kv_cache_groups, most rows of a pass] int64, made by `set_attn`
         self.slots: torch.Tensor
 
@@ -168,6 +190,83 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
             return counts
         rows = int(self.request_trees.depths_for(step.batch.idx_mapping_np).max()) + 1
         return np.full_like(counts, rows) if rows * len(counts) <= self.max_num_tokens else counts
+
+    def fed_rows(
+        self,
+        # [num_reqs] the numbers of rows
+        counts: np.ndarray,
+    ) -> FedRows:
+        """The rows of `read`."""
+        num_reqs, most = len(counts), int(counts.max())
+        # At most a whole path for each request: the tables of such batches are kept.
+        uniform = most <= self.schedule.depth + 1 and bool((counts == most).all())
+        if uniform and most in self.uniform_rows:
+            return self.uniform_rows[most].of(num_reqs, most)
+        if uniform:
+            counts = np.full(self.max_num_reqs, most)
+        starts_np = np.zeros(len(counts) + 1, dtype=np.int32)
+        np.cumsum(counts, out=starts_np[1:])
+        req_np = np.repeat(np.arange(len(counts)), counts)
+        local_np = np.arange(starts_np[-1]) - starts_np[req_np]
+        rows = FedRows(
+            async_tensor_h2d(starts_np, device=self.device),
+            async_tensor_h2d(req_np, device=self.device),
+            async_tensor_h2d(local_np, device=self.device),
+            starts_np,
+        )
+        if uniform:
+            self.uniform_rows[most] = rows
+            return rows.of(num_reqs, most)
+        return rows
+
+    def feed(
+        self,
+        step: DraftStep,
+        rows: FedRows,
+        # [num_reqs] int64, the position of each request's first row
+        first: torch.Tensor,
+        # [num_rows, fed_size]
+        fed: torch.Tensor | None = None,
+        lagging: bool = False,
+    ) -> torch.Tensor:
+        """Feed tokens that the target has accepted, up to each request's root. Rows past it write
+        nothing, and see no more than it does.
+
+        Args:
+            lagging: whether some requests' rows end before their roots. They draft from their last
+                rows.
+
+        Returns:
+            What `run_model` gives for the roots, [num_reqs, ..., hidden_size].
+        """
+        # the last row that is read of each request
+        last = step.root_positions - self.shift if self.shift else step.root_positions
+        end = first + torch.diff(rows.starts)
+        positions = first[rows.req] + rows.local
+        lasts = last[rows.req]
+        if step.dummy_run:
+            tokens = torch.zeros_like(positions, dtype=torch.int32)
+        else:
+            read = positions + self.shift if self.shift else positions
+            owners = step.batch.idx_mapping[rows.req]
+            tokens = self.req_states.all_token_ids.gpu[
+                owners, read.clamp(max=self.max_model_len - 1)
+            ]
+        given = self.run_pass(
+            step,
+            tokens,
+            positions,
+            positions,
+            rows.starts,
+            rows.starts_np,
+            end,
+            positions > lasts,
+            self.up_to_roots(step, np.diff(rows.starts_np), positions, lasts),
+            fed,
+        )
+        if lagging:
+            last = torch.minimum(last, end - 1)
+        return given[rows.starts[:-1] + last - first]
 
     def up_to_roots(
         self,

@@ -74,8 +74,9 @@ class DraftBuffers:
     """What requests have drafted, for each of several trees.
 
     Args:
-        most_requests: by tree, how many requests' drafts there is room for. Where it is
-            `max_num_reqs`, a request's drafts stand in its own row, else in a row that it is given.
+        most_requests: by tree, how many requests' drafts there is room for, beside a last row that
+            is nobody's. Where it is `max_num_reqs`, a request's drafts stand in its own row, else
+            in a row that it is given.
         max_num_reqs: request-state slots.
         vocab_size: width of a draft row.
         dtype: of the draft logits.
@@ -95,7 +96,7 @@ class DraftBuffers:
         self.states = [
             DraftState.empty(
                 tree,
-                most,
+                most + 1,
                 vocab_size,
                 dtype,
                 device,
@@ -173,21 +174,22 @@ class DraftState:
     def empty(
         cls,
         tree: Tree,
-        num_reqs: int,
+        num_rows: int,
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
         given: bool = False,
         point_masses: bool = False,
     ) -> "DraftState":
-        """With room for the drafts of so many requests, and if rows are given to them, one more.
+        """With room for the drafts of so many requests.
 
         Args:
+            given: whether rows are given to requests. The last one is then nobody's.
             dtype: of the draft logits, kept as the draft model gave them: what is verified must be
                 what was drawn.
             point_masses: no child is ever drawn, so all requests share one row of logits.
         """
-        num_rows, num_internal = num_reqs + given, len(tree.internal_nodes)
+        num_internal = len(tree.internal_nodes)
         rows = None
         if given:
             rows = DraftRows(
