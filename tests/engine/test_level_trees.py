@@ -67,10 +67,8 @@ def test_every_accepted_node_is_counted_by_its_slot(monkeypatch):
 def test_a_schedule_may_hold_both_kinds():
     """Rows that are given to requests, and requests that keep another tree for a step."""
     schedule = [[1, 2, LEVELS], [3, 4, "levels:2,3"], [5, None, "binary:2"]]
-    params = [
-        SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
-        for n in (6, 12, 20, 30, 40, 50)
-    ]
+    lengths = (6, 12, 20, 30, 40, 50)
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
     with engine(schedule, verification="mixed") as llm:
         found = token_ids(llm.generate(PROMPTS, params, use_tqdm=False))
         metrics = spec_metrics(llm)

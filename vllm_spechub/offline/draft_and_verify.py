@@ -77,8 +77,9 @@ def draft_tree(
         draft_probs_fn: from `prefixes`, int64 [batch_size, t], to the draft's distribution after
             them, [batch_size, vocab_size], any float dtype. `prefixes` are the drafted tokens on
             the path from the root to a node, so t = 0 at the root and t = 1 below it. It is called
-            once for every node that may have children, in the tree's order; the first call's `prefixes`
-            are on the generator's device (the CPU without one), later calls' on its result's.
+            once for every node that may have children, in the tree's order; the first call's
+            `prefixes` are on the generator's device (the CPU without one), later calls' on its
+            result's.
         batch_size: the number of sequences.
         rule: the registered rule that drafts the children; `verify_tree` uses the same rule.
         generator: where the noise comes from; PyTorch's default generator if None. Every call
