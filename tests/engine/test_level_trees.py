@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees that each request's step decides: what only they can get wrong in an engine."""
 
+from itertools import pairwise
+
 import pytest
 from vllm import SamplingParams
 
@@ -44,8 +46,9 @@ def test_every_accepted_node_is_counted_by_its_slot(monkeypatch):
     def spy(self, logits, batch, draft, invalid_drafts=None):
         output = call(self, logits, batch, draft, invalid_drafts)
         (state,) = draft.states
-        for req, path in zip(batch.idx_mapping.tolist(), output.accepted_paths.tolist()):
-            for above, node in zip(path, path[1:]):
+        paths = output.accepted_paths.tolist()
+        for req, path in zip(batch.idx_mapping.tolist(), paths, strict=True):
+            for above, node in pairwise(path):
                 if node > 0:
                     siblings = (state.tables.parents[req, 1:] == above).nonzero().flatten() + 1
                     by_slot[siblings.tolist().index(node)] += 1

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees that are grown level by level, without models."""
 
+import random
 from collections.abc import Callable
 
 import torch
 
 from vllm_spechub.rules.grown_trees import grown_trees, static_tree
 from vllm_spechub.trees.level_tree import LevelTree
+from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.arguments import GrownTrees, Requests
 
-__all__ = ["allocated", "grown_trees", "random_logits", "static_tree"]
+__all__ = ["allocated", "grown_as", "grown_trees", "random_logits", "random_tree", "static_tree"]
 
 
 def random_logits(num_rows: int, vocab_size: int, seed: int, device, odd: bool = False):
@@ -50,3 +52,26 @@ def allocated(
             rule=rule,
         )
     return trees
+
+
+def random_tree(tree: LevelTree, source: random.Random) -> TokenTree:
+    """Any tree with these widths."""
+    parents: list[int] = []
+    first, above = 0, 1
+    for width in tree.widths:
+        slots = [node for node in range(first, first + above) for _ in range(4)]
+        parents += sorted(source.sample(slots, width))
+        first, above = first + above, width
+    return TokenTree(tuple(parents))
+
+
+def grown_as(tree: LevelTree, trees: list[TokenTree]) -> GrownTrees:
+    """Rows that hold these trees."""
+    grown = grown_trees(tree, len(trees), "cpu")
+    for row, static in enumerate(trees):
+        assert static.level_sizes == tree.level_sizes
+        grown.tables.first_child[row] = torch.from_numpy(static.first_child)
+        grown.tables.num_children[row] = torch.from_numpy(static.num_children)
+        grown.tables.parents[row, 1:] = torch.tensor(static.parents)
+        grown.ancestor_masks[row] = torch.from_numpy(static.ancestor_masks)
+    return grown

@@ -3,11 +3,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from vllm_spechub.trees.tree import TokenTree, Tree
+
+NONE_DRAFTED: Mapping[str, TokenTree] = MappingProxyType({})
 
 
 class ScheduledDrafts(dict[str, list[int]]):
@@ -30,7 +33,7 @@ class ScheduledDrafts(dict[str, list[int]]):
         drafts: Mapping[str, list[int]],
         trees: tuple[Tree, ...],
         tree_index: dict[str, int | None],
-        drafted: Mapping[str, TokenTree],
+        drafted: Mapping[str, TokenTree] = NONE_DRAFTED,
     ) -> None:
         super().__init__(drafts)
         self._trees = trees
@@ -51,7 +54,7 @@ class ScheduledDrafts(dict[str, list[int]]):
                 "scheduled_spec_decode_tokens has drafts without their trees; with spechub, only "
                 "its own scheduler can schedule drafts"
             )
-        return cls({}, (), {}, {})
+        return cls({}, (), {})
 
     def drafted_index(self, request_id: str) -> int:
         """The place in the schedule of the tree that a request's drafts belong to.

@@ -17,7 +17,8 @@ from vllm_spechub.offline.draft_and_verify import draft_tree, verify_tree
 from vllm_spechub.offline.simulation.texts import ModelPair
 from vllm_spechub.trees.drawing import node_rows
 from vllm_spechub.trees.level_tree import LevelTree
-from vllm_spechub.trees.tree import TokenTree, Tree
+from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.tree import Tree as AnyTree
 
 ACCEPTED, REFUSED, BONUS = "green", "bright_black", "bold cyan"
 
@@ -79,7 +80,7 @@ def trace(
     return steps
 
 
-def check_length(num_prompt_tokens: int, tree: Tree, num_steps: int, limit: int) -> None:
+def check_length(num_prompt_tokens: int, tree: AnyTree, num_steps: int, limit: int) -> None:
     """Raises: ValueError, if the prompt and the steps are longer than the models read."""
     longest = num_prompt_tokens + num_steps * (tree.depth + 1)
     if longest > limit:

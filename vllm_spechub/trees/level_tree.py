@@ -16,7 +16,13 @@ from vllm_spechub.trees.tree import MAX_NODES, TokenTree, Tree
 from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
 
 LEVELS = "levels:"
-LEVELS_FORM = "levels:WIDTH,WIDTH,..."
+LEVELS_FORM = "levels:WIDTH,WIDTH,..., levels:auto[:NODES[:DEPTH]]"
+AUTO_NODES = 15
+AUTO_DEPTH = 5
+FIRST_WIDTHS = (2, 3, 4)
+GROWTHS = (0.8, 1.0, 1.25)
+"""What widths are chosen from: that of the first level, and the factor between those below."""
+_AUTO = re.compile(r"levels:auto(?::(\d+)(?::(\d+))?)?")
 _WIDTHS = re.compile(r"levels:\s*(\d+(?:\s*,\s*\d+)*)")
 
 
@@ -57,11 +63,21 @@ class LevelTree(Tree):
 
     @classmethod
     def parse(cls, spec: str) -> "LevelTree":
-        """Parse "levels:WIDTH,WIDTH,...".
+        """Parse "levels:WIDTH,WIDTH,...", or "levels:auto[:NODES[:DEPTH]]" for the widths that did
+        best on the demo pair: at most 4 nodes on the first level, and then equal levels.
 
         Raises:
             ValueError: another form, or anything the constructor refuses.
         """
+        auto = _AUTO.fullmatch(spec.strip())
+        if auto is not None:
+            nodes = int(auto[1] or AUTO_NODES)
+            depth = int(auto[2] or min(AUTO_DEPTH, nodes))
+            if not 1 <= depth <= nodes <= MAX_NODES:
+                raise ValueError(
+                    f"{spec!r}: NODES must be in 1..{MAX_NODES}, and DEPTH in 1..NODES"
+                )
+            return _widths(nodes, depth, 4 if nodes >= 5 * depth else 3, 1.0)
         match = _WIDTHS.fullmatch(spec.strip())
         if match is None:
             raise ValueError(f"{spec!r} is not a tree, allowed: {LEVELS_FORM}")
@@ -92,3 +108,30 @@ class LevelTree(Tree):
 
     def __str__(self) -> str:
         return LEVELS + ",".join(map(str, self.widths))
+
+
+def _widths(nodes: int, depth: int, first: int, growth: float) -> LevelTree:
+    """Widths of so many nodes together, if as many have room below each other."""
+    widths = [max(1, min(first, MAX_CHILDREN, nodes - (depth - 1)))]
+    for level in range(1, depth):
+        left, below = nodes - sum(widths), depth - 1 - level
+        share = left / sum(growth**i for i in range(below + 1))
+        # each of the levels below needs a node
+        most = min(MAX_CHILDREN * widths[-1], left - below)
+        widths.append(max(1, min(round(share), most)))
+    return LevelTree(tuple(widths))
+
+
+def width_candidates(nodes: int, depth: int) -> list[LevelTree]:
+    """The widths that a simulation chooses from, of at most so many nodes.
+
+    Raises:
+        ValueError: there are not as many nodes as levels, or too many.
+    """
+    if not 1 <= depth <= nodes <= MAX_NODES:
+        raise ValueError(
+            f"level widths need 1 to {MAX_NODES} nodes and as many levels at most, got {nodes} "
+            f"nodes and depth {depth}"
+        )
+    trees = [_widths(nodes, depth, first, growth) for first in FIRST_WIDTHS for growth in GROWTHS]
+    return list(dict.fromkeys(trees))

@@ -112,7 +112,7 @@ class TreeSchedule:
                 )
 
     @classmethod
-    def constant(cls, tree: Tree) -> "TreeSchedule":
+    def constant(cls, tree: TokenTree | LevelTree) -> "TreeSchedule":
         """The schedule that drafts the same tree for any number of running requests."""
         return cls((BatchRange(1, None, tree),))
 
