@@ -4,12 +4,14 @@
 from itertools import pairwise
 
 import pytest
+import torch
 from vllm import SamplingParams
 
 from helpers.engines import engine, token_ids
 from helpers.metrics import spec_metrics
-from helpers.pair import PROMPTS
-from helpers.recording import recorded_nodes
+from helpers.oracle import reference_model
+from helpers.pair import DRAFT, PROMPTS
+from helpers.recording import recorded_nodes, request_of
 from vllm_spechub.engine.sampler import TreeRejectionSampler
 from vllm_spechub.proposers.base import TreeProposer
 
@@ -23,20 +25,35 @@ def answers(tree=LEVELS, prompts=PROMPTS, **options):
 
 
 def test_a_seed_gives_the_same_tokens_in_any_batch():
-    together = answers()
-    assert together[:2] + together[2:4] == answers(prompts=PROMPTS[:2]) + answers(
-        prompts=PROMPTS[2:4]
-    )
+    with engine(LEVELS, verification="mixed") as llm:
+        together, alone = (
+            token_ids(llm.generate(prompts, SEEDED, use_tqdm=False))
+            for prompts in (PROMPTS, PROMPTS[2:3])
+        )
+    assert together[2:3] == alone
 
 
 def test_requests_of_a_batch_have_trees_of_their_own():
-    with recorded_nodes() as nodes:
-        answers()
+    """And the draft reads each node after its own path."""
+    with recorded_nodes() as nodes, engine(LEVELS, verification="mixed") as llm:
+        outputs = llm.generate(PROMPTS, SEEDED, use_tqdm=False)
     by_step: dict[tuple[str, int], set] = {}
     for node in nodes:
         by_step.setdefault((node.req_id, node.root_position), set()).add(node.tree.parents)
     assert all(len(trees) == 1 for trees in by_step.values())
     assert len({trees.pop() for trees in by_step.values()}) > 20
+
+    texts = {
+        output.request_id: [*output.prompt_token_ids, *output.outputs[0].token_ids]
+        for output in outputs
+    }
+    inner = [node for node in nodes if node.draft_logits is not None]
+    assert {len(node.path_tokens) for node in inner} == {0, 1, 2}
+    for node in inner[::23]:
+        text = texts[request_of(node.req_id)][: node.root_position + 1]
+        tokens = torch.tensor([[*text, *node.path_tokens]])
+        expected = reference_model(DRAFT)(input_ids=tokens).logits[0, -1]
+        torch.testing.assert_close(node.draft_logits, expected, atol=2e-4, rtol=1e-4)
 
 
 def test_every_accepted_node_is_counted_by_its_slot(monkeypatch):

@@ -110,7 +110,7 @@ def test_greedy_tokens(backend, tree, options, monkeypatch):
         assert sum(0 < size < num_nodes for size in sizes) > 10
 
 
-@pytest.mark.parametrize(("tree", "budget"), [("binary:3", 2048), ("binary:3", 41), (LEVELS, 41)])
+@pytest.mark.parametrize(("tree", "budget"), [("binary:3", 2048), ("binary:3", 41), (LEVELS, 30)])
 def test_asynchronous_scheduling(tree, budget):
     """A request that misses a step meets its masks before the scheduler knows its drafts."""
     expected = plain("xgrammar")
@@ -122,7 +122,7 @@ def test_asynchronous_scheduling(tree, budget):
         fallbacks = grammar_fallbacks(llm)
         metrics = spec_metrics(llm)
     assert metrics["num_accepted_tokens"] > 0.3 * metrics["num_drafts"]
-    assert (fallbacks > 0) == (budget == 41)
+    assert (fallbacks > 0) == (budget < 2048)
 
 
 @pytest.mark.parametrize("tree", ["binary:3", LEVELS])
