@@ -17,7 +17,7 @@ class TreeTables(NamedTuple):
     num_tree_nodes]."""
 
     # [num_tree_nodes] or [max_num_reqs, num_tree_nodes] int32: id of each node's first child; 0 at
-    # leaves
+    # leaves of static trees, and of others where it would be
     first_child: torch.Tensor
     # as `first_child`: 0 to MAX_CHILDREN
     num_children: torch.Tensor

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs on CUDA, in an engine on the CPU: the Triton backend and the use of CUDA graphs.
 
-The backend's attention is the reference of its kernel, and a "graph" is the captured call itself,
-made again: it holds the metadata of its capture, so whatever does not reach it through persistent
-buffers is missing here as it would be in a replay. What stays untested is the device's own part:
-that the captured kernels may be captured.
+The backend's attention is the reference of its kernel, and a "graph" is a record of what was called
+(`helpers.graphs`): whatever does not reach it through persistent buffers is missing here as it
+would be in a replay. What stays untested is the device's own part: that the captured kernels may
+be captured.
 """
 
 import gc
@@ -23,26 +23,36 @@ from vllm.v1.worker.gpu.cudagraph_utils import (
     ModelCudaGraphManager,
     profile_cudagraph_memory,
 )
+from vllm.v1.worker.gpu.warmup import warmup_kernels
 
 from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids, worker
+from helpers.graphs import RecordedGraph, as_one
 from helpers.launches import Launches
 from helpers.metrics import spec_metrics
 from helpers.pair import DRAFT, EAGLE3, PROMPTS, TARGET
 from helpers.schedules import SCHEDULE, params
+from helpers.specialisations import Specialisations
 from vllm_spechub.attention import triton_backend
 from vllm_spechub.cpu.tree_kernels.compaction import HostKVCompactor
 from vllm_spechub.engine import layout, sampler
 from vllm_spechub.integration.platforms import PLATFORMS
-from vllm_spechub.proposers import base, draft_model, model_proposer
+from vllm_spechub.integration.warm_up import warm_up_trees
+from vllm_spechub.proposers import base, draft_model, model_proposer, step_graphs
 from vllm_spechub.proposers.cuda_graphs import DraftGraphs
 from vllm_spechub.proposers.draft_model import DraftModelProposer
+from vllm_spechub.proposers.step_graphs import StepGraphs
 from vllm_spechub.rules.base import TreeKernels
 from vllm_spechub.rules.draft_state import DraftState
 from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
+from vllm_spechub.triton_kernels.compaction import kernel as compaction
+from vllm_spechub.triton_kernels.compaction.reference import raw_bits_once
 from vllm_spechub.triton_kernels.level_allocation import kernel as level_allocation
+from vllm_spechub.triton_kernels.step_inputs import kernel as step_inputs
+from vllm_spechub.triton_kernels.tree_attention import kernel as tree_attention
 from vllm_spechub.triton_kernels.verification import kernel as verification
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
+KINDS = {ModelCudaGraphManager: "target", DraftGraphs: "pass", StepGraphs: "step"}
 
 
 @pytest.fixture
@@ -76,22 +86,32 @@ def attention_of_gpus(monkeypatch):
 
 
 @pytest.fixture
-def replays(monkeypatch):
+def replays(monkeypatch, attention_of_gpus):
     """How often which graph was replayed: by kind, padded number of requests, rows of each."""
     counts: Counter = Counter()
+    cpu = PLATFORMS["cpu"]
+    kernels = TreeKernels(*map(as_one, cpu.tree_kernels()))
+    monkeypatch.setitem(PLATFORMS, "cpu", replace(cpu, tree_kernels=lambda: kernels))
+    for owner, name in (
+        (BlockTables, "compute_slot_mappings"),
+        (triton_backend.TritonTreeImpl, "do_kv_cache_update"),
+        (triton_backend.TritonTreeImpl, "forward"),
+    ):
+        monkeypatch.setattr(owner, name, as_one(getattr(owner, name)))
 
     def capture(self, create_forward_fn, progress_bar_desc=""):
         for desc in self._capture_descs.get(CUDAGraphMode.FULL, []):
             create_forward_fn(desc, warmup=True)(CUDAGraphMode.NONE)
-            self.graphs[desc] = create_forward_fn(desc, warmup=False)
-            self.graphs[desc](CUDAGraphMode.NONE)
+            forward = create_forward_fn(desc, warmup=False)
+            with RecordedGraph() as self.graphs[desc]:
+                forward(CUDAGraphMode.NONE)
         self._graphs_captured = True
 
-    @torch.inference_mode()
     def replay(self, desc):
-        kind = "target" if isinstance(self, ModelCudaGraphManager) else "draft"
-        counts[kind, desc.num_reqs, desc.uniform_token_count] += 1
-        self.graphs[desc](CUDAGraphMode.NONE)
+        kind = KINDS[type(self)]
+        rows = desc.tree if kind == "step" else desc.uniform_token_count
+        counts[kind, desc.num_reqs, rows] += 1
+        self.graphs[desc].replay()
 
     pool = "vllm.platforms.interface.Platform.get_global_graph_pool"
     monkeypatch.setattr(pool, classmethod(lambda cls: None))
@@ -147,18 +167,21 @@ def test_graphs_replay_what_a_step_needs(tree, draft, replays):
             if graphs:
                 capture_graphs(llm)
             outputs = llm.generate(PROMPTS, params(), use_tqdm=False)
-            outputs += llm.generate(PROMPTS, params(temperature=1.0, seed=3), use_tqdm=False)
+            for options in ({}, {"top_p": 0.9}):  # the latter pass by pass
+                sampled = params(temperature=1.0, seed=3, **options)
+                outputs += llm.generate(PROMPTS, sampled, use_tqdm=False)
             metrics.append(spec_metrics(llm))
         answers.append(token_ids(outputs))
     assert answers[0] == answers[1]
     assert metrics[0] == metrics[1]
     kinds = Counter(kind for kind, _, _ in replays.elements())
     assert kinds["target"] > 20
-    assert kinds["draft"] > 40
+    assert kinds["step"] > 20
+    assert kinds["pass"] > 20
     sizes = {(kind, rows) for kind, _, rows in replays}
-    trees = {("target", 15), ("draft", 4), ("draft", 2)}
+    trees = {("target", 15), ("step", 0), ("pass", 4), ("pass", 2)}
     if tree == SCHEDULE:
-        trees |= {("target", 3), ("target", 1), ("draft", 3), ("draft", 1)}
+        trees |= {("target", 3), ("target", 1), ("step", 1), ("pass", 3), ("pass", 1)}
     assert sizes == trees
     assert {num_reqs for _, num_reqs, _ in replays} >= {1, 2, 4}
 
@@ -205,7 +228,7 @@ def test_graphs_and_uniform_passes_keep_to_the_budget(monkeypatch):
 
 
 @pytest.mark.usefixtures("attention_of_gpus", "replays")
-def test_no_row_sees_what_was_not_written(monkeypatch):
+def test_no_row_sees_what_was_not_written(monkeypatch, replays):
     """A replay has rows for tokens that may have been accepted, and were not."""
     replay, finite = DraftGraphs.replay, []
 
@@ -219,9 +242,18 @@ def test_no_row_sees_what_was_not_written(monkeypatch):
         capture_graphs(llm)
         for layer in model_runner(llm).compilation_config.static_forward_context.values():
             layer.kv_cache.fill_(torch.nan)
-        assert token_ids(llm.generate(PROMPTS, greedy_params(), use_tqdm=False)) == plain_greedy()
+        # It truncates, so that its passes are graphs.
+        passes = SamplingParams(temperature=1.0, top_k=1, max_tokens=40)
+        assert token_ids(llm.generate(PROMPTS, passes, use_tqdm=False)) == plain_greedy()
+        sampled = SamplingParams(temperature=1.0, seed=1, max_tokens=40)
+        llm.generate(PROMPTS, sampled, use_tqdm=False)
+        (state,) = model_runner(llm).speculator.draft_logits.states
+        kept = state.drafts.logits.flatten(1)
     assert len(finite) > 40
     assert all(finite)
+    assert kept.any(dim=1).sum() == len(PROMPTS)
+    assert not kept.isnan().any()
+    assert sum(count for (kind, *_), count in replays.items() if kind == "step") > 10
 
 
 @pytest.mark.usefixtures("attention_of_gpus", "replays")
@@ -265,7 +297,7 @@ def launches(monkeypatch):
         found.of_launcher(level_allocation.allocate_children, cpu.allocate_children),
     )
     monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], tree_kernels=lambda: kernels))
-    for module in (base, draft_model, model_proposer, layout, sampler):
+    for module in (base, draft_model, model_proposer, step_graphs, layout, sampler):
         copy = found.one("copy from host", module.async_tensor_h2d)
         monkeypatch.setattr(module, "async_tensor_h2d", copy)
     for owner, name, kind in (
@@ -274,6 +306,9 @@ def launches(monkeypatch):
         (HostKVCompactor, "__call__", "Triton"),
         (DraftModelProposer, "compute_draft_logits", "LM head"),
         (DraftGraphs, "run_fullgraph", "graph"),
+        (StepGraphs, "run_fullgraph", "graph"),
+        (step_graphs, "prepare_drafts", "Triton"),
+        (layout, "lay_out", "Triton"),
     ):
         monkeypatch.setattr(owner, name, found.one(kind, getattr(owner, name)))
     copy = found.one("copy to host", sampler.TreeSamplerOutput.start_copy_to_host)
@@ -291,14 +326,75 @@ def launches(monkeypatch):
 
 
 @pytest.mark.usefixtures("attention_of_gpus", "replays")
-@pytest.mark.parametrize(("tree", "most"), [("binary:3", 111), (SCHEDULE, 122)])
+@pytest.mark.parametrize(("tree", "most"), [("binary:3", 27), (SCHEDULE, 32)])
 def test_launches_of_a_step(launches, tree, most):
-    """Of requests that all decode and need no processing: beside vLLM's own, at most so many."""
+    """Of requests that all decode and need no processing, beside vLLM's own. Eleven are those of
+    verification, and a replayed graph counts as one."""
     requests = [SamplingParams(temperature=1.0, seed=1, max_tokens=30, ignore_eos=True)] * 2
     with engine(tree, verification="traversal") as llm:
         capture_graphs(llm)
         launches.steps.clear()
         llm.generate(PROMPTS[:2], requests, use_tqdm=False)
-    decodes = [step for step in launches.steps if step["propose", "graph"] == 3]
+    decodes = [step for step in launches.steps if step["propose", "graph"] == 1]
     assert len(decodes) > 4
-    assert max(step.total() for step in decodes) <= most
+    assert max(step.total() for step in decodes) == most
+
+
+@pytest.fixture
+def specialisations(monkeypatch, replays):
+    """What kernels would be compiled for."""
+    found = Specialisations()
+    noted, cpu = found.noted, PLATFORMS["cpu"]
+    host = cpu.tree_kernels()
+    kernels = TreeKernels(
+        noted(child_sampling.sample_children, host.sample_children),
+        noted(verification.verify_tree, host.verify_tree),
+        DraftState.write_tokens,
+    )
+
+    class Compactor(HostKVCompactor):
+        def __init__(self, views):
+            (launch,) = compaction.plan_launches(raw_bits_once(views))
+            self.launch = noted(compaction._launch, lambda *args: None)
+            self.known = launch.args
+            super().__init__(views)
+
+        def __call__(self, *args):
+            self.launch(*self.known, *args)
+            super().__call__(*args)
+
+    gpus = replace(
+        cpu,
+        tree_kernels=lambda: kernels,
+        cache_kernels=lambda: PLATFORMS["cuda"].cache_kernels()._replace(compactor=Compactor),
+    )
+    monkeypatch.setitem(PLATFORMS, "cpu", gpus)
+    for owner, name, launcher in (
+        (triton_backend, "tree_attention", tree_attention.tree_attention_triton),
+        (layout, "lay_out", step_inputs.lay_out),
+        (step_graphs, "prepare_drafts", step_inputs.prepare_drafts),
+    ):
+        monkeypatch.setattr(owner, name, noted(launcher, getattr(owner, name)))
+    return found.found
+
+
+def test_nothing_is_compiled_in_service(specialisations):
+    """Whatever vLLM's monitor of compilation would stop the engine for (`--jit-monitor-mode=error`)
+    was launched at start-up."""
+    with engine(SCHEDULE, verification="traversal", dtype="bfloat16") as llm:
+        runner, ours = model_runner(llm), worker(llm)
+        for warm_up in (warm_up_trees, warmup_kernels):  # as on a GPU
+            warm_up(runner, ours.execute_model, ours.sample_tokens)
+        capture_graphs(llm)
+        at_start = set(specialisations)
+        specialisations.clear()
+        for options in (
+            {},
+            {"temperature": 1.0, "seed": 1},
+            {"temperature": 1.0, "top_p": 0.9},
+            {"repetition_penalty": 1.2, "logprobs": 2},
+        ):
+            llm.generate(PROMPTS, params(**options), use_tqdm=False)
+    assert {name for name, _ in specialisations} == {name for name, _ in at_start}
+    assert len(at_start) > 20
+    assert not specialisations - at_start

@@ -5,6 +5,7 @@ Each operation of PyTorch that is not a view counts, each kernel, replayed graph
 LM head, and copy from the host. What happens within one of the latter does not.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -123,21 +124,34 @@ class Launches:
     def of_launcher(self, launcher: Callable, function: Callable) -> Callable:
         """The function, which counts as what the launcher of a Triton kernel does instead."""
 
+        launch = with_kernels(launcher, lambda kernel: _Kernel(self.note))
+
         def counted(*args: Any, **kwargs: Any):
-            kernels = vars(__import__(launcher.__module__, fromlist=["x"]))
-            fakes = {
-                name: _Kernel(self.note)
-                for name, value in kernels.items()
-                if isinstance(value, triton.JITFunction)
-            }
-            with pytest.MonkeyPatch.context() as patch:
-                for name, fake in fakes.items():
-                    patch.setitem(kernels, name, fake)
-                launcher(*args, **kwargs)
+            launch(*args, **kwargs)
             with self.quiet():
                 return function(*args, **kwargs)
 
         return counted
+
+
+def with_kernels(
+    launcher: Callable, fake: Callable[[triton.JITFunction], Any]
+) -> Callable[..., None]:
+    """The launcher, with something else in the place of each kernel of its module."""
+    kernels = vars(sys.modules[launcher.__module__])
+    fakes = {
+        name: fake(value)
+        for name, value in kernels.items()
+        if isinstance(value, triton.JITFunction)
+    }
+
+    def launch(*args: Any, **kwargs: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, stand_in in fakes.items():
+                patch.setitem(kernels, name, stand_in)
+            launcher(*args, **kwargs)
+
+    return launch
 
 
 class _Kernel:

@@ -17,6 +17,7 @@ from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
 from vllm_spechub.triton_kernels.compaction.kernel import ELEMENT_BITS, _compact_kernel
 from vllm_spechub.triton_kernels.level_allocation import kernel as level_allocation
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
+from vllm_spechub.triton_kernels.step_inputs import kernel as step_inputs
 from vllm_spechub.triton_kernels.tree_attention.kernel import (
     MERGED_ROWS,
     _merge_splits_kernel,
@@ -365,6 +366,26 @@ def test_compaction(compile_for, dtype, capability):
     signature |= {"block_table_ptr": "*i32", "path_ptr": "*i32"}
     resources = compile_for(_compact_kernel, signature, constexprs, capability)
     print(f"compaction, {dtype}, sm_{capability}: {resources}")
+    assert resources.spill_bytes == 0
+
+
+@pytest.mark.parametrize("capability", with_rest([(80,), (90,), (100,)], always=[(90,)]))
+@pytest.mark.parametrize("name", ["lay_out", "prepare_drafts"])
+def test_step_inputs(compile_for, name, capability):
+    kernel = getattr(step_inputs, f"_{name}_kernel")
+    constexprs = {"BLOCK": step_inputs.BLOCK, "ROWS": 8}
+    constexprs = {key: constexprs[key] for key in constexprs if key in kernel.arg_names}
+    types = dict.fromkeys(("visible_until_ptr", "entries_ptr", "query_start_loc_ptr"), "*i32")
+    types |= dict.fromkeys(("num_rejected_ptr", "paths_ptr"), "*i32")
+    types |= dict.fromkeys(("row_temperature_ptr", "temperature_ptr"), "*fp32")
+    signature = {
+        argument: types.get(argument, "*i64" if argument.endswith("_ptr") else "i32")
+        for argument in kernel.arg_names
+        if argument not in constexprs
+    }
+    warps = 1 if name == "prepare_drafts" else 4
+    resources = compile_for(kernel, signature, constexprs, capability, warps)
+    print(f"{name}, int64, sm_{capability}: {resources}")
     assert resources.spill_bytes == 0
 
 

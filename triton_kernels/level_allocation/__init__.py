@@ -38,7 +38,9 @@ def allocate_children(
     """Decide the children of one level's nodes, and write them to the requests' rows of `trees`:
     the nodes' first child and their number, and the children's parents, ancestors and `reach`.
 
-    The children of the level are numbered by parent. Of equal gains, the earlier node's count
+    The children of the level are numbered by parent. A leaf's first child is where it would be, so
+    that a row of `trees` that several requests write at once, which is nobody's, never seems to
+    have a node without drafts. Of equal gains, the earlier node's count
     first, then its earlier child. `reach` of a child is its node's, times what its slot is expected
     to be accepted with, in the order in which `child_sampling` puts children into slots; never a
     function of a token.

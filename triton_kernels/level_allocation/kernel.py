@@ -190,7 +190,7 @@ def _allocate_kernel(
             count += (rows == first // _CHILDREN).to(tl.int32)
 
         first = first_node + width + tl.cumsum(count, axis=0) - count
-        tl.store(first_child_ptr + nodes, tl.where(count > 0, first, 0), mask=inside)
+        tl.store(first_child_ptr + nodes, first, mask=inside)
         tl.store(num_children_ptr + nodes, count, mask=inside)
         expected = _expected(shares, count, greedy, NEVER_HUBS, ALWAYS_HUBS, CONFIDENT_HUBS)
         mask = tl.load(masks_ptr + nodes, mask=inside, other=0)
@@ -231,7 +231,7 @@ def allocate_children(
         return
     shares = torch.empty(num_rows, constants.MAX_CHILDREN, device=logits.device)
     lanes = torch.empty(num_rows, 3, rng.LANES, device=logits.device)
-    req_idx = requests.req_idx.repeat_interleave(width)
+    req_idx = requests.req_idx.unsqueeze(1).expand(-1, width).flatten()
     lane_sums_kernel[(lanes_device.SPLITS, num_rows)](
         lanes,
         # nothing is kept

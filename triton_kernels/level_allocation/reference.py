@@ -119,7 +119,7 @@ def allocate_children(
     slot = number - (ends - counts).gather(1, parent)
     row = torch.arange(num_reqs, device=logits.device).unsqueeze(1) * width + parent
     expected = found.slots[row, counts.gather(1, parent) - 1, slot]
-    first = (first_node + width + ends - counts) * (counts > 0)
+    first = first_node + width + ends - counts
     trees.tables.first_child[at] = first.to(torch.int32)
     trees.tables.num_children[at] = counts.to(torch.int32)
     trees.tables.parents[at_below] = (parent + first_node).to(torch.int32)

@@ -153,6 +153,16 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
         self.visible_until = torch.full((max_num_tokens,), CAUSAL, dtype=torch.int32, device=device)
         self.tree_mask = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
 
+    def share_visibility(
+        self,
+        # [max_num_tokens] int32
+        visible_until: torch.Tensor,
+        # [max_num_tokens] int64
+        tree_mask: torch.Tensor,
+    ) -> None:
+        """Read visibility from buffers that are filled before `build` is called."""
+        self.visible_until, self.tree_mask = visible_until, tree_mask
+
     def build(
         self,
         common_prefix_len: int,
@@ -181,9 +191,10 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
             # A graph that reads the buffers may be replayed with this batch.
             self.visible_until[:num_tokens].fill_(CAUSAL)
         else:
-            num_tokens = min(num_tokens, len(tree.visible_until))
-            self.visible_until[:num_tokens].copy_(tree.visible_until[:num_tokens])
-            self.tree_mask[:num_tokens].copy_(tree.tree_mask[:num_tokens])
+            if tree.visible_until.data_ptr() != self.visible_until.data_ptr():
+                num_tokens = min(num_tokens, len(tree.visible_until))
+                self.visible_until[:num_tokens].copy_(tree.visible_until[:num_tokens])
+                self.tree_mask[:num_tokens].copy_(tree.tree_mask[:num_tokens])
             trees = tree.num_tree_tokens
         return TritonTreeMetadata(
             **vars(metadata),

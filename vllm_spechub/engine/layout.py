@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm_spechub.attention.visibility import TreeVisibility
 from vllm_spechub.engine.node_tables import NodeTables
 from vllm_spechub.engine.request_trees import RequestTrees
+from vllm_spechub.triton_kernels.step_inputs import Layout, lay_out
 
 
 class TreeLayout:
@@ -34,10 +35,12 @@ class TreeLayout:
         # [num_entries] each
         self._tables = [torch.from_numpy(table) for table in (depth_minus_slot, until_minus_slot)]
         self.place_tables()
-        # [max_num_tokens] each
-        self.positions = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
-        self.visible_until = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
-        self.tree_mask = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
+        self.buffers = Layout(
+            positions=torch.zeros(max_num_tokens, dtype=torch.int64, device=device),
+            visible_until=torch.zeros(max_num_tokens, dtype=torch.int32, device=device),
+            tree_mask=torch.zeros(max_num_tokens, dtype=torch.int64, device=device),
+        )
+        self.positions = self.buffers.positions
 
     def place_tables(self) -> None:
         """Copy the trees' tables to the device, again after sleep mode has discarded them."""
@@ -52,7 +55,7 @@ class TreeLayout:
             Views of the buffers, [num_tokens_after_padding] each.
         """
         num_tokens = batch.num_tokens_after_padding
-        row = np.zeros(num_tokens, dtype=np.int64)
+        entries = np.zeros(num_tokens, dtype=np.int32)
         drafts = batch.num_draft_tokens_per_req
         num_tree_tokens = np.zeros(batch.num_reqs, dtype=np.int64)
         if drafts is not None:
@@ -63,15 +66,17 @@ class TreeLayout:
             first = np.repeat(np.cumsum(num_tree_tokens) - num_tree_tokens, num_tree_tokens)
             node = np.arange(num_tree_tokens.sum()) - first
             root = self.nodes.root_entries(batch.idx_mapping_np)
-            row[start + node] = np.repeat(root, num_tree_tokens) + node
-        rows = async_tensor_h2d(row, device=self.device)
-        positions = batch.positions[:num_tokens]
-        torch.add(positions, self._rope_offset[rows], out=self.positions[:num_tokens])
-        torch.add(positions, self._until_offset[rows], out=self.visible_until[:num_tokens])
-        masks = self.nodes.flat("ancestor_masks")
-        torch.index_select(masks, 0, rows, out=self.tree_mask[:num_tokens])
+            entries[start + node] = np.repeat(root, num_tree_tokens) + node
+        lay_out(
+            self.buffers,
+            batch.positions[:num_tokens],
+            async_tensor_h2d(entries, device=self.device),
+            self._rope_offset,
+            self._until_offset,
+            self.nodes.flat("ancestor_masks"),
+        )
         return TreeVisibility(
-            visible_until=self.visible_until[:num_tokens],
-            tree_mask=self.tree_mask[:num_tokens],
+            visible_until=self.buffers.visible_until[:num_tokens],
+            tree_mask=self.buffers.tree_mask[:num_tokens],
             num_tree_tokens=num_tree_tokens,
         )

@@ -4,11 +4,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -18,6 +19,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import SamplingStates
 from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_spechub.attention.visibility import TreeAttnMetadata
 from vllm_spechub.config import spechub_config
@@ -81,10 +83,31 @@ class TreeModelState(DefaultModelState):
         self.layout.place_tables()
         self.bind_compactor()
 
-    def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         tree = self.layout.update(input_batch)
+        # Backends whose graphs read visibility from buffers read the layout's.
+        for group in chain.from_iterable(attn_groups):
+            share = getattr(group.get_metadata_builder(), "share_visibility", None)
+            if share is not None:
+                share(self.layout.buffers.visible_until, self.layout.buffers.tree_mask)
         return super().prepare_attn(
-            input_batch, *args, **kwargs, model_specific_attn_metadata=TreeAttnMetadata(tree)
+            input_batch,
+            cudagraph_mode,
+            block_tables,
+            slot_mappings,
+            attn_groups,
+            *args,
+            **kwargs,
+            model_specific_attn_metadata=TreeAttnMetadata(tree),
         )
 
     def prepare_inputs(

@@ -8,7 +8,7 @@ lets the verification rule draw every child. A subclass computes the rows: with 
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
@@ -74,6 +74,9 @@ class DraftStep:
     dummy_run: bool
     # whether it is a dummy run before there is a KV cache
     skip_attn: bool
+    # whether a CUDA graph is being captured of the step, which will be replayed with other contents
+    # of the tensors here, up to any length of text
+    captured: bool = False
     # where the first request stands in the batch that the target has read
     first_req: int = 0
     # [num_reqs] int64, the row of each request's draft; its state's index, unless rows are given
@@ -329,13 +332,25 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         """
         self.num_useful_nodes = self.drafted_parents = None
         batch, reqs = input_batch, input_batch.idx_mapping_np
-        trees: Iterable[int] = range(len(self.draft_logits.states))  # a trial drafts them all
+        trees: Sequence[int] = range(len(self.draft_logits.states))  # a trial drafts them all
         if num_speculative_tokens is not None:
             index = self.schedule.index(num_speculative_tokens)
             trees = () if index is None else (index,)
         if not trees and self.may_pause(batch):
             self.request_trees.pause_reading(reqs)
             return self._nothing(batch.num_reqs)
+        if len(trees) == 1 and not dummy_run:
+            drafted = self.replay_step(
+                batch,
+                trees[0],
+                num_rejected,
+                last_hidden_states,
+                aux_hidden_states,
+                temperature,
+                seeds,
+            )
+            if drafted is not None:
+                return drafted
         step = self._step(
             batch,
             num_rejected,
@@ -364,6 +379,29 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         if any(missing):
             tokens = torch.nn.functional.pad(tokens, (0, missing[0], 0, missing[1]))
         return tokens
+
+    def replay_step(
+        self,
+        batch: InputBatch,
+        # the place in the schedule of the tree to draft
+        tree: int,
+        # [num_reqs]
+        num_rejected: torch.Tensor,
+        # [num_tokens_after_padding, hidden_size]
+        hidden_states: torch.Tensor,
+        # each [num_tokens_after_padding, hidden_size]
+        aux_hidden_states: list[torch.Tensor] | None,
+        # [max_num_reqs]
+        temperature: torch.Tensor,
+        # [max_num_reqs]
+        seeds: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Draft by replaying a graph of the whole step, if one was captured for such a batch.
+
+        Returns:
+            What `propose` returns; None if the step has to run in parts.
+        """
+        return None
 
     def _nothing(self, num_reqs: int) -> torch.Tensor:
         """What `propose` returns if it drafts nothing."""
@@ -431,7 +469,7 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         """
         idx_mapping, reqs = step.batch.idx_mapping, step.batch.idx_mapping_np
         truncated = np.empty(0, dtype=np.int64)
-        if not step.dummy_run:
+        if not step.dummy_run and not step.captured:
             (truncated,) = truncates(self.sampling_states, reqs).nonzero()
         if state.rows is not None:
             temperature, seeds = state.rows

@@ -53,6 +53,8 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     From level to level it carries hidden states, [num_reqs * num_expanded, hidden_size].
     """
 
+    captures_steps = True
+
     # whether a layer has a sliding window, so that vLLM may free its blocks after any step
     has_windows: bool
 
@@ -174,6 +176,14 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
             read = torch.minimum(end, step.root_positions)
             self.request_trees.record_read(step.batch.idx_mapping, read)
         return self.feed(step, rows, first, lagging=lagging)
+
+    def already_read(
+        self,
+        # [num_reqs]
+        drafts: np.ndarray,
+    ) -> np.ndarray:
+        """The root of each tree, which was read to draft it. [num_reqs]"""
+        return (drafts > 0).astype(np.int64)
 
     def _rows_to_feed(self, step: DraftStep) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which requests' drafts lag, [num_reqs] bool; how many of each request's scheduled tokens

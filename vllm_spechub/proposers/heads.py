@@ -55,6 +55,7 @@ class HeadProposer(ModelProposer[torch.Tensor]):
     2, hidden_size]: the hidden state for its logits first, the one that its children are fed last.
     """
 
+    captures_steps = True
     shift = 1
 
     def __init__(
@@ -147,12 +148,14 @@ class HeadProposer(ModelProposer[torch.Tensor]):
 
     def target_states(
         self,
-        step: DraftStep,
-        # [num_rows] int64, rows of the target's batch
-        rows: torch.Tensor,
+        # [num_tokens, hidden_size]
+        hidden_states: torch.Tensor,
+        # each [num_tokens, hidden_size]
+        aux_hidden_states: list[torch.Tensor] | None,
+        # [num_rows] int64
+        tokens: torch.Tensor,
     ) -> torch.Tensor:
-        """What the head is fed of the target's hidden states. [num_rows, hidden_size]"""
-        return step.hidden_states[rows]
+        return hidden_states[tokens]
 
     def read(self, step: DraftStep) -> torch.Tensor:
         """Feed the tokens that the target has just read and kept, each with the token after it.
@@ -162,7 +165,8 @@ class HeadProposer(ModelProposer[torch.Tensor]):
         """
         rows = self.fed_rows(self._rows_to_feed(step))
         places = step.batch.query_start_loc[rows.req] + self._kept_rows(step, rows.req, rows.local)
-        return self.feed(step, rows, step.first_positions, self.target_states(step, places))
+        states = self.target_states(step.hidden_states, step.aux_hidden_states, places)
+        return self.feed(step, rows, step.first_positions, states)
 
     def _rows_to_feed(self, step: DraftStep) -> np.ndarray:
         """How many rows each request gets. [num_reqs] int64"""
@@ -311,12 +315,15 @@ class Eagle3Proposer(HeadProposer):
 
     def target_states(
         self,
-        step: DraftStep,
+        # [num_tokens, hidden_size]
+        hidden_states: torch.Tensor,
+        # each [num_tokens, hidden_size]
+        aux_hidden_states: list[torch.Tensor] | None,
         # [num_rows] int64
-        rows: torch.Tensor,
+        tokens: torch.Tensor,
     ) -> torch.Tensor:
-        assert step.aux_hidden_states is not None  # since vLLM's method is eagle3
-        states = torch.cat([layer[rows] for layer in step.aux_hidden_states], dim=-1)
+        assert aux_hidden_states is not None  # since vLLM's method is eagle3
+        states = torch.cat([layer[tokens] for layer in aux_hidden_states], dim=-1)
         model: Any = self.model
         return model.combine_hidden_states(states)
 

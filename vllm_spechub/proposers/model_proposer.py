@@ -21,15 +21,19 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_spechub.attention.visibility import TreeAttnMetadata, TreeVisibility
+from vllm_spechub.engine.truncation import truncates
 from vllm_spechub.proposers.base import Carried, DraftStep, TreeProposer
-from vllm_spechub.proposers.cuda_graphs import DraftGraphs, DraftPass
+from vllm_spechub.proposers.cuda_graphs import DraftGraphs, DraftPass, batch_sizes
+from vllm_spechub.proposers.step_graphs import StepGraphs
 from vllm_spechub.rules.base import VerificationRule
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
 from vllm_spechub.trees.tree import Tree
+from vllm_spechub.triton_kernels.step_inputs import Verified
 
 
 class FedRows(NamedTuple):
@@ -57,12 +61,15 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
     A subclass loads the network (`load_draft_model`) and calls it (`run_model`).
 
     Attributes:
+        captures_steps: whether a whole step may be one CUDA graph: `read` does what `feed` does,
+            and `level_logits` only launches work.
         shift: by how much the position and the KV slot of a token's row are lower than the token's
             own: 1 for networks that read a token together with the hidden state before it.
         fed_size: the width of the hidden states that a pass is fed, 0 if it reads tokens only.
     """
 
     follows_levels: ClassVar[bool] = True
+    captures_steps: ClassVar[bool] = False
     shift: ClassVar[int] = 0
     fed_size: int = 0
 
@@ -75,6 +82,7 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         self.draft_vocab_size = self.vocab_size
         TreeProposer.__init__(self, vllm_config, device, rule)
         self.graphs: DraftGraphs | None = None
+        self.step_graphs: StepGraphs | None = None
         # by the number of rows per request, of as many requests as there may be
         self.uniform_rows: dict[int, FedRows] = {}
         # [num_kv_cache_groups, most rows of a pass] int64, made by `set_attn`
@@ -169,14 +177,129 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        self.graphs = None
+        self.graphs = self.step_graphs = None
+        if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
+            return
         rows_per_request = self.rows_per_request()
-        if cudagraph_mode.decode_mode() == CUDAGraphMode.FULL and any(rows_per_request.values()):
+        if any(rows_per_request.values()):
             self.graphs = DraftGraphs(self, rows_per_request)
+        sizes = {tree: batch_sizes(most) for tree, most in enumerate(self.captured_requests())}
+        if self.captures_steps and self.rule.captures and any(sizes.values()):
+            self.step_graphs = StepGraphs(self, {tree: own for tree, own in sizes.items() if own})
 
     def capture(self) -> None:
         if self.graphs is not None:
             self.graphs.capture_passes()
+        if self.step_graphs is not None:
+            self.step_graphs.capture_steps()
+
+    def replay_step(
+        self,
+        batch: InputBatch,
+        tree: int,
+        # [num_reqs]
+        num_rejected: torch.Tensor,
+        # [num_tokens_after_padding, hidden_size]
+        hidden_states: torch.Tensor,
+        # each [num_tokens_after_padding, hidden_size]
+        aux_hidden_states: list[torch.Tensor] | None,
+        # [max_num_reqs]
+        temperature: torch.Tensor,
+        # [max_num_reqs]
+        seeds: torch.Tensor,
+    ) -> torch.Tensor | None:
+        graphs, trees, reqs = self.step_graphs, self.request_trees, batch.idx_mapping_np
+        drafts = batch.num_draft_tokens_per_req
+        if drafts is None:
+            drafts = np.zeros_like(reqs)
+        lengths, prefills = batch.num_scheduled_tokens[: len(reqs)], batch.is_prefilling_np
+        decodes = not prefills[: len(reqs)].any() and bool((lengths == drafts + 1).all())
+        if (
+            graphs is None
+            or not decodes
+            or trees.draft_lag(reqs).any()
+            or truncates(self.sampling_states, reqs).any()
+        ):
+            return None
+        desc = graphs.fitting(tree, len(reqs), int(trees.depths_for(reqs).max()) + 1)
+        if desc is None:
+            return None
+        paths = trees.accepted_paths(batch)
+        trees.record_drafted(reqs, tree)
+        own_rows = self.draft_logits.states[tree].rows is None
+        sources = graphs.prepare(
+            desc,
+            reqs,
+            reqs if own_rows else trees.draft_rows_for(reqs),
+            self.already_read(drafts),
+            Verified(
+                batch.positions,
+                batch.query_start_loc,
+                num_rejected,
+                paths,
+                temperature,
+                seeds,
+            ),
+        )
+        if graphs.fed is not None:
+            states = self.target_states(hidden_states, aux_hidden_states, sources)
+            graphs.fed[: len(sources)] = states
+        if self.schedule.pauses:
+            roots = graphs.inputs.root_positions[: len(reqs)]
+            trees.record_read(batch.idx_mapping, roots)
+        return graphs.replay(desc, len(reqs))
+
+    def already_read(
+        self,
+        # [num_reqs] how many nodes each request's tree had
+        drafts: np.ndarray,
+    ) -> np.ndarray:
+        """How many of the tokens that a request has in the batch need not be read again, if all
+        requests decode. [num_reqs]"""
+        return np.zeros_like(drafts)
+
+    def target_states(
+        self,
+        # [num_tokens, hidden_size]
+        hidden_states: torch.Tensor,
+        # each [num_tokens, hidden_size]
+        aux_hidden_states: list[torch.Tensor] | None,
+        # [num_rows] int64, tokens of the target's batch
+        tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        """What a network with a `fed_size` is fed of the target's hidden states. [num_rows,
+        fed_size]"""
+        raise NotImplementedError(f"{type(self).__name__} reads no hidden states")
+
+    def captured_requests(self) -> list[int]:
+        """For each tree of the schedule, the most requests of a step that is captured whole, 0 if
+        none is: as many as its widest pass is captured for, if one set of logits holds them."""
+        per_pass = self.rows_per_request()
+        return [
+            min(
+                reqs,
+                *(per_pass[rows] for rows in self.rows_of(tree)),
+                self.max_rows // max(map(len, tree.internal_levels())),
+            )
+            for tree, reqs in self.schedule.most_requests(self.max_num_reqs).items()
+        ]
+
+    def draft_uniform(
+        self,
+        step: DraftStep,
+        rows_per_req: int,
+        # [num_reqs * rows_per_req, fed_size]
+        fed: torch.Tensor | None,
+        state: DraftState,
+        # [num_draft_rows]
+        temperature: torch.Tensor,
+        # [num_draft_rows]
+        seeds: torch.Tensor,
+    ) -> None:
+        """Read as many rows of each request, and draft its tree."""
+        rows = self.fed_rows(np.full(step.num_reqs, rows_per_req))
+        roots: Any = self.feed(step, rows, step.first_positions, fed)
+        self.draft(step, roots, state, temperature, seeds)
 
     def made_uniform(
         self,
@@ -392,7 +515,8 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
             step.first_req,
         )
         graphs = self.graphs
-        graph = graphs.fitting(draft_pass) if graphs and not step.dummy_run else None
+        eager = step.dummy_run or step.captured
+        graph = graphs.fitting(draft_pass) if graphs and not eager else None
         if graphs is None or graph is None:
             draft_pass = dataclasses.replace(draft_pass, seq_lens=seq_lens.to(torch.int32))
             metadata = self.attention(draft_pass)

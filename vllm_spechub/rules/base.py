@@ -71,6 +71,9 @@ class VerificationRule(ABC):
     follows_levels: ClassVar[bool] = False
     """Whether it drafts a `LevelTree`, of which it decides each level's topology itself, before it
     draws any child."""
+    captures: ClassVar[bool] = False
+    """Whether `sample_children` only launches work whose arguments are tensors or the same in every
+    step, so that a CUDA graph may replay it."""
     reads_draws: ClassVar[bool] = False
     """Whether `verify` reads `target.drawn`, the target's own draws with the engine's noise."""
 

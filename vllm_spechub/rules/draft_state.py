@@ -318,5 +318,7 @@ class DraftState:
             parents = self.tables.parents[idx_mapping, below.start + 1 : below.stop + 1].long()
             child = torch.arange(below.start + 1, below.stop + 1, device=parents.device)
             slots = child - self.tables.first_child[idx_mapping].gather(1, parents)
+            # padding requests of a graph share a row, which may then hold a mixture of trees
+            slots = slots.clamp(0, level.max_children - 1)
             tokens = tokens.gather(1, (parents - first) * level.max_children + slots)
         self.tokens[idx_mapping, level.children] = tokens

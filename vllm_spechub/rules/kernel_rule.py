@@ -27,6 +27,7 @@ class KernelRule(VerificationRule):
     """Any rule of the table, by its name."""
 
     follows_levels: ClassVar[bool] = True
+    captures: ClassVar[bool] = True
 
     def __init__(self, name: str, kernels: TreeKernels, sharpening: float = 1.0) -> None:
         super().__init__(name, kernels, sharpening)

@@ -141,7 +141,7 @@ def _allocate(
             node = first_node + place
             greedy = temperature[req] == f32(0.0) or shares[place, 0] == f32(0.0)
             _expected(shares[place], counts[place], greedy, traits, slots)
-            tables.first_child[req, node] = child if counts[place] > 0 else 0
+            tables.first_child[req, node] = child
             tables.num_children[req, node] = counts[place]
             for slot in range(counts[place]):
                 tables.parents[req, child] = node
