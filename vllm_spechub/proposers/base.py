@@ -350,6 +350,7 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
                 seeds,
             )
             if drafted is not None:
+                self._tell_parents(batch, trees[0])
                 return drafted
         step = self._step(
             batch,
@@ -370,15 +371,22 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             for part, of_part in self._parts(drafting, of_drafting, state):
                 self.draft(part, of_part, state, temperature, seeds)
             tokens = state.tokens[drafting.draft_rows]
-            if state.grown is not None and batch.has_structured_output_reqs:
-                parents = state.tables.parents[drafting.draft_rows]
-                self.drafted_parents = parents.to("cpu", non_blocking=True)
+            if not dummy_run:
+                self._tell_parents(batch, index)
         if tokens is None:
             return self._nothing(batch.num_reqs)
         missing = self.draft_logits.num_nodes - tokens.shape[1], batch.num_reqs - len(tokens)
         if any(missing):
             tokens = torch.nn.functional.pad(tokens, (0, missing[0], 0, missing[1]))
         return tokens
+
+    def _tell_parents(self, batch: InputBatch, index: int) -> None:
+        """Queue a copy of the trees that requests have decided, if the scheduler needs them."""
+        state = self.draft_logits.states[index]
+        if state.grown is not None and batch.has_structured_output_reqs:
+            rows = self.request_trees.draft_rows_for(batch.idx_mapping_np)
+            parents = state.tables.parents[async_tensor_h2d(rows, device=self.device)]
+            self.drafted_parents = parents.to("cpu", non_blocking=True)
 
     def replay_step(
         self,
