@@ -55,9 +55,9 @@ def _top_shares_kernel(
         row_ptr = logits_ptr + row * logits_stride
         _, scale, _, highest = scales(temperature_ptr, req, 1.0)
         all_lanes, places = tl.arange(0, LANES), tl.arange(0, _CHILDREN)
-        lanes_ptr += row * (3 * LANES) + all_lanes
-        peaks = tl.where(all_lanes < vocab_size, tl.load(lanes_ptr), ABSENT)
-        sums = tl.load(lanes_ptr + LANES)
+        own_ptr = lanes_ptr + row * (3 * LANES) + all_lanes
+        peaks = tl.where(all_lanes < vocab_size, tl.load(own_ptr), ABSENT)
+        sums = tl.load(own_ptr + LANES)
         row_peak = tl.max(peaks, axis=0)
         possible = row_peak > LOWEST
         total = total_weight(peaks, sums, row_peak, scale)
@@ -184,10 +184,10 @@ def _allocate_kernel(
         index = rows[:, None] * _CHILDREN + places[None, :]
         for _ in range(width_below):
             top = tl.max(tl.max(gains, axis=1), axis=0)
-            first = tl.where(gains == top, index, _NO_PLACE)
-            first = tl.min(tl.min(first, axis=1), axis=0)
-            gains = tl.where(index == first, -2.0, gains)
-            count += (rows == first // _CHILDREN).to(tl.int32)
+            best_index = tl.where(gains == top, index, _NO_PLACE)
+            chosen = tl.min(tl.min(best_index, axis=1), axis=0)
+            gains = tl.where(index == chosen, -2.0, gains)
+            count += (rows == chosen // _CHILDREN).to(tl.int32)
 
         first = first_node + width + tl.cumsum(count, axis=0) - count
         tl.store(first_child_ptr + nodes, first, mask=inside)

@@ -175,7 +175,7 @@ def _add_to_parents(
 ) -> None:
     for node in range(parents.shape[1] - 1, 0, -1):
         column = slice(node, node + 1)
-        values.scatter_add_(1, parents[:, column], values[:, column])
+        values.scatter_add_(1, parents[:, column], values[:, column].clone())
 
 
 def _before(

@@ -124,7 +124,7 @@ def _step(pair, text, tree, rule, temperature, generator) -> tuple[Step, torch.T
     nodes = tuple(
         Node(
             spoken[node],
-            float(draft_rows[tree.internal_index[parent], tokens[node]]),
+            float(draft_rows[draft.tree.internal_index[parent], tokens[node]]),
             float(target[parent, tokens[node]]),
             node in path,
         )
