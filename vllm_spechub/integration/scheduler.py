@@ -104,7 +104,7 @@ class TreeScheduler(Scheduler):
             draft_token_ids.req_ids, draft_token_ids.parents, strict=True
         ):
             if req_id in self.requests:
-                self.drafted_trees[req_id] = self.schedule_of_trees.trees[0].undrafted
+                self.drafted_trees[req_id] = TokenTree(tuple(parents))
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         self._remember_trees(draft_token_ids)
