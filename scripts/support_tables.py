@@ -222,6 +222,17 @@ FEATURES = (
         ),
     ),
     Row(
+        ("trees that each request's step decides (`levels:...`)",),
+        "works",
+        "with draft models and heads, every built-in rule but `rrs`, and everything in this table; "
+        "`ngram` and rules of other packages refuse them",
+        (
+            "kernels/test_tree_rules.py::test_level_widths_are_lossless",
+            "engine/test_level_trees.py::test_requests_of_a_batch_have_trees_of_their_own",
+            "engine/test_level_trees.py::test_what_level_widths_refuse",
+        ),
+    ),
+    Row(
         ("aborts",),
         "works",
         "",

@@ -196,3 +196,24 @@ def paper() -> str:
         lines.append([f"{temperature:g}", str(nodes), *texts])
     names = [f"{target}, {draft}, {data}" for target, draft, data in columns]
     return table(["T", "nodes", *names, "demo pair: rrs / rrsw / unordered / traversal"], lines)
+
+
+def levels() -> str:
+    """The table of level widths beside the best static trees, by setting."""
+    found: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
+    with (FIGURES / "levels.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            setting = row["temperature"], row["budget"], row["depth"]
+            found.setdefault(setting, {})[row["baseline"]] = row
+    lines = []
+    for (temperature, budget, depth), rows in found.items():
+        differences = [
+            cell(float(rows[rule]["difference"]), float(rows[rule]["ci"]), "+")
+            for rule in ("traversal", "mixed")
+        ]
+        row = rows["mixed"]
+        tokens = f"{float(row['tokens_per_step']):.3f}"
+        nodes = str(int(budget) + 1)
+        lines.append([temperature, nodes, depth, f"`{row['widths']}`", tokens, *differences])
+    head = ["T", "nodes", "depth", "widths", "tokens/step", "- traversal", "- mixed"]
+    return table(head, lines)

@@ -12,19 +12,63 @@ import torch
 
 
 class TreeTables(NamedTuple):
-    """A static tree whose nodes are numbered breadth-first; node 0 is the root."""
+    """Trees whose nodes are numbered breadth-first; node 0 is the root. A static tree has the
+    tables [num_tree_nodes], where each request has a tree of its own they are [max_num_reqs,
+    num_tree_nodes]."""
 
-    # [num_tree_nodes] int32: id of each node's first child; 0 at leaves
+    # [num_tree_nodes] or [max_num_reqs, num_tree_nodes] int32: id of each node's first child; 0 at
+    # leaves of static trees, and of others where it would be
     first_child: torch.Tensor
-    # [num_tree_nodes] int32: 0 to MAX_CHILDREN
+    # as `first_child`: 0 to MAX_CHILDREN
     num_children: torch.Tensor
-    # [num_tree_nodes] int32: row of each internal node in the draft's tensors; -1 at leaves
+    # [num_tree_nodes] int32: row of each node that may have children in the draft's tensors; -1 of
+    # others
     internal_index: torch.Tensor
-    # [num_tree_nodes] int32: id of each node's parent; 0 for the root
+    # as `first_child`: id of each node's parent; 0 for the root
     parents: torch.Tensor
+
+    @property
+    def num_nodes(self) -> int:
+        """The number of nodes, with the root."""
+        return self.internal_index.shape[0]
+
+    @property
+    def request_stride(self) -> int:
+        """By how much a request's entries are after those of the request before it; 0 if all
+        requests share them."""
+        return self.first_child.stride(0) if self.first_child.dim() > 1 else 0
+
+    def of(
+        self,
+        # [num_reqs] int64
+        req_idx: torch.Tensor,
+    ) -> "TreeTables":
+        """The tables of some requests. [num_reqs, num_tree_nodes] each but `internal_index`"""
+
+        def rows(table: torch.Tensor) -> torch.Tensor:
+            return table[req_idx] if table.dim() > 1 else table.expand(len(req_idx), -1)
+
+        return TreeTables(
+            rows(self.first_child),
+            rows(self.num_children),
+            self.internal_index,
+            rows(self.parents),
+        )
 
     def to(self, device: torch.device | str) -> "TreeTables":
         return TreeTables(*(table.to(device) for table in self))
+
+
+class GrownTrees(NamedTuple):
+    """Trees that are decided level by level, one for each request; written while they are."""
+
+    # [max_num_reqs, num_tree_nodes] each but `internal_index`
+    tables: TreeTables
+    # [max_num_reqs, num_tree_nodes] int64: each node's ancestors and itself, bit i is node i
+    ancestor_masks: torch.Tensor
+    # [max_num_reqs, num_tree_nodes] float32: how likely a node is expected to be accepted, 1 for
+    # the root
+    reach: torch.Tensor
 
 
 class Requests(NamedTuple):

@@ -13,3 +13,6 @@ FIRST_SAMPLE_LOSS = 0.45
 """The expected acceptance of samples, from z, the draft's mass off the hubs: z (1 - 0.45 z) for the
 first, then 0.11, 0.05 and 0.03 of z. Fitted to two pairs of models; any other estimate is as
 lossless."""
+LONE_SAMPLE = 0.5
+"""The expected acceptance of a lone sample, 0.5 + 0.5 q_1^2, from the largest probability; a fit,
+too."""

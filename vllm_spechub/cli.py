@@ -204,6 +204,10 @@ def shape(
         int,
         typer.Option("--depth", "-d", min=1, max=MAX_DEPTH, help="The largest depth of the tree."),
     ] = 5,
+    levels: Annotated[
+        bool,
+        typer.Option("--levels", help="Choose widths of levels, which each step makes a tree of."),
+    ] = False,
     texts: Texts = 10,
     tokens: Tokens = 48,
     seed: Seed = 0,
@@ -222,7 +226,7 @@ def shape(
 
     The command measures how often the child in each slot is accepted, averaged over the
     temperatures, finds the tree that emits the most tokens per step at these rates, and simulates
-    it on new texts.
+    it on new texts. With --levels it simulates several widths of levels, and prints the best.
     """
     with one_line_errors(notes):
         preflight.check_modules("transformers")
@@ -234,8 +238,12 @@ def shape(
         others = _parse_rules(None) if rates_file else []
         from vllm_spechub.offline.simulation import study
         from vllm_spechub.offline.simulation.drafts import Variant
+        from vllm_spechub.rules.base import check_rule
         from vllm_spechub.trees.best_tree import average_rates, best_shape
+        from vllm_spechub.trees.level_tree import LevelTree, width_candidates
 
+        candidates = width_candidates(nodes, depth) if levels else []
+        check_rule(variant.rule, variant.sharpening, candidates)
         sampling = _sampling(texts, tokens, seed)
         pair, encoded = _load(sources, prompts, limit, sampling, depth, device, dtype)
         with progress_bar(notes, "prompts") as bar:
@@ -251,7 +259,7 @@ def shape(
             average = {v: average_rates([table[v] for table in rates.values()]) for v in rated}
             trees = [best_shape(by_slot, nodes, depth).tree for by_slot in average.values()]
             tree, tokens_per_step = study.pick_tree(
-                pair, encoded, variant, trees, temperature, sampling, advance
+                pair, encoded, variant, candidates or trees, temperature, sampling, advance
             )
         if rates_file is not None:
             settings = _settings(sources, encoded, sampling, depth)
@@ -261,7 +269,7 @@ def shape(
     notes.print(
         f"{tree.num_nodes} nodes, depth {tree.depth}, {tokens_per_step:.2f} tokens per step"
     )
-    print(json.dumps(list(tree.parents)))
+    print(json.dumps(str(tree) if isinstance(tree, LevelTree) else list(tree.parents)))
 
 
 @app.command()

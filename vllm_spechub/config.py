@@ -17,9 +17,10 @@ from vllm.config.utils import config
 from vllm_spechub.drafts.kinds import MODEL, MTP, proposer_for
 from vllm_spechub.registry import METHOD, PROPOSERS, RULES
 from vllm_spechub.trees.best_tree import parse_tree
+from vllm_spechub.trees.level_tree import LevelTree
 from vllm_spechub.trees.measured_schedule import measured_schedule
 from vllm_spechub.trees.schedule import TreeSchedule
-from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.tree import TokenTree, Tree
 from vllm_spechub.trees.validation import one_line
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
@@ -58,10 +59,11 @@ class Options(BaseModel):
     """The draft model or head. Without it, the target's own MTP layer drafts, if there is one."""
     verification: str = DEFAULT_RULE
     """The name of the verification rule. It stands before the trees, which may depend on it."""
-    tree: TokenTree = TokenTree.parse(DEFAULT_TREE)
+    tree: TokenTree | LevelTree = TokenTree.parse(DEFAULT_TREE)
     """The draft tree: a family ("binary:3", "kary:4:2", "chain:5", "caterpillar:5:3"), the list of
     its drafted nodes' parents in breadth-first order, where 0 is the root, the list of its drafted
-    nodes' paths ([[0], [1], [0, 0]]), or "auto[:NODES[:DEPTH]]"."""
+    nodes' paths ([[0], [1], [0, 0]]), "auto[:NODES[:DEPTH]]", or the widths of the levels of trees
+    that each step decides ("levels:4,7,9,10")."""
     tree_by_batch_size: TreeSchedule | Literal["auto"] | None = None
     """Instead of `tree`, the trees to draft by the number of running requests: [[first, last,
     tree], ...], or "auto" for the schedule that `vllm-spechub tune` measured on this machine."""
@@ -92,7 +94,7 @@ class Options(BaseModel):
 
     @field_validator("tree", mode="before")
     @classmethod
-    def _parse_tree(cls, spec: Any, info: ValidationInfo) -> TokenTree:
+    def _parse_tree(cls, spec: Any, info: ValidationInfo) -> TokenTree | LevelTree:
         # An unknown rule has already failed its own check, and its error is the one reported.
         return parse_tree(spec, info.data.get("verification", DEFAULT_RULE))
 
@@ -129,7 +131,7 @@ class SpecHubConfig(SpeculativeConfig):
     """The options that the proposer declares itself, in `TreeProposer.options`."""
 
     @property
-    def tree(self) -> TokenTree:
+    def tree(self) -> Tree:
         """The tree with the most nodes, which buffers are sized for."""
         return self.schedule.trees[0]
 
@@ -213,6 +215,12 @@ def create_config(
         rule.check(spechub.verification, spechub.sharpening, spechub.schedule.trees)
     except ValueError as error:
         raise ValueError(f"speculative_config['verification']: {error}") from None
+    levels = [str(tree) for tree in schedule.trees if isinstance(tree, LevelTree)]
+    if levels and not proposer.follows_levels:
+        raise ValueError(
+            f"speculative_config['tree'] is {levels[0]!r}, but proposer {given.proposer!r} drafts "
+            "static trees only; use another tree"
+        )
     proposer.check_config(spechub)
     return spechub
 

@@ -47,10 +47,12 @@ from vllm_spechub.rules.draft_state import DraftState
 from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
 from vllm_spechub.triton_kernels.compaction import kernel as compaction
 from vllm_spechub.triton_kernels.compaction.reference import raw_bits_once
+from vllm_spechub.triton_kernels.level_allocation import kernel as level_allocation
 from vllm_spechub.triton_kernels.step_inputs import kernel as step_inputs
 from vllm_spechub.triton_kernels.tree_attention import kernel as tree_attention
 from vllm_spechub.triton_kernels.verification import kernel as verification
 
+LEVELS = "levels:3,4,4"
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 KINDS = {ModelCudaGraphManager: "target", DraftGraphs: "pass", StepGraphs: "step"}
 
@@ -157,7 +159,8 @@ def test_the_backend_in_an_engine(budget):
 
 @pytest.mark.usefixtures("attention_of_gpus")
 @pytest.mark.parametrize(
-    ("tree", "draft"), [("binary:3", DRAFT), (SCHEDULE, DRAFT), (SCHEDULE, EAGLE3)]
+    ("tree", "draft"),
+    [("binary:3", DRAFT), (SCHEDULE, DRAFT), (SCHEDULE, EAGLE3), (LEVELS, EAGLE3)],
 )
 def test_graphs_replay_what_a_step_needs(tree, draft, replays):
     """Tokens and acceptance are those of the same engine without graphs."""
@@ -181,6 +184,8 @@ def test_graphs_replay_what_a_step_needs(tree, draft, replays):
     assert kinds["pass"] > 20
     sizes = {(kind, rows) for kind, _, rows in replays}
     trees = {("target", 15), ("step", 0), ("pass", 4), ("pass", 2)}
+    if tree == LEVELS:
+        trees = {("target", 12), ("step", 0), ("pass", 4), ("pass", 3)}
     if tree == SCHEDULE:
         trees |= {("target", 3), ("target", 1), ("step", 1), ("pass", 3), ("pass", 1)}
     assert sizes == trees
@@ -313,6 +318,7 @@ def launches(monkeypatch):
         found.of_launcher(child_sampling.sample_children, cpu.sample_children),
         found.of_launcher(verification.verify_tree, cpu.verify_tree),
         DraftState.write_tokens,
+        found.of_launcher(level_allocation.allocate_children, cpu.allocate_children),
     )
     monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], tree_kernels=lambda: kernels))
     for module in (base, draft_model, model_proposer, step_graphs, layout, sampler):

@@ -14,6 +14,7 @@ from helpers.pair import PROMPTS, TARGET
 from vllm_spechub.engine.sampler import TreeRejectionSampler
 
 WIDE = [0, 0, 0, 0, 1, 1, 2, 5]
+LEVELS = "levels:3,4,4"
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,8 @@ UNEQUAL = [0, 0, 0, 1, 1, 2]
         (UNEQUAL, "rrsw", None),
         ("chain:3", "chain", None),
         (WIDE, "match", None),
+        (LEVELS, "mixed", None),
+        ("levels:2,4,3", "traversal", {"sharpening": 1.3}),
     ],
 )
 def test_rules(tree, verification, spec):
@@ -88,15 +91,16 @@ TRUNCATED = [
 
 
 @pytest.mark.parametrize(
-    ("verification", "chosen"),
+    ("tree", "verification", "chosen"),
     [
-        ("ordered", [0, 1, 3, 5]),
-        ("unordered", [1, 2, 4, 6]),
-        ("traversal", [0, 2, 4, 5]),
-        ("mixed", [1, 3, 5, 6]),
+        (WIDE, "ordered", [0, 1, 3, 5]),
+        (WIDE, "unordered", [1, 2, 4, 6]),
+        (WIDE, "traversal", [0, 2, 4, 5]),
+        (WIDE, "mixed", [1, 3, 5, 6]),
+        (LEVELS, "mixed", [2, 5]),
     ],
 )
-def test_truncated_drafts_follow_the_target(verification, chosen):
+def test_truncated_drafts_follow_the_target(tree, verification, chosen):
     """In one batch; often the draft keeps fewer tokens than a node has children."""
     prompt, each = tokens_of(PROMPTS[4]), 400
     params = [
@@ -104,7 +108,7 @@ def test_truncated_drafts_follow_the_target(verification, chosen):
         for options in (TRUNCATED[i] for i in chosen)
     ]
     options = {"max_num_seqs": 128, "max_num_batched_tokens": 4096}
-    with engine(WIDE, verification=verification, **options) as llm:
+    with engine(tree, verification=verification, **options) as llm:
         prompts = [{"prompt_token_ids": prompt}] * len(params)
         outputs = llm.generate(prompts, params, use_tqdm=False)
         metrics = spec_metrics(llm)
@@ -113,8 +117,10 @@ def test_truncated_drafts_follow_the_target(verification, chosen):
         assert_prefixes_follow(output, prompt, asked)
 
 
-@pytest.mark.parametrize("verification", ["mixed", "traversal"])
-def test_trees_cut_by_a_budget_follow_the_target(verification):
+@pytest.mark.parametrize(
+    ("tree", "verification"), [(WIDE, "mixed"), (WIDE, "traversal"), (LEVELS, "mixed")]
+)
+def test_trees_cut_by_a_budget_follow_the_target(tree, verification):
     """Many trees lose some of a node's children, and all that comes after."""
     prompt = [5, 6, 7]  # short, so that more requests start than have room for their trees
     params = SamplingParams(n=500, max_tokens=LENGTHS[-1], ignore_eos=True, temperature=0.8)
@@ -128,9 +134,10 @@ def test_trees_cut_by_a_budget_follow_the_target(verification):
     options = {"max_num_seqs": 24, "max_num_batched_tokens": 24}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TreeRejectionSampler, "__call__", spy)
-        with engine(WIDE, verification=verification, **options) as llm:
+        with engine(tree, verification=verification, **options) as llm:
+            num_nodes = llm.llm_engine.vllm_config.num_speculative_tokens
             output = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0]
-    assert sum(0 < count < 8 for count in drafted) > 100
+    assert sum(0 < count < num_nodes for count in drafted) > 100
     assert_prefixes_follow(output, prompt, params)
 
 

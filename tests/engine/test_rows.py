@@ -67,8 +67,8 @@ def recorded(monkeypatch):
         yield nodes, positions, caches
 
 
-def run(params, **options):
-    with engine("binary:3", **options) as llm:
+def run(params, tree="binary:3", **options):
+    with engine(tree, **options) as llm:
         outputs = llm.generate(PROMPTS, params, use_tqdm=False)
     return {
         output.request_id: list(output.prompt_token_ids) + list(output.outputs[0].token_ids)
@@ -80,7 +80,10 @@ def plain_row(tokens: list[int]) -> torch.Tensor:
     return reference_model()(input_ids=torch.tensor([tokens])).logits[0, -1]
 
 
-@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 41, "block_size": 32}])
+LEVELS = {"tree": "levels:3,4,4", "verification": "mixed"}
+
+
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 41, "block_size": 32}, LEVELS])
 def test_every_node_equals_its_path_decoded_plainly(recorded, options):
     nodes, positions, caches = recorded
     texts = run(SamplingParams(temperature=1.0, seed=3, max_tokens=24, ignore_eos=True), **options)
@@ -106,7 +109,8 @@ def test_every_node_equals_its_path_decoded_plainly(recorded, options):
                 torch.testing.assert_close(held, wanted[0].transpose(0, 1), atol=2e-4, rtol=1e-4)
 
 
-def test_processors_see_each_nodes_own_history(recorded, monkeypatch):
+@pytest.mark.parametrize("options", [{}, LEVELS])
+def test_processors_see_each_nodes_own_history(recorded, monkeypatch, options):
     """Penalties, min_tokens and bad words on every node, next to plain requests, in chunks."""
     from vllm_spechub.engine import sampler
 
@@ -121,7 +125,7 @@ def test_processors_see_each_nodes_own_history(recorded, monkeypatch):
         SamplingParams(temperature=0.5, seed=2, max_tokens=20, top_k=5, ignore_eos=True),
         SamplingParams(temperature=0, max_tokens=20, min_tokens=20, ignore_eos=True),
     ]
-    texts = run(params)
+    texts = run(params, **options)
     params = [resolved(each) for each in params]
     prompt_lengths = [len(tokens_of(prompt)) for prompt in PROMPTS]
     sampled = 0

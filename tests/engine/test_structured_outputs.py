@@ -18,6 +18,7 @@ from helpers.pair import EAGLE3, PROMPTS
 from helpers.recording import recorded_nodes, request_of
 from vllm_spechub.engine import grammar
 
+LEVELS = "levels:3,4,3"
 IRREGULAR = [0, 0, 0, 1, 1, 2, 4, 4, 4, 4, 6, 11]
 WIDE = r"[a-z_. ()\[\]\n]{40}"
 SELF_TAG = {
@@ -78,6 +79,7 @@ def plain(backend, parser=""):
         ("guidance", IRREGULAR, {}),
         ("guidance", "binary:3", {"max_num_batched_tokens": 41, "draft": EAGLE3}),
         ("xgrammar", "caterpillar:5:3", {"block_size": 32, "num_gpu_blocks_override": 14}),
+        ("xgrammar", LEVELS, {"max_num_batched_tokens": 41, "num_gpu_blocks_override": 14}),
     ],
 )
 def test_greedy_tokens(backend, tree, options, monkeypatch):
@@ -108,24 +110,25 @@ def test_greedy_tokens(backend, tree, options, monkeypatch):
         assert sum(0 < size < num_nodes for size in sizes) > 10
 
 
-@pytest.mark.parametrize("budget", [2048, 41])
-def test_asynchronous_scheduling(budget):
+@pytest.mark.parametrize(("tree", "budget"), [("binary:3", 2048), ("binary:3", 41), (LEVELS, 30)])
+def test_asynchronous_scheduling(tree, budget):
     """A request that misses a step meets its masks before the scheduler knows its drafts."""
     expected = plain("xgrammar")
     options = with_grammars("xgrammar", max_num_batched_tokens=budget, async_scheduling=True)
-    with engine("binary:3", **options) as llm:
+    with engine(tree, **options) as llm:
         core = llm.llm_engine.engine_core.engine_core
         assert type(core.scheduler).__name__ == "AsyncTreeScheduler"
         assert token_ids(llm.generate(*mixed(), use_tqdm=False)) == expected
         fallbacks = grammar_fallbacks(llm)
         metrics = spec_metrics(llm)
     assert metrics["num_accepted_tokens"] > 0.3 * metrics["num_drafts"]
-    assert (fallbacks > 0) == (budget == 41)
+    assert (fallbacks > 0) == (budget < 2048)
 
 
-def test_rows():
+@pytest.mark.parametrize("tree", ["binary:3", LEVELS])
+def test_rows(tree):
     """Every node's logits, masked, equal those of plain decoding of its path."""
-    with recorded_nodes() as nodes, engine("binary:3", **with_grammars("xgrammar")) as llm:
+    with recorded_nodes() as nodes, engine(tree, **with_grammars("xgrammar")) as llm:
         params = [constrained(constraint) for constraint in CONSTRAINTS]
         outputs = llm.generate(PROMPTS, params, use_tqdm=False)
     by_request = {output.request_id: i for i, output in enumerate(outputs)}

@@ -16,7 +16,8 @@ class DecisionRecorder:
                 drafted = batch.input_ids[batch.logits_indices].tolist()
                 output = original(self, logits, batch, *args, **kwargs)
                 emitted = output.sampled_token_ids.tolist()
-                decisions.append((drafted, emitted, output.num_sampled.tolist()))
+                trees = self.layout.nodes.flat("parents").tolist()
+                decisions.append((drafted, emitted, output.num_sampled.tolist(), trees))
                 return output
 
         sampler.__class__ = Recording

@@ -341,7 +341,30 @@ def node_scores(q: Row, num_samples: int, num_hubs: int) -> tuple[list[Fraction]
     """Of samples and of hubs, from the draft alone."""
     hubs = [q[t] for t in ranked(q)[:num_hubs]]
     z = 1 - sum(hubs)
+    if (num_samples, num_hubs) == (1, 0):
+        return [(1 + max(q) ** 2) / 2], []
     return [expected_acceptance(z, n) for n in range(num_samples)], hubs
+
+
+def level_counts(
+    rows: list[Row], reach: list[Fraction], width: int, drafting: Drafting, most: int
+) -> list[int]:
+    """How many children each node of a level gets, `width` in all: one after the other goes where
+    it adds most to the expected number of accepted tokens."""
+    gains = []
+    for place, (q, above) in enumerate(zip(rows, reach, strict=True)):
+        best, falling = F(0), None
+        for k in range(1, most + 1):
+            num_hubs = drafting.hubs(q, k)
+            value = sum(map(sum, node_scores(q, k - num_hubs, num_hubs)))
+            gain = max(value - best, F(0))
+            falling = gain if falling is None else min(falling, gain)
+            best = max(best, value)
+            gains.append((-above * falling, place, k))
+    counts = [0] * len(rows)
+    for _, place, _ in sorted(gains)[:width]:
+        counts[place] += 1
+    return counts
 
 
 def grow(
@@ -366,9 +389,12 @@ def grow(
                 q = model.draft(context)
                 hubs = ranked(q)[:num_hubs]
                 free = tuple(F(0) if t in hubs else x for t, x in enumerate(q))
-                options.append(
-                    [(x, context, hubs, drawn) for x, drawn in sequences(free, num_samples)]
-                )
+                options.append([])
+                for x, drawn in sequences(free, num_samples):
+                    # where nothing is left to draw from, the next in rank
+                    others = [t for t in ranked(q)[num_hubs:] if t not in drawn]
+                    more = others[: num_samples - len(drawn)]
+                    options[-1].append((x, context, [*hubs, *more], drawn))
             for combination in itertools.product(*options):
                 tree_prob, below = prob, []
                 children, all_hubs, scores = (dict(part) for part in tree)

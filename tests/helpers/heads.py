@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import (
 from helpers.models import qwen2
 from helpers.oracle import reference_model, tokens_of
 from helpers.pair import PROMPTS, TARGET
+from vllm_spechub.rules.grown_trees import static_tree
 
 AUX_LAYERS = [1, 2, 3]
 DRAFT_VOCABULARY = 1024
@@ -438,8 +439,11 @@ def recorded_rows():
         for r, req in enumerate(step.batch.idx_mapping.tolist()):
             root = int(step.root_positions[r])
             text = self.req_states.all_token_ids.gpu[req, : root + 1].tolist()
+            # what is below the level is not decided yet
+            grown = state.grown
+            tree = state.tree if grown is None else static_tree(grown, drafts[r])
             for i, node in enumerate(level.nodes_np):
-                path = state.tree.paths[node][1:]
+                path = tree.paths[node][1:]
                 tokens = tuple(state.tokens[drafts[r], [n - 1 for n in path]].tolist())
                 recorded.append(DraftRow(step.batch.req_ids[r], text, tokens, rows[r, i].float()))
         return logits, carried

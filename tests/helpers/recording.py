@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.rules.grown_trees import static_tree
+from vllm_spechub.trees.tree import TokenTree, Tree
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Node:
     processed: torch.Tensor
     temperature: float  # by which the processed row is still to be divided
     draft_logits: torch.Tensor | None  # of the draft at this node, None at a leaf
+    tree: TokenTree  # of its request in this step
 
 
 @contextmanager
@@ -32,7 +34,7 @@ def recorded_nodes():
 
     nodes: list[Node] = []
     # by tree, row of the request's draft, and row of the node among its own
-    drafts: dict[tuple[TokenTree, int, int], torch.Tensor] = {}
+    drafts: dict[tuple[Tree, int, int], torch.Tensor] = {}
     sample, process = KernelRule.sample_children, TreeRejectionSampler.process
 
     def keep_drafts(self, logits, level, requests, state):
@@ -53,16 +55,19 @@ def recorded_nodes():
                 rows = batch.logits_indices[start:end]
                 tokens, root = batch.input_ids[rows].tolist(), int(batch.positions[rows[0]])
                 req, tree = int(batch.idx_mapping[r]), trees[r]
+                own = int(self.request_trees.draft_rows_for(np.array([req]))[0])
+                grown = self.layout.nodes._grown[int(self.request_trees.index_for(req))]
+                static = tree if grown is None else static_tree(grown, max(own, 0))
+                assert isinstance(static, TokenTree)
                 remaining = float(part.temperature[req])
                 # a tree below a prompt's token is a placeholder that nobody drafted
                 drafted = root >= int(self.sampler.req_states.prefill_len.gpu[req])
                 for node in range(end - start if end - start > 1 else 0):
-                    path = tuple(tokens[i] for i in tree.paths[node][1:])
+                    path = tuple(tokens[i] for i in static.paths[node][1:])
                     row = part.logits[first_row + node].clone()
                     inner = int(tree.internal_index[node])
                     draft_row = None
                     if drafted and inner >= 0:
-                        own = int(self.request_trees.draft_rows_for(np.array([req]))[0])
                         draft_row = drafts.get((tree, own, inner))
                     nodes.append(
                         Node(
@@ -73,6 +78,7 @@ def recorded_nodes():
                             row,
                             remaining,
                             draft_row,
+                            static,
                         )
                     )
             yield part

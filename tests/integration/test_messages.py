@@ -6,6 +6,7 @@ import pickle
 import pytest
 
 from vllm_spechub.integration.messages import ScheduledDrafts
+from vllm_spechub.trees.level_tree import LevelTree
 from vllm_spechub.trees.tree import TokenTree
 
 TREES = (TokenTree.parse("binary:2"), TokenTree.parse("chain:2"))
@@ -31,3 +32,16 @@ def test_drafts_without_trees_are_refused():
         ScheduledDrafts.checked({"a": [1]})
     with pytest.raises(ValueError, match="request a has drafts, but drafted no tree"):
         ScheduledDrafts({"a": [1]}, TREES, {"a": None}).trees()
+
+
+def test_trees_that_workers_decide_come_with_the_drafts():
+    """A request whose drafts are not known yet has no tree, and another's is never taken."""
+    drafted: dict[str, TokenTree] = {}
+    trees, tree_index = (LevelTree((2, 2)), TREES[1]), {"a": 0, "b": 0, "c": 1}
+    drafts = ScheduledDrafts(
+        {"a": [1, 2, 3, 4], "b": [-1] * 4, "c": [5, 6]}, trees, tree_index, drafted
+    )
+    with pytest.raises(ValueError, match="request a has drafts of an unknown tree"):
+        drafts.trees()
+    drafted["a"] = TokenTree((0, 0, 2, 2))
+    assert drafts.trees() == {"a": drafted["a"], "c": TREES[1]}

@@ -15,6 +15,7 @@ import triton
 from vllm_spechub.triton_kernels import lanes_device, rng
 from vllm_spechub.triton_kernels.child_sampling import kernel as child_sampling
 from vllm_spechub.triton_kernels.compaction.kernel import ELEMENT_BITS, _compact_kernel
+from vllm_spechub.triton_kernels.level_allocation import kernel as level_allocation
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 from vllm_spechub.triton_kernels.step_inputs import kernel as step_inputs
 from vllm_spechub.triton_kernels.tree_attention.kernel import (
@@ -52,6 +53,8 @@ TYPES = {
     ),
     **dict.fromkeys(("visit_ptr", "leave_ptr", "record_ptr", "sums_ptr"), "*fp32"),
     **dict.fromkeys(("left_ptr", "entries_ptr", "lanes_ptr"), "*fp32"),
+    **dict.fromkeys(("shares_ptr", "reach_ptr"), "*fp32"),
+    "masks_ptr": "*i64",
     **dict.fromkeys(("vocab_size", "logits_stride", "target_logits_stride"), "i32:16"),
     **dict.fromkeys(("draft_logits_req_stride", "draft_logits_node_stride"), "i32:16"),
     **dict.fromkeys(("kept_req_stride", "kept_node_stride"), "i32:16"),
@@ -149,8 +152,26 @@ EVERYWHERE = with_rest([*TARGETS], always=[TARGETS[0], HOPPER, TARGETS[4]])
 def test_sums_of_draft_rows(compile_for, sharpened, capability, dtype):
     constexprs = {"SHARPENED": sharpened, "KEPT": True}
     what = f"lane sums{', sharpened' * sharpened}"
-    kernel = child_sampling._lane_sums_kernel
+    kernel = child_sampling.lane_sums_kernel
     compile_lanes(compile_for, kernel, constexprs, capability, dtype, what)
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "dtype"),
+    with_rest(
+        [*((10, *target) for target in (TARGETS[0], *TARGETS[1::3])), (1, *HOPPER), (63, *HOPPER)],
+        always=[(10, *HOPPER)],
+    ),
+)
+def test_deciding_a_level(compile_for, width, capability, dtype):
+    """The largest probabilities of a row, and who gets how many children."""
+    kernel, warps = level_allocation._top_shares_kernel, child_sampling.NUM_WARPS
+    compile_lanes(compile_for, kernel, {}, capability, dtype, "top shares", warps)
+    constexprs = sampling_constexprs("mixed", 4)
+    constexprs = {name: constexprs[name] for name in constexprs if name.endswith("HUBS")}
+    constexprs |= {"RANKED": True, "MOST": 4, "WIDTH": triton.next_power_of_2(width)}
+    kernel, what = level_allocation._allocate_kernel, f"allocation of {width} nodes"
+    compile_lanes(compile_for, kernel, constexprs, capability, dtype, what, 1)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), EVERYWHERE)

@@ -23,7 +23,7 @@ from helpers.enumeration import (
     best_of,
     expected_length,
     grow,
-    node_scores,
+    level_counts,
     normalised,
     sequences,
     total_variation,
@@ -193,19 +193,18 @@ def reranked(grown: list[tuple[Fraction, Grown]], keep: int) -> list[tuple[Fract
     return result
 
 
-def level_widths(model: Model, width: int):
-    """The best slots of a level, decided before any of them is drawn, and all kept."""
+def level_widths(model: Model, rule: str, widths: tuple[int, ...]):
+    """So many nodes a level, decided before any of them is drawn, and all kept."""
 
     def plan(tree: Grown, level: list[Context]) -> Plan:
-        slots = []
-        for place, context in enumerate(level):
-            above = tree.scores.get(context, F(1))
-            for kind, scores in enumerate(node_scores(model.draft(context), 1, 1)):
-                slots += [(-above * score, place, kind) for score in scores]
-        counts = {context: [0, 0] for context in level}
-        for _, place, kind in sorted(slots)[:width]:
-            counts[level[place]][kind] += 1
-        return {context: tuple(count) for context, count in counts.items() if any(count)}
+        drafting, rows = ALL[rule], [model.draft(context) for context in level]
+        reach = [tree.scores.get(context, F(1)) for context in level]
+        width = widths[len(level[0])]
+        most = min(4, model.vocab_size)
+        counts = level_counts(rows, reach, width, drafting, most)
+        # a child is a sample only if something can be drawn
+        hubs = [drafting.hubs(q, k) if any(q) else k for q, k in zip(rows, counts, strict=True)]
+        return {context: (k - m, m) for context, k, m in zip(level, counts, hubs, strict=True) if k}
 
     return plan
 
@@ -246,14 +245,82 @@ def test_nodes_must_not_be_chosen_by_their_tokens(leaf_to_root):
     assert max(variations(make, leaf_to_root, given=None)) > F(1, 1000)
 
 
+LEVELS = {
+    rule: [(2, 3), (3, 2), (2, 3, 2), (1, 3, 3)]
+    for rule in ALL
+    if rule != "chain" and not ALL[rule].replaces
+}
+"""Unequal widths, for every mixture of hubs and samples."""
+
+
+def grown_by_levels(model: Model, rule: str, widths: tuple[int, ...], looks_at_tokens=False):
+    return grow(model, len(widths), level_widths(model, rule, widths), looks_at_tokens)
+
+
 @pytest.mark.parametrize("leaf_to_root", [False, True])
-def test_level_widths_are_lossless(leaf_to_root):
+@pytest.mark.parametrize("rule", LEVELS)
+def test_level_widths_are_lossless(rule, leaf_to_root):
     for given in (targeted, None):
-        for seed in range(2):
-            model = Model(3, seed, special=0.0, given=given)
-            for width in (2, 3):
-                emitted = verify(model, grow(model, 3, level_widths(model, width)), leaf_to_root)
-                assert total_variation(model, emitted, 4) == 0
+        for seed, widths in enumerate(LEVELS[rule]):
+            model = Model(3, seed, special=0.2, given=given)
+            grown = grown_by_levels(model, rule, widths)
+            assert {sum(map(len, tree.children.values())) for _, tree in grown} == {sum(widths)}
+            emitted = verify(model, grown, leaf_to_root)
+            assert total_variation(model, emitted, len(widths) + 1) == 0
+
+
+@pytest.mark.parametrize("leaf_to_root", [False, True])
+@pytest.mark.parametrize("rule", ["traversal", "mixed", "rrsw", "2 hubs"])
+def test_level_widths_with_four_tokens(rule, leaf_to_root):
+    model = Model(4, 7)
+    emitted = verify(model, grown_by_levels(model, rule, (3, 4)), leaf_to_root)
+    assert total_variation(model, emitted, 3) == 0
+
+
+def test_level_widths_vary_with_the_draft():
+    """Else their tests show nothing that those of static trees do not."""
+    shapes = set()
+    for seed in range(4):
+        for _, tree in grown_by_levels(Model(3, seed, special=0.0), "mixed", (2, 3, 2)):
+            below = {context: len(children) for context, children in tree.children.items()}
+            shapes.add(tuple(below.get((child.token,), 0) for child in tree.children[()]))
+    assert len(shapes) > 2
+
+
+def pruned_by_tokens(model: Model, widths: tuple[int, ...]):
+    """A level is drawn one node too wide, and loses the node that the draft gives least."""
+    wider = tuple(width + 1 for width in widths)
+    result = []
+    for prob, tree in grown_by_levels(model, "mixed", wider, looks_at_tokens=True):
+        children = dict(tree.children)
+        for depth in range(len(widths)):
+            level = [
+                (*context, child.token)
+                for context, below in children.items()
+                if len(context) == depth
+                for child in below
+            ]
+            kept = set(best_of(tree.scores, level, widths[depth]))
+            children = {
+                context: tuple(child for child in below if (*context, child.token) in kept)
+                if len(context) == depth
+                else below
+                for context, below in children.items()
+                if len(context) <= depth or context[: depth + 1] in kept
+            }
+        result.append((prob, tree._replace(children=children)))
+    return result
+
+
+@pytest.mark.parametrize("leaf_to_root", [False, True])
+def test_a_level_must_not_be_chosen_once_it_is_drawn(leaf_to_root):
+    found = []
+    for seed in range(3):
+        model = Model(3, seed, special=0.0)
+        emitted = verify(model, pruned_by_tokens(model, (2, 2)), leaf_to_root)
+        assert sum(emitted.values()) == 1
+        found.append(total_variation(model, emitted, 3))
+    assert max(found) > F(1, 1000)
 
 
 def two_samples(model: Model, choose) -> list[tuple[Fraction, Grown]]:

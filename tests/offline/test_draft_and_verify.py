@@ -14,6 +14,7 @@ from scipy.stats import chi2
 
 from vllm_spechub import TokenTree, acceptance, draft_tree, otm, verify_tree
 from vllm_spechub.rules.optimum import draft_sets
+from vllm_spechub.trees.level_tree import LevelTree
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 from vllm_spechub.triton_kernels.verification.node import node_outcome
 
@@ -103,6 +104,30 @@ def test_emitted_tokens_follow_the_target(rule, sharpening):
     assert num_tokens.unique().tolist() == [1, 2, 3]
     assert p_value(completed(tokens, target_table), target_table) > 1e-3
     # The same test tells the draft's distribution from the target's.
+    assert p_value(completed(tokens, target_table), markov(3)) < 1e-6
+
+
+@pytest.mark.parametrize("rule", ["mixed", "traversal", "unordered"])
+def test_level_widths_follow_the_target(rule):
+    """Every sequence's tree is its own, and each node's prefix is its own path."""
+    draft_table, target_table = markov(1), markov(2)
+    generator = torch.Generator().manual_seed(5)
+    draft = draft_tree(
+        LevelTree((3, 4)),
+        lambda prefixes: after(draft_table, prefixes),
+        20000,
+        rule=rule,
+        generator=generator,
+    )
+    trees = [draft.tree_of(sequence) for sequence in range(20000)]
+    rows = torch.empty(20000, 8, VOCAB)
+    assert len(set(trees)) > (rule == "mixed")
+    for tree in set(trees):
+        own = torch.tensor([other == tree for other in trees])
+        rows[own] = target_rows(tree, target_table, draft.tokens[own])
+    tokens, num_tokens = verify_tree(draft, rows, generator=generator)
+    assert num_tokens.unique().tolist() == [1, 2, 3]
+    assert p_value(completed(tokens, target_table), target_table) > 1e-3
     assert p_value(completed(tokens, target_table), markov(3)) < 1e-6
 
 

@@ -10,7 +10,9 @@ from vllm_spechub import TokenTree
 from vllm_spechub.cli import app
 from vllm_spechub.offline.explain import shown, trace
 from vllm_spechub.offline.simulation.texts import ModelPair
+from vllm_spechub.trees.level_tree import LevelTree
 
+TREE = TokenTree((0, 0, 0, 1, 1, 2))
 PROMPT = "def parse_header(line):\n"
 
 
@@ -19,10 +21,11 @@ def pair():
     return ModelPair.load(TARGET, DRAFT, "cpu", torch.float32)
 
 
-@pytest.mark.parametrize("rule", ["traversal", "rrs"])
-def test_a_trace_follows_its_own_tree(pair, rule):
+@pytest.mark.parametrize(
+    ("tree", "rule"), [(TREE, "traversal"), (TREE, "rrs"), (LevelTree((3, 3)), "mixed")], ids=str
+)
+def test_a_trace_follows_its_own_tree(pair, tree, rule):
     """Paths lead from parent to child, probabilities are the models', the text goes on."""
-    tree = TokenTree((0, 0, 0, 1, 1, 2))
     prompt = pair.encode(PROMPT, 64)
     steps = trace(pair, prompt, tree, rule, 1.0, 8, seed=3)
     token_id = {shown(pair, token): token for token in range(pair.vocab_size)}
@@ -34,6 +37,7 @@ def test_a_trace_follows_its_own_tree(pair, rule):
 
     text, emitted = prompt, []
     for step in steps:
+        tree = step.tree
         assert step.root == shown(pair, int(text[-1]))
         for parent, node in zip(step.path, step.path[1:], strict=False):
             assert tree.parents[node - 1] == parent

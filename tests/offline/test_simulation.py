@@ -20,7 +20,9 @@ from vllm_spechub.offline.simulation.reach import reach
 from vllm_spechub.offline.simulation.study import Difference, Row, Sampling, mean_and_ci, measure
 from vllm_spechub.offline.simulation.texts import ModelPair, Roots, read_prompts, sample_roots
 from vllm_spechub.offline.simulation.yardstick import Yardstick
+from vllm_spechub.rules.grown_trees import static_tree
 from vllm_spechub.trees.best_tree import parse_tree
+from vllm_spechub.trees.level_tree import LevelTree
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 
@@ -158,6 +160,18 @@ def test_expected_tokens_are_what_verification_emits(pair, roots, rule):
         _, num_tokens = verify_tree(drafted, rows.expand(samples, -1, -1), generator=generator)
         error = num_tokens.double().std().item() / samples**0.5
         assert abs(num_tokens.double().mean() - reached[root].sum()) < 4.5 * error + 1e-6
+
+
+def test_level_widths_are_simulated_as_the_trees_that_they_become(pair, roots):
+    """With common noise each root's tree is drafted and accepted as the static one would be."""
+    levels = Plan(Variant("mixed"), LevelTree((2, 3, 2)))
+    grown = draft_plans(pair, roots, [levels], 1.0, seed=1).grown[levels]
+    static = [Plan(Variant("mixed"), static_tree(grown, row)) for row in range(len(roots.text))]
+    assert len(set(static)) > 2
+    drafts = draft_plans(pair, roots, [levels, *dict.fromkeys(static)], 1.0, seed=1)
+    reached = reach(drafts, levels)
+    for row, plan in enumerate(static):
+        torch.testing.assert_close(reached[row], reach(drafts, plan)[row], rtol=0, atol=1e-6)
 
 
 def test_common_noise(pair, roots):

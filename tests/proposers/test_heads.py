@@ -84,8 +84,9 @@ def rows_of_gpus(monkeypatch):
         ("speculators", "binary:3", {"max_num_batched_tokens": 41}),
         ("first", IRREGULAR, {"async_scheduling": True, "kv_cache_memory_bytes": 1 << 20}),
         ("speculators", SCHEDULE, {"max_num_batched_tokens": 60}),
+        ("first", "levels:3,4,3", {"max_num_batched_tokens": 41}),
     ],
-    ids=["chunks", "preemption", "schedule"],
+    ids=["chunks", "preemption", "schedule", "levels"],
 )
 def test_eagle3_rows(request, tmp_path, form, tree, options):
     """Prompts in chunks and with shared blocks, rejections, mixed batches, preemption, steps

@@ -65,7 +65,7 @@ def _slots(
 
 
 @triton.jit
-def _scales(
+def scales(
     # [max_num_reqs]
     temperature_ptr,
     req,
@@ -80,7 +80,7 @@ def _scales(
 
 
 @triton.jit
-def _lane_sums_kernel(
+def lane_sums_kernel(
     # [num_rows, 3, LANES], written: peaks, sums, and if SHARPENED the sums for samples
     lanes_ptr,
     # [max_num_reqs, num_internal, vocab_size], written if the rows are KEPT
@@ -110,7 +110,7 @@ def _lane_sums_kernel(
     req = tl.load(req_idx_ptr + row).to(tl.int64)
     if req >= 0:
         row_ptr = logits_ptr + row * logits_stride
-        temperature, scale, draw_scale, highest = _scales(temperature_ptr, req, sharpening)
+        temperature, scale, draw_scale, highest = scales(temperature_ptr, req, sharpening)
         peaks, sums = lane_sums(row_ptr, split * OWN, scale, highest, vocab_size, OWN, LANES)
         own_ptr = lanes_ptr + row * (3 * LANES) + split * OWN + tl.arange(0, OWN)
         tl.store(own_ptr, peaks)
@@ -174,7 +174,7 @@ def _sample_children_kernel(
         tl.store(sampled_ptr + row, -1)
         return
     num_children = tl.load(num_children_ptr + row)
-    temperature, scale, draw_scale, highest = _scales(temperature_ptr, req, sharpening)
+    temperature, scale, draw_scale, highest = scales(temperature_ptr, req, sharpening)
     key = row_key(
         tl.load(seeds_ptr + req),
         tl.load(root_positions_ptr + row),
@@ -292,7 +292,7 @@ def sample_children(
     lanes = torch.empty(num_rows, 3, rng.LANES, device=device)
     kept, internal = keep or (logits.unsqueeze(1), node_ids)
     sharpened = sharpening != 1.0
-    _lane_sums_kernel[(lanes_device.SPLITS, num_rows)](
+    lane_sums_kernel[(lanes_device.SPLITS, num_rows)](
         lanes,
         kept,
         kept.stride(0),

@@ -31,7 +31,7 @@ def verify_tree(
         target: what is verified, and against which distributions.
         drafts: how the trees were drafted.
         requests: of each tree; as at drafting.
-        tree: the shape of all of them.
+        tree: the shape of all of them, or of each request's.
         level_sizes: nodes of every depth, the root's one first.
         rule: the built-in rule that children were drafted for.
         sharpening: the exponent that sampled children were drafted with.
@@ -61,9 +61,12 @@ def verify_tree(
         "requests.temperature": (requests.temperature, max_num_reqs),
         "seeds": (requests.seeds, max_num_reqs),
         "num_children": (tree.num_children, tree.first_child.shape),
-        "internal_index": (tree.internal_index, tree.first_child.shape),
+        "internal_index": (tree.internal_index, tree.first_child.shape[-1:]),
         "parents": (tree.parents, tree.first_child.shape),
     }
+    if tree.first_child.dim() > 1:
+        shape = (len(drafts.sampled), tree.num_nodes)
+        expected["first_child"] = (tree.first_child, shape)
     for name, (value, shape) in expected.items():
         if value.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, not {list(value.shape)}")

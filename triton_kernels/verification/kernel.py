@@ -64,7 +64,14 @@ _NO_TURN = tl.constexpr(2 * 4)
 _LONGEST_PATH = tl.constexpr(64)
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 # Arguments for whose values nothing is compiled anew.
-_HOST_NUMBERS = ["sampled_stride", "first_node", "failed", "max_depth", "num_tree_nodes"]
+_HOST_NUMBERS = [
+    "sampled_stride",
+    "tree_stride",
+    "first_node",
+    "failed",
+    "max_depth",
+    "num_tree_nodes",
+]
 
 
 @triton.jit
@@ -271,7 +278,7 @@ def _lowest_of_best(
 def _children(
     node,
     num_nodes,
-    # [num_tree_nodes] each
+    # [num_tree_nodes] each, the request's
     first_child_ptr,
     num_children_ptr,
 ):
@@ -332,9 +339,11 @@ def _statistics_kernel(
     req_idx_ptr,
     # [max_num_reqs]
     draft_temperature_ptr,
-    # [num_tree_nodes] each
+    # [max_num_reqs, num_tree_nodes] each, where a stride of 0 stands for a static tree
     first_child_ptr,
     num_children_ptr,
+    tree_stride,
+    # [num_tree_nodes]
     internal_index_ptr,
     num_tree_nodes,
     vocab_size,
@@ -347,9 +356,11 @@ def _statistics_kernel(
     """Grid: (SPLITS, nodes above the last level, num_reqs)."""
     OWN: tl.constexpr = LANES // SPLITS
     split, node, out = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    req = tl.load(req_idx_ptr + out).to(tl.int64)
+    first_child_ptr += req * tree_stride
+    num_children_ptr += req * tree_stride
     first, count = _children(node, tl.load(num_nodes_ptr + out), first_child_ptr, num_children_ptr)
     if count > 0:
-        req = tl.load(req_idx_ptr + out).to(tl.int64)
         row = tl.load(row_start_ptr + out).to(tl.int64)
         target_ptr = target_logits_ptr + (row + node) * target_logits_stride
         temperature = tl.load(target_temperature_ptr + req)
@@ -412,9 +423,11 @@ def _residual_kernel(
     req_idx_ptr,
     # [max_num_reqs]
     draft_temperature_ptr,
-    # [num_tree_nodes] each
+    # [max_num_reqs, num_tree_nodes] each, where a stride of 0 stands for a static tree
     first_child_ptr,
     num_children_ptr,
+    tree_stride,
+    # [num_tree_nodes]
     internal_index_ptr,
     # the first node of the level
     first_node,
@@ -433,9 +446,11 @@ def _residual_kernel(
     OWN: tl.constexpr = LANES // SPLITS
     split, out = tl.program_id(0), tl.program_id(2).to(tl.int64)
     node = first_node + tl.program_id(1)
+    req = tl.load(req_idx_ptr + out).to(tl.int64)
+    first_child_ptr += req * tree_stride
+    num_children_ptr += req * tree_stride
     first, count = _children(node, tl.load(num_nodes_ptr + out), first_child_ptr, num_children_ptr)
     if count > 0:
-        req = tl.load(req_idx_ptr + out).to(tl.int64)
         internal = tl.load(internal_index_ptr + node).to(tl.int64)
         bits = tl.load(sampled_ptr + req * sampled_stride + internal)
         slots = tl.arange(0, MAX_CHILDREN)
@@ -504,9 +519,11 @@ def _outcome_kernel(
     req_idx_ptr,
     # [max_num_reqs]
     draft_temperature_ptr,
-    # [num_tree_nodes] each
+    # [max_num_reqs, num_tree_nodes] each, where a stride of 0 stands for a static tree
     first_child_ptr,
     num_children_ptr,
+    tree_stride,
+    # [num_tree_nodes]
     internal_index_ptr,
     # the first node of the level
     first_node,
@@ -527,12 +544,14 @@ def _outcome_kernel(
     acceptance = tl.full([], 1.0, tl.float32)
     if LEAF_TO_ROOT:
         acceptance = tl.load(visit_ptr + at_node, mask=(node > 0) & (failed > 0), other=1.0)
+    req = tl.load(req_idx_ptr + out).to(tl.int64)
+    first_child_ptr += req * tree_stride
+    num_children_ptr += req * tree_stride
     first, count = _children(node, tl.load(num_nodes_ptr + out), first_child_ptr, num_children_ptr)
     slots = tl.arange(0, MAX_CHILDREN)
     visit = tl.zeros([MAX_CHILDREN], tl.float32)
     leave = acceptance
     if (count > 0) & (acceptance > 0.0):
-        req = tl.load(req_idx_ptr + out).to(tl.int64)
         row = tl.load(row_start_ptr + out).to(tl.int64)
         children = _child_tokens(node_tokens_ptr, row, first, count)
         temperature = tl.load(target_temperature_ptr + req)
@@ -736,11 +755,13 @@ def _walk_kernel(
     seeds_ptr,
     # [num_reqs]
     root_positions_ptr,
-    # [num_tree_nodes] each
+    # [max_num_reqs, num_tree_nodes] each, where a stride of 0 stands for a static tree
     first_child_ptr,
     num_children_ptr,
-    internal_index_ptr,
     parents_ptr,
+    tree_stride,
+    # [num_tree_nodes]
+    internal_index_ptr,
     max_depth,
     num_tree_nodes,
     LEAF_TO_ROOT: tl.constexpr,
@@ -755,6 +776,9 @@ def _walk_kernel(
     seed = tl.load(seeds_ptr + req)
     position = tl.load(root_positions_ptr + out)
     sampled_ptr += req * sampled_stride
+    first_child_ptr += req * tree_stride
+    num_children_ptr += req * tree_stride
+    parents_ptr += req * tree_stride
 
     # The slot that is visited next, below `node`: -1 to begin, and when all children have failed.
     node = tl.full([], 0, tl.int32)
@@ -819,7 +843,7 @@ def _last_row(
     num_nodes_ptr,
     # [num_rows]
     node_tokens_ptr,
-    # [num_tree_nodes] each
+    # [num_tree_nodes] each, the request's
     first_child_ptr,
     num_children_ptr,
     node,
@@ -879,9 +903,11 @@ def _race_kernel(
     seeds_ptr,
     # [num_reqs]
     root_positions_ptr,
-    # [num_tree_nodes] each
+    # [max_num_reqs, num_tree_nodes] each, where a stride of 0 stands for a static tree
     first_child_ptr,
     num_children_ptr,
+    tree_stride,
+    # [num_tree_nodes]
     internal_index_ptr,
     num_tree_nodes,
     vocab_size,
@@ -901,6 +927,8 @@ def _race_kernel(
     target_ptr = target_logits_ptr + (row + node) * target_logits_stride
     temperature = tl.load(target_temperature_ptr + req)
     entries_ptr += (out * SPLITS + split) * _ENTRY
+    first_child_ptr += req * tree_stride
+    num_children_ptr += req * tree_stride
     inner, known, children, peak, factor, draft_peak, spent = _last_row(
         visit_ptr,
         record_ptr,
@@ -990,9 +1018,11 @@ def _last_token_kernel(
     seeds_ptr,
     # [num_reqs]
     root_positions_ptr,
-    # [num_tree_nodes] each
+    # [max_num_reqs, num_tree_nodes] each, where a stride of 0 stands for a static tree
     first_child_ptr,
     num_children_ptr,
+    tree_stride,
+    # [num_tree_nodes]
     internal_index_ptr,
     max_depth,
     num_tree_nodes,
@@ -1010,6 +1040,8 @@ def _last_token_kernel(
     req = tl.load(req_idx_ptr + out).to(tl.int64)
     row = tl.load(row_start_ptr + out).to(tl.int64)
     temperature = tl.load(target_temperature_ptr + req)
+    first_child_ptr += req * tree_stride
+    num_children_ptr += req * tree_stride
     inner, known, children, peak, factor, draft_peak, spent = _last_row(
         visit_ptr,
         record_ptr,
@@ -1080,7 +1112,7 @@ def verify_tree(
 ) -> VerifiedPaths:
     """`verification.verify_tree` on the GPU, without argument checks."""
     traits = BUILTIN_RULES[rule]
-    num_reqs, num_tree_nodes = len(target.row_start), len(tree.first_child)
+    num_reqs, num_tree_nodes = len(target.row_start), tree.num_nodes
     max_depth = len(level_sizes) - 1
     device, vocab_size = target.logits.device, target.logits.shape[1]
     splits = lanes_device.SPLITS
@@ -1105,7 +1137,8 @@ def verify_tree(
     drafted = drafts.logits, drafts.logits.stride(0), drafts.logits.stride(1)
     sampled = drafts.sampled, drafts.sampled.stride(0)
     seeds = requests.seeds, requests.root_positions
-    shape = tree.first_child, tree.num_children, tree.internal_index
+    shape = tree.first_child, tree.num_children
+    strided = tree.request_stride, tree.internal_index
     sizes = num_tree_nodes, vocab_size, float(sharpening)
     rows = (
         *logits,
@@ -1116,6 +1149,7 @@ def verify_tree(
         requests.req_idx,
         requests.temperature,
         *shape,
+        *strided,
     )
     leaf_to_root = traits.is_leaf_to_root
     lanes = {
@@ -1182,6 +1216,7 @@ def verify_tree(
         *seeds,
         *shape,
         tree.parents,
+        *strided,
         max_depth,
         num_tree_nodes,
         LEAF_TO_ROOT=leaf_to_root,
@@ -1199,6 +1234,7 @@ def verify_tree(
         requests.temperature,
         *seeds,
         *shape,
+        *strided,
     )
     _race_kernel[(splits, num_reqs)](
         entries,

@@ -32,6 +32,7 @@ class _Trees(NamedTuple):
     target: TargetRows
     drafts: Drafts
     requests: Requests
+    # of each request of the batch
     tables: TreeTables
     rule: Rule
     sharpening: float
@@ -61,8 +62,8 @@ class _Trees(NamedTuple):
         nodes: torch.Tensor,
     ) -> torch.Tensor:
         """Which nodes have all their children among the nodes verified. [num_rows] bool"""
-        count = self.tables.num_children[nodes]
-        last = self.tables.first_child[nodes] + count - 1
+        count = self.tables.num_children[rows, nodes]
+        last = self.tables.first_child[rows, nodes] + count - 1
         return (count > 0) & (last <= self.target.num_nodes[rows])
 
     def outcome(
@@ -77,9 +78,10 @@ class _Trees(NamedTuple):
         """Of nodes that have children."""
         slots = torch.arange(MAX_CHILDREN, device=rows.device)
         tokens = self.target.node_tokens
-        places = (self.target.row_start[rows] + self.tables.first_child[nodes]).unsqueeze(1) + slots
+        first = self.target.row_start[rows] + self.tables.first_child[rows, nodes]
+        places = first.unsqueeze(1) + slots
         children = tokens[places.clamp_(max=len(tokens) - 1)].long()
-        children.masked_fill_(slots >= self.tables.num_children[nodes].unsqueeze(1), -1)
+        children.masked_fill_(slots >= self.tables.num_children[rows, nodes].unsqueeze(1), -1)
         req, inner = self.requests.req_idx[rows], self.tables.internal_index[nodes]
         temperature = self.requests.temperature[req]
         scale = self.sharpening / torch.where(temperature == 0, 1.0, temperature)
@@ -106,7 +108,8 @@ def verify_tree(
     sharpening: float = 1.0,
 ) -> VerifiedPaths:
     """`verification.verify_tree` on any device, without argument checks."""
-    trees = _Trees(target, drafts, requests, tree, BUILTIN_RULES[rule], sharpening)
+    own = tree.of(requests.req_idx.long())
+    trees = _Trees(target, drafts, requests, own, BUILTIN_RULES[rule], sharpening)
     num_reqs, device = len(target.row_start), target.logits.device
     chances = _chances(trees)
     last_node = _last_nodes(trees, chances)
@@ -143,31 +146,58 @@ def reach(
         float32 [num_reqs, num_tree_nodes], 1 for the root. The sum over a row is the expected
         number of emitted tokens, the bonus token included.
     """
-    trees = _Trees(target, drafts, requests, tree, BUILTIN_RULES[rule], sharpening)
-    chances, turn, parents = _chances(trees), _turns(trees), tree.parents.tolist()
+    own = tree.of(requests.req_idx.long())
+    trees = _Trees(target, drafts, requests, own, BUILTIN_RULES[rule], sharpening)
+    chances, turn, parents = _chances(trees), _turns(trees), own.parents.long()
     if not trees.rule.is_leaf_to_root:
-        reached = torch.ones_like(chances.visit)
-        for node in range(1, len(parents)):
-            siblings = [n for n in range(1, len(parents)) if parents[n] == parents[node]]
-            before = turn[:, siblings] < turn[:, node : node + 1]
-            failed = (1.0 - chances.visit[:, siblings] * before).prod(dim=1)
-            reached[:, node] = reached[:, parents[node]] * failed * chances.visit[:, node]
+        failed = _before(trees, turn, 1.0 - chances.visit, 1.0).prod(dim=2)
+        reached = failed * chances.visit
+        reached[:, 0] = 1.0
+        for node in range(1, own.num_nodes):
+            reached[:, node] *= reached.gather(1, parents[:, node : node + 1]).squeeze(1)
         return reached
     # A node is accepted if all that had their turn before it failed, and the path may end there or
     # below.
-    order = _finish(parents, turn).argsort(dim=1)
+    order = _finish(trees, turn).argsort(dim=1)
     leave = chances.leave.gather(1, order)
     failed = (1.0 - leave).cumprod(dim=1).roll(1, dims=1)
     failed[:, 0] = 1.0
     reached = torch.zeros_like(leave).scatter_(1, order, failed * leave)
-    for node in range(len(parents) - 1, 0, -1):
-        reached[:, parents[node]] += reached[:, node]
+    _add_to_parents(parents, reached)
     return reached
+
+
+def _add_to_parents(
+    # [num_reqs, num_tree_nodes]
+    parents: torch.Tensor,
+    # [num_reqs, num_tree_nodes], each node's own; its subtree's sum on return
+    values: torch.Tensor,
+) -> None:
+    for node in range(parents.shape[1] - 1, 0, -1):
+        column = slice(node, node + 1)
+        values.scatter_add_(1, parents[:, column], values[:, column].clone())
+
+
+def _before(
+    trees: _Trees,
+    # [num_reqs, num_tree_nodes]
+    turn: torch.Tensor,
+    # [num_reqs, num_tree_nodes]
+    values: torch.Tensor,
+    other: float,
+) -> torch.Tensor:
+    """The values of the siblings whose turn is before a node's, of other nodes another value.
+    [num_reqs, num_tree_nodes, num_tree_nodes]"""
+    parents = trees.tables.parents.clone()
+    parents[:, 0] = -1  # the root has no siblings
+    siblings = parents.unsqueeze(2) == parents.unsqueeze(1)
+    before = siblings & (turn.unsqueeze(1) < turn.unsqueeze(2))
+    return torch.where(before, values.unsqueeze(1), other)
 
 
 def _chances(trees: _Trees) -> _Chances:
     """Every node's, from the root down."""
-    num_reqs, num_nodes = len(trees.target.row_start), len(trees.tables.first_child)
+    num_reqs, num_nodes = len(trees.target.row_start), trees.tables.num_nodes
     device = trees.target.logits.device
     visit = torch.zeros(num_reqs, num_nodes, device=device)
     visit[:, 0] = 1.0
@@ -181,8 +211,11 @@ def _chances(trees: _Trees) -> _Chances:
         if len(rows) == 0:
             continue
         outcome = trees.outcome(rows, at[rows], leave[rows, node])
-        first, count = int(trees.tables.first_child[node]), int(trees.tables.num_children[node])
-        visit[rows, first : first + count] = outcome.visit[:, :count]
+        first, count = trees.tables.first_child[rows, node], trees.tables.num_children[rows, node]
+        for slot in range(int(count.max())):
+            (present,) = (slot < count).nonzero(as_tuple=True)
+            child = first[present].long() + slot
+            visit[rows[present], child] = outcome.visit[present, slot]
         if trees.rule.is_leaf_to_root:
             leave[rows, node] = outcome.leave
     leave[:, 0] = 1.0
@@ -194,41 +227,40 @@ def _turns(trees: _Trees) -> torch.Tensor:
     num_tree_nodes]"""
     tree, req = trees.tables, trees.requests.req_idx.unsqueeze(1)
     parents = tree.parents.long()
-    slots = torch.arange(len(parents), device=parents.device) - tree.first_child[parents]
+    nodes = torch.arange(tree.num_nodes, device=parents.device)
+    slots = nodes - tree.first_child.gather(1, parents)
     sampled = (trees.drafts.sampled[req, tree.internal_index[parents]] >> slots) % 2 == 1
     return torch.where(sampled, slots, slots + MAX_CHILDREN)
 
 
 def _finish(
-    parents: list[int],
+    trees: _Trees,
     # [num_reqs, num_tree_nodes]
     turn: torch.Tensor,
 ) -> torch.Tensor:
     """When each node's turn comes, depth first, each after its children. [num_reqs,
     num_tree_nodes]"""
-    sizes = [1] * len(parents)
-    for node in range(len(parents) - 1, 0, -1):
-        sizes[parents[node]] += sizes[node]
-    begin = torch.zeros_like(turn)
-    for node in range(1, len(parents)):
-        siblings = [n for n in range(1, len(parents)) if parents[n] == parents[node]]
-        size = torch.tensor([sizes[n] for n in siblings], device=turn.device)
-        before = size * (turn[:, siblings] < turn[:, node : node + 1])
-        begin[:, node] = begin[:, parents[node]] + before.sum(dim=1)
-    return begin + torch.tensor(sizes, device=turn.device)
+    parents = trees.tables.parents.long()
+    sizes = torch.ones_like(turn)
+    _add_to_parents(parents, sizes)
+    begin = _before(trees, turn, sizes, 0).sum(dim=2)
+    for node in range(1, parents.shape[1]):
+        begin[:, node] += begin.gather(1, parents[:, node : node + 1]).squeeze(1)
+    return begin + sizes
 
 
 def _last_nodes(trees: _Trees, chances: _Chances) -> torch.Tensor:
     """The node at which each request's path ends. [num_reqs]"""
     parents = trees.tables.parents.long()
-    nodes = torch.arange(len(parents), device=parents.device)
+    num_nodes = trees.tables.num_nodes
+    nodes = torch.arange(num_nodes, device=parents.device)
     seeds = trees.requests.seeds[trees.requests.req_idx].unsqueeze(1)
     positions = trees.requests.root_positions.unsqueeze(1)
     coins = rng.uniform(rng.row_key(seeds, positions, nodes, rng.ACCEPT))
     turn = _turns(trees)
     if trees.rule.is_leaf_to_root:
-        finish = _finish(parents.tolist(), turn)
-        return finish.masked_fill(coins >= chances.leave, len(parents) + 1).argmin(dim=1)
+        finish = _finish(trees, turn)
+        return finish.masked_fill(coins >= chances.leave, num_nodes + 1).argmin(dim=1)
     accepted = (coins < chances.visit) & (nodes > 0)
     node = torch.zeros_like(trees.requests.root_positions)
     for _ in nodes:
@@ -254,7 +286,7 @@ def _paths(
     # from the last node up to the root, then turned around
     above = [last_node]
     for _ in range(max_depth):
-        above.append(parents[above[-1]])
+        above.append(parents.gather(1, above[-1].unsqueeze(1)).squeeze(1))
     depth = (torch.stack(above) > 0).sum(dim=0)
     path = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int32, device=device)
     tokens = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int64, device=device)

@@ -11,6 +11,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_spechub.attention.visibility import TreeVisibility
+from vllm_spechub.engine.node_tables import NodeTables
 from vllm_spechub.engine.request_trees import RequestTrees
 from vllm_spechub.triton_kernels.step_inputs import Layout, lay_out
 
@@ -22,22 +23,17 @@ class TreeLayout:
         self, request_trees: RequestTrees, max_num_tokens: int, device: torch.device
     ) -> None:
         self.device = device
-        self.request_trees = request_trees
-        trees = request_trees.trees
-        # Entry 0 stands for an ordinary token, the others for the trees' nodes, tree after tree.
-        sizes = [tree.num_nodes + 1 for tree in trees]
-        # [num_trees] the entry of each tree's root
-        self._root_entry = 1 + np.cumsum([0, *sizes[:-1]])
-        slot_of_node = np.concatenate([np.arange(size) for size in sizes])
-        ordinary = np.zeros(1, dtype=np.int64)
-        depths = np.concatenate([tree.depths for tree in trees])
-        depth_minus_slot = np.concatenate([ordinary, depths - slot_of_node])
-        until_minus_slot = np.concatenate([ordinary + 1, -slot_of_node])
-        masks = np.concatenate([ordinary, *(tree.ancestor_masks for tree in trees)])
+        self.nodes = NodeTables(request_trees, device)
+        # Depths are known of every tree. An entry for each of its copies' nodes.
+        depths, slot_of_node = [], []
+        for tree, copies in zip(request_trees.trees, self.nodes.copies, strict=True):
+            depths.append(np.tile(tree.depths, copies))
+            slot_of_node.append(np.tile(np.arange(tree.num_nodes + 1), copies))
+        ordinary, slot = np.zeros(1, dtype=np.int64), np.concatenate(slot_of_node)
+        depth_minus_slot = np.concatenate([ordinary, np.concatenate(depths) - slot])
+        until_minus_slot = np.concatenate([ordinary + 1, -slot])
         # [num_entries] each
-        self._tables = [
-            torch.from_numpy(table) for table in (depth_minus_slot, until_minus_slot, masks)
-        ]
+        self._tables = [torch.from_numpy(table) for table in (depth_minus_slot, until_minus_slot)]
         self.place_tables()
         self.buffers = Layout(
             positions=torch.zeros(max_num_tokens, dtype=torch.int64, device=device),
@@ -49,7 +45,8 @@ class TreeLayout:
     def place_tables(self) -> None:
         """Copy the trees' tables to the device, again after sleep mode has discarded them."""
         tables = [table.to(self.device, copy=True) for table in self._tables]
-        self._rope_offset, self._until_offset, self._mask = tables
+        self._rope_offset, self._until_offset = tables
+        self.nodes.place_tables()
 
     def update(self, batch: InputBatch) -> TreeVisibility:
         """Fill the buffers for this batch. Padding tokens are laid out as ordinary ones.
@@ -68,7 +65,7 @@ class TreeLayout:
             start = np.repeat(ends - num_tree_tokens, num_tree_tokens)
             first = np.repeat(np.cumsum(num_tree_tokens) - num_tree_tokens, num_tree_tokens)
             node = np.arange(num_tree_tokens.sum()) - first
-            root = self._root_entry[self.request_trees.index_for(batch.idx_mapping_np)]
+            root = self.nodes.root_entries(batch.idx_mapping_np)
             entries[start + node] = np.repeat(root, num_tree_tokens) + node
         lay_out(
             self.buffers,
@@ -76,7 +73,7 @@ class TreeLayout:
             async_tensor_h2d(entries, device=self.device),
             self._rope_offset,
             self._until_offset,
-            self._mask,
+            self.nodes.flat("ancestor_masks"),
         )
         return TreeVisibility(
             visible_until=self.buffers.visible_until[:num_tokens],

@@ -2,7 +2,8 @@
 """Logits processors that read a token's history, and rows laid out so that they read the right one.
 
 vLLM's penalties, bad words, thinking budgets and custom processors take the rows of a request as
-one chain. A tree is unrolled for them: every root-to-leaf path becomes a chain of rows.
+one chain. A tree is unrolled for them: every root-to-leaf path becomes a chain of rows. Of a tree
+that each step decides only the device knows the paths, so every node's path becomes a chain.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
-from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.tree import TokenTree, Tree
 
 PROCESSED_BYTES = 256 * 2**20
 """Of the fp32 rows that are processed at once. vLLM's processors allocate several times what they
@@ -67,8 +68,11 @@ class HistoryProcessors(LogitsProcessor):
 class UnrolledRows:
     """The logits rows of some requests, trees unrolled where a request needs its history."""
 
-    # [num_rows] the tree row that each row copies
+    # [num_rows] the tree row that each row copies, or, with steps to go up, the row of one below
     source: np.ndarray
+    # [num_rows] how many levels the node that a row copies is above that of `source`. Only the
+    # device knows the ancestors of trees that each step decides
+    steps_up: np.ndarray
     # [num_rows] offset among the rows of its chain
     local_pos: np.ndarray
     # [num_rows] depth below the root
@@ -80,7 +84,29 @@ class UnrolledRows:
         """The rows of the requests `start` to `end - 1`."""
         rows = slice(self.bounds[start], self.bounds[end])
         bounds = self.bounds[start : end + 1] - self.bounds[start]
-        return UnrolledRows(self.source[rows], self.local_pos[rows], self.depth[rows], bounds)
+        return UnrolledRows(
+            self.source[rows],
+            self.steps_up[rows],
+            self.local_pos[rows],
+            self.depth[rows],
+            bounds,
+        )
+
+    def ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tree rows, ascending, and for each a row with its own history. A node that several
+        paths share has the same row in each."""
+        (own,) = (self.steps_up == 0).nonzero()
+        tree_rows, first = np.unique(self.source[own], return_index=True)
+        return tree_rows, own[first]
+
+
+@lru_cache(maxsize=256)
+def _unrolled_nodes(tree: Tree, num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `num_nodes` nodes and the root, each once for every node on its path; and the
+    depths of those. [num_rows] each"""
+    lengths = tree.depths[: num_nodes + 1] + 1
+    nodes = np.repeat(np.arange(num_nodes + 1), lengths)
+    return nodes, np.concatenate([np.arange(length) for length in lengths])
 
 
 @lru_cache(maxsize=256)
@@ -97,7 +123,7 @@ def _unrolled_tree(tree: TokenTree, num_nodes: int) -> tuple[np.ndarray, np.ndar
 
 def unroll(
     # [num_reqs]
-    trees: Sequence[TokenTree],
+    trees: Sequence[Tree],
     # [num_reqs]
     num_nodes: np.ndarray,
     # [num_reqs]
@@ -114,20 +140,25 @@ def unroll(
         first_row: the root's row among the target's.
         needs_history: whether a processor reads the tokens before a row.
     """
-    sources, local_positions, depths = [], [], []
+    sources, steps_up, local_positions, depths = [], [], [], []
     for tree, count, row, history in zip(trees, num_nodes, first_row, needs_history, strict=True):
-        if history:
-            nodes, depth = _unrolled_tree(tree, int(count))
-            local = depth
-        else:
+        if not history:
             nodes = np.arange(count + 1)
             depth = tree.depths[: count + 1]
-            local = np.zeros(count + 1, dtype=np.int64)
+            local = steps = np.zeros(count + 1, dtype=np.int64)
+        elif isinstance(tree, TokenTree):
+            nodes, depth = _unrolled_tree(tree, int(count))
+            local, steps = depth, np.zeros_like(depth)
+        else:
+            nodes, depth = _unrolled_nodes(tree, int(count))
+            local, steps = depth, tree.depths[nodes] - depth
         sources.append(nodes + row)
+        steps_up.append(steps)
         local_positions.append(local)
         depths.append(depth)
     return UnrolledRows(
         np.concatenate(sources),
+        np.concatenate(steps_up),
         np.concatenate(local_positions),
         np.concatenate(depths),
         np.cumsum([0, *map(len, sources)]),

@@ -6,7 +6,7 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_spechub.trees.schedule import TreeSchedule
-from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.tree import Tree
 
 
 class RequestTrees:
@@ -29,10 +29,12 @@ class RequestTrees:
         self._index = np.zeros(max_num_reqs, dtype=np.int64)
         # By tree, [most_requests] whose draft each row holds, -1 for nobody's. None if a request's
         # row is that of its state.
+        most_requests = schedule.most_requests(max_num_reqs).values()
         self._owners = [
-            np.full(most, -1) if most < max_num_reqs else None
-            for most in schedule.most_requests(max_num_reqs).values()
+            np.full(most, -1) if most < max_num_reqs else None for most in most_requests
         ]
+        # by tree, the rows that there are for drafts, of which the last is nobody's
+        self.num_draft_rows = [most + 1 for most in most_requests]
         # [max_num_reqs] the row of the request's draft; -1 if it has none, or lost it
         self._draft_row = np.full(max_num_reqs, -1)
         # [max_num_reqs] upper bound on the tokens before the next one that the draft has not read
@@ -102,7 +104,7 @@ class RequestTrees:
         self,
         # [num_reqs]
         reqs: np.ndarray,
-    ) -> list[TokenTree]:
+    ) -> list[Tree]:
         """Each request's tree."""
         return [self.trees[index] for index in self._index[reqs]]
 

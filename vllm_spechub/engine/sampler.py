@@ -45,12 +45,18 @@ class TreeSamplerOutput(SamplerOutput):
     # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end, and
     # everywhere if the request had lost its draft
     accepted_paths: torch.Tensor = field(kw_only=True)
+    # [num_reqs, depth] int32, the place of each accepted node among its siblings, if some tree is
+    # decided by each step
+    accepted_slots: torch.Tensor | None = field(kw_only=True)
     # the same on the host, once the copy that `start_copy_to_host` queues is through
     accepted_paths_on_host: torch.Tensor = field(init=False)
+    accepted_slots_on_host: torch.Tensor | None = field(init=False, default=None)
 
     def start_copy_to_host(self) -> None:
         """Queue a copy of the accepted paths to the host, without waiting for it."""
         self.accepted_paths_on_host = self.accepted_paths.to("cpu", non_blocking=True)
+        if self.accepted_slots is not None:
+            self.accepted_slots_on_host = self.accepted_slots.to("cpu", non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,9 @@ class TreeRejectionSampler(RejectionSampler):
             num_sampled=num_sampled,
             num_rejected=num_rejected,
             accepted_paths=paths.path,
+            accepted_slots=self.layout.nodes.slots(batch.idx_mapping_np, paths.path)
+            if any(self.layout.nodes.decides)
+            else None,
         )
 
     def verify_nothing(self, draft: DraftBuffers, dtype: torch.dtype) -> None:
@@ -356,7 +365,7 @@ class TreeRejectionSampler(RejectionSampler):
                 on_device(own_start.astype(np.int32)),
                 chosen[start:end],
                 on_device(chosen[start:end]),
-                on_device(np.unique(part.source)),
+                on_device(part.ends()[0]),
             )
 
     def _process(
@@ -374,6 +383,14 @@ class TreeRejectionSampler(RejectionSampler):
             return async_tensor_h2d(array, device=logits.device)
 
         source, depth = on_device(rows.source), on_device(rows.depth)
+        most_steps = int(rows.steps_up.max())
+        if most_steps:
+            nodes = self.layout.nodes
+            of_row = np.repeat(chosen, np.diff(rows.bounds))
+            first = on_device(batch.cu_num_logits_np[of_row].astype(np.int64))
+            entries = on_device(nodes.root_entries(batch.idx_mapping_np[of_row]))
+            steps_up = on_device(rows.steps_up)
+            source = first + nodes.ancestors(entries, source - first, steps_up, most_steps)
         tree_rows = batch.logits_indices[source]
         # [num_rows] slots count nodes in breadth-first order, processors need depths
         slot = batch.expanded_local_pos[source]
@@ -387,10 +404,9 @@ class TreeRejectionSampler(RejectionSampler):
             on_device(rows.local_pos).to(batch.expanded_local_pos.dtype),
             batch.seq_lens_cpu_upper_bound.numpy()[chosen],
         )
-        # A node that several paths share has the same row in each.
-        nodes, unrolled = np.unique(rows.source, return_index=True)
-        if len(nodes) < len(rows.source):
-            edited = edited[on_device(unrolled)]
+        tree_rows, ends = rows.ends()
+        if len(tree_rows) < len(rows.source):
+            edited = edited[on_device(ends)]
         return edited.to(torch.float32)
 
     def _needs_processing(

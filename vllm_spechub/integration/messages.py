@@ -3,11 +3,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
-from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.tree import TokenTree, Tree
+
+NONE_DRAFTED: Mapping[str, TokenTree] = MappingProxyType({})
 
 
 class ScheduledDrafts(dict[str, list[int]]):
@@ -19,6 +22,8 @@ class ScheduledDrafts(dict[str, list[int]]):
     Args:
         drafts: the drafted tokens of each request that has a tree in this step.
         trees: the schedule's trees.
+        drafted: by request, what it has made of a `LevelTree` that it drafted last, as far as the
+            workers have said.
         tree_index: for every scheduled request, the place in `trees` of the tree that it drafted
             last; None if it drafted none in its last step.
     """
@@ -26,11 +31,13 @@ class ScheduledDrafts(dict[str, list[int]]):
     def __init__(
         self,
         drafts: Mapping[str, list[int]],
-        trees: tuple[TokenTree, ...],
+        trees: tuple[Tree, ...],
         tree_index: dict[str, int | None],
+        drafted: Mapping[str, TokenTree] = NONE_DRAFTED,
     ) -> None:
         super().__init__(drafts)
         self._trees = trees
+        self._drafted = drafted
         self.tree_index = tree_index
 
     @classmethod
@@ -61,8 +68,22 @@ class ScheduledDrafts(dict[str, list[int]]):
         return index
 
     def trees(self) -> dict[str, TokenTree]:
-        """The tree of each request that has drafts."""
-        return {request_id: self._trees[self.drafted_index(request_id)] for request_id in self}
+        """The tree of each request that has drafts. Missing are those whose drafts are not known
+        here, if the workers have decided the tree.
+
+        Raises:
+            ValueError: drafts are known, but not the tree that their workers have decided.
+        """
+        trees = {}
+        for request_id, tokens in self.items():
+            tree = self._trees[self.drafted_index(request_id)]
+            if isinstance(tree, TokenTree):
+                trees[request_id] = tree
+            elif request_id in self._drafted:
+                trees[request_id] = self._drafted[request_id]
+            elif any(token >= 0 for token in tokens):
+                raise ValueError(f"request {request_id} has drafts of an unknown tree")
+        return trees
 
     def __reduce__(self) -> tuple[type[dict], tuple[dict[str, list[int]]]]:
         return dict, (dict(self),)
@@ -75,3 +96,14 @@ class TreeRunnerOutput(ModelRunnerOutput):
     # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end, and
     # everywhere if the request had lost its draft
     accepted_paths: np.ndarray = field(kw_only=True)
+    # [num_reqs, depth] int32, each accepted node's place among its siblings; None if all trees are
+    # static
+    accepted_slots: np.ndarray | None = field(kw_only=True)
+
+
+@dataclass
+class TreeDraftTokenIds(DraftTokenIds):
+    """A worker's drafts, with the trees that it has decided."""
+
+    # [num_reqs, num_nodes + 1], each node's parent, the root's 0
+    parents: list[list[int]]

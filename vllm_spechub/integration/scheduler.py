@@ -16,13 +16,18 @@ from vllm.v1.request import Request
 
 from vllm_spechub.config import spechub_config
 from vllm_spechub.engine.grammar import unseen_drafts
-from vllm_spechub.integration.messages import ScheduledDrafts, TreeRunnerOutput
+from vllm_spechub.integration.messages import (
+    ScheduledDrafts,
+    TreeDraftTokenIds,
+    TreeRunnerOutput,
+)
 from vllm_spechub.integration.reporting import reporting
 from vllm_spechub.integration.tree_metrics import (
     StepObserver,
     TreeDecodingStats,
     TreeRequestMetrics,
 )
+from vllm_spechub.trees.tree import TokenTree
 
 REQUEST_METRICS = "metrics of requests"
 
@@ -40,6 +45,8 @@ class TreeScheduler(Scheduler):
         # by request: the place in the schedule of the tree that it drafted when it ran last; None
         # if the schedule had no tree for that batch
         self.tree_index: dict[str, int | None] = {}
+        # by request: the tree that the workers have made of level widths, if a grammar needs it
+        self.drafted_trees: dict[str, TokenTree] = {}
         self.observer = StepObserver(self.schedule_of_trees)
         # the requests for which the proposer found nothing when they ran last
         self.undrafted: set[str] = set()
@@ -62,9 +69,11 @@ class TreeScheduler(Scheduler):
             scheduler_output.scheduled_spec_decode_tokens,
             self.schedule_of_trees.trees,
             {req_id: self.tree_index.get(req_id, 0) for req_id in scheduled},
+            self.drafted_trees,
         )
         for req_id in scheduler_output.finished_req_ids:
             self.tree_index.pop(req_id, None)
+            self.drafted_trees.pop(req_id, None)
         index = self.schedule_of_trees.index(scheduler_output.num_spec_tokens_to_schedule)
         self.tree_index.update(dict.fromkeys(scheduled, index))
         super()._update_after_schedule(scheduler_output)
@@ -81,7 +90,24 @@ class TreeScheduler(Scheduler):
                 self.fallbacks = self._count_fallbacks(scheduler_output.num_scheduled_tokens)
         return super().update_from_output(scheduler_output, model_runner_output)
 
+    def update_draft_token_ids_in_output(
+        self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
+    ) -> None:
+        self._remember_trees(draft_token_ids)
+        super().update_draft_token_ids_in_output(draft_token_ids, scheduler_output)
+
+    def _remember_trees(self, draft_token_ids: DraftTokenIds) -> None:
+        """Remember the trees that come with a step's drafts."""
+        if not isinstance(draft_token_ids, TreeDraftTokenIds):
+            return
+        for req_id, (_, *parents) in zip(
+            draft_token_ids.req_ids, draft_token_ids.parents, strict=True
+        ):
+            if req_id in self.requests:
+                self.drafted_trees[req_id] = TokenTree(tuple(parents))
+
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        self._remember_trees(draft_token_ids)
         super().update_draft_token_ids(draft_token_ids)
         drafts = zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
         self.undrafted = {req_id for req_id, nodes in drafts if not nodes}
@@ -149,8 +175,11 @@ class TreeScheduler(Scheduler):
             return spec_decoding_stats
         with reporting("statistics of verified trees"):
             assert isinstance(self.step_output, TreeRunnerOutput)
-            place = self.step_output.req_id_to_index[request_id]
-            path = self.step_output.accepted_paths[place]
+            row, slots = (
+                self.step_output.req_id_to_index[request_id],
+                self.step_output.accepted_slots,
+            )
+            path = self.step_output.accepted_paths[row]
             if path[0] < 0:
                 self.fallbacks["lost"] += 1
                 return spec_decoding_stats
@@ -160,6 +189,7 @@ class TreeScheduler(Scheduler):
                 num_draft_tokens,
                 num_accepted_tokens,
                 path,
+                None if slots is None else slots[row],
             )
         return spec_decoding_stats
 

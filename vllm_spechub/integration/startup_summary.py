@@ -11,7 +11,7 @@ from vllm_spechub.integration.memory import (
     kv_cache_share,
     weight_bytes,
 )
-from vllm_spechub.trees.drawing import draw
+from vllm_spechub.trees.drawing import describe
 from vllm_spechub.trees.schedule import TreeSchedule
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _trees(schedule: TreeSchedule) -> Iterator[tuple[str, str]]:
             yield "tree", f"{when}none"
             continue
         yield "tree", f"{when}{tree}: {tree.num_nodes} nodes, depth {tree.depth}"
-        for line in draw(tree).splitlines():
+        for line in describe(tree).splitlines():
             yield "", line
 
 

@@ -18,6 +18,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_spechub.integration.reporting import reporting
 from vllm_spechub.trees.schedule import TreeSchedule
+from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
 
 FALLBACKS = {
@@ -67,8 +68,11 @@ class StepObserver:
         self.depth = schedule.depth
         # for each of the schedule's trees, the depth of every node, root first
         self.depths = [tree.depths.tolist() for tree in schedule.trees]
+        # of static trees: the place of every node among its siblings
         self._slots = [
             np.arange(tree.num_nodes + 1) - tree.first_child[np.concatenate([[0], tree.parents])]
+            if isinstance(tree, TokenTree)
+            else None
             for tree in schedule.trees
         ]
 
@@ -80,6 +84,8 @@ class StepObserver:
         num_accepted: int,
         # [depth + 1] the accepted node of each depth, 0 first, -1 past the end
         path: np.ndarray,
+        # [depth] their places among their siblings; None if all trees are static
+        slots: np.ndarray | None = None,
     ) -> TreeDecodingStats:
         """Add one request's verified tree.
 
@@ -90,12 +96,17 @@ class StepObserver:
                 that remains is what counts as drafted.
             num_accepted: the number of accepted tokens, without the bonus token.
             path: the accepted nodes.
+            slots: of a tree that the step has decided, where they stand.
         """
         stats = stats or TreeDecodingStats.new(self.depth)
         stats.observe_draft(self.depths[tree][num_nodes], num_accepted)
         stats.num_nodes += num_nodes
         stats.width = max(stats.width, num_nodes)
-        for slot in self._slots[tree][path[1 : num_accepted + 1]].tolist():
+        static = self._slots[tree]
+        if static is not None:
+            slots = static[path[1 : num_accepted + 1]]
+        assert slots is not None
+        for slot in slots[:num_accepted].tolist():
             stats.accepted_by_slot[slot] += 1
         return stats
 

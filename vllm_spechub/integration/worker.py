@@ -12,6 +12,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_spechub.integration import patches
 from vllm_spechub.integration.memory import verification_bytes
+from vllm_spechub.integration.messages import TreeDraftTokenIds
 from vllm_spechub.integration.patch import apply_all
 from vllm_spechub.integration.reporting import reporting
 from vllm_spechub.integration.select import attention_backend, platform
@@ -48,7 +49,12 @@ class SpecHubWorker(Worker):
 
         Only synchronous scheduling asks for them before it schedules the next step.
         """
-        drafts, useful = super().take_draft_token_ids(), self._v2_runner.speculator.num_useful_nodes
+        drafts, speculator = super().take_draft_token_ids(), self._v2_runner.speculator
+        if drafts is not None and speculator.drafted_parents is not None:
+            # copied before the drafts, for which vLLM has waited
+            parents = speculator.drafted_parents.tolist()
+            return TreeDraftTokenIds(drafts.req_ids, drafts.draft_token_ids, parents)
+        useful = speculator.num_useful_nodes
         if drafts is None or useful is None or self.scheduler_config.async_scheduling:
             return drafts
         shortened = zip(drafts.draft_token_ids, useful.tolist(), strict=True)

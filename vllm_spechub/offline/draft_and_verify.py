@@ -16,9 +16,11 @@ from vllm_spechub.registry import RULES
 from vllm_spechub.rules.acceptance import check_probs
 from vllm_spechub.rules.base import TreeKernels, check_rule
 from vllm_spechub.rules.draft_state import DraftState
+from vllm_spechub.rules.grown_trees import static_tree
 from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
+from vllm_spechub.trees.level_tree import LevelTree
 from vllm_spechub.trees.tree import TokenTree
-from vllm_spechub.triton_kernels.arguments import Drafts, Requests, TargetRows
+from vllm_spechub.triton_kernels.arguments import Drafts, GrownTrees, Requests, TargetRows
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 from vllm_spechub.triton_kernels.verification import reference
 
@@ -27,9 +29,10 @@ DraftProbs = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class DraftTree:
-    """Drafted trees of one shape, and all that verification needs of how they were drafted."""
+    """Drafted trees of one shape or of the same level widths, and all that verification needs of
+    how they were drafted."""
 
-    tree: TokenTree
+    tree: TokenTree | LevelTree
     rule: str
     sharpening: float
     # [batch_size, num_nodes] int64: drafted nodes in the tree's order, the root not among them
@@ -39,6 +42,15 @@ class DraftTree:
     logits: torch.Tensor
     # [batch_size, num_internal] int32: of each node, bit s for a child in slot s that was drawn
     sampled: torch.Tensor
+    # the topology of each sequence's tree, if `tree` is a `LevelTree`
+    grown: GrownTrees | None = None
+
+    def tree_of(self, sequence: int) -> TokenTree:
+        """The tree that was drafted for a sequence of the batch."""
+        if self.grown is not None:
+            return static_tree(self.grown, sequence)
+        assert isinstance(self.tree, TokenTree)
+        return self.tree
 
     @property
     def batch_size(self) -> int:
@@ -50,7 +62,7 @@ class DraftTree:
 
 
 def draft_tree(
-    tree: TokenTree,
+    tree: TokenTree | LevelTree,
     draft_probs_fn: DraftProbs,
     batch_size: int,
     *,
@@ -61,12 +73,13 @@ def draft_tree(
     """Draft a tree of tokens for every sequence of a batch.
 
     Args:
-        tree: the shape.
+        tree: the shape, or the widths of the levels of trees that each sequence decides.
         draft_probs_fn: from `prefixes`, int64 [batch_size, t], to the draft's distribution after
             them, [batch_size, vocab_size], any float dtype. `prefixes` are the drafted tokens on
             the path from the root to a node, so t = 0 at the root and t = 1 below it. It is called
-            once for every node that has children, in the tree's order; the first call's `prefixes`
-            are on the generator's device (the CPU without one), later calls' on its result's.
+            once for every node that may have children, in the tree's order; the first call's
+            `prefixes` are on the generator's device (the CPU without one), later calls' on its
+            result's.
         batch_size: the number of sequences.
         rule: the registered rule that drafts the children; `verify_tree` uses the same rule.
         generator: where the noise comes from; PyTorch's default generator if None. Every call
@@ -90,8 +103,8 @@ def draft_tree(
         >>> tuple(draft.tokens.shape)
         (5, 14)
     """
-    if not isinstance(tree, TokenTree):
-        raise ValueError(f"tree must be a TokenTree, got {type(tree).__name__}")
+    if not isinstance(tree, TokenTree | LevelTree):
+        raise ValueError(f"tree must be a TokenTree or a LevelTree, got {type(tree).__name__}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer from 1, got {batch_size!r}")
     check_rule(rule, sharpening, [tree])
@@ -105,16 +118,20 @@ def draft_tree(
     everyone = torch.arange(batch_size, device=device)
     ones = torch.ones(batch_size, device=device)
     requests = Requests(everyone, torch.zeros_like(everyone), ones, seeds.to(device))
-    for level in state.levels:
-        if level is not state.levels[0]:
-            rows = []
+    for depth in range(tree.depth):
+        level = state.level(depth, everyone)
+        if depth:
+            parents, rows = state.tables.of(everyone).parents.long(), []
             for node in level.nodes_np.tolist():
-                columns = [ancestor - 1 for ancestor in tree.paths[node][1:]]
-                prefixes = state.tokens[:, columns]
+                # from the node up to the child of the root, then turned around
+                path = [torch.full_like(everyone, node).unsqueeze(1)]
+                for _ in range(depth - 1):
+                    path.append(parents.gather(1, path[-1]))
+                prefixes = state.tokens.gather(1, torch.cat(path[::-1], dim=1) - 1)
                 rows.append(_draft_logits(tree, node, draft_probs_fn, prefixes, vocab_size))
             logits = torch.stack(rows, dim=1).flatten(0, 1)
         verification.sample_children(logits, level, requests, state)
-    return DraftTree(tree, rule, sharpening, state.tokens, *state.drafts)
+    return DraftTree(tree, rule, sharpening, state.tokens, *state.drafts, state.grown)
 
 
 def verify_tree(
@@ -183,13 +200,14 @@ def verify_tree(
     )
     seeds = _seeds(draft.batch_size, generator).to(device)
     requests = Requests(everyone, torch.zeros_like(everyone), ones, seeds)
-    state = DraftState(tree, draft.tokens, Drafts(draft.logits, draft.sampled))
+    drafts = Drafts(draft.logits, draft.sampled)
+    state = DraftState(tree, draft.tokens, drafts, grown=draft.grown)
     paths = verification.verify(target, requests, state)
     return paths.tokens, paths.num_emitted.long()
 
 
 def _draft_logits(
-    tree: TokenTree,
+    tree: TokenTree | LevelTree,
     node: int,
     draft_probs_fn: DraftProbs,
     # [batch_size, depth of the node]
@@ -197,7 +215,7 @@ def _draft_logits(
     vocab_size: int | None,
 ) -> torch.Tensor:
     """The draft's checked distribution at a node, as logarithms. [batch_size, vocab_size]"""
-    batch_size, most = len(prefixes), int(tree.num_children.max())
+    batch_size, most = len(prefixes), tree.max_children
     probs = draft_probs_fn(prefixes)
     shape = (batch_size, vocab_size) if vocab_size is not None else None
     check_probs("draft_probs_fn's result", probs, shape)

@@ -18,7 +18,9 @@ from vllm_spechub.offline.draft_and_verify import draft_tree, verify_tree
 from vllm_spechub.offline.simulation.rows import draft_logits
 from vllm_spechub.offline.simulation.texts import ModelPair, PairDescription
 from vllm_spechub.trees.drawing import node_rows
+from vllm_spechub.trees.level_tree import LevelTree
 from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.tree import Tree as AnyTree
 
 ACCEPTED, REFUSED, BONUS = "green", "bright_black", "bold cyan"
 
@@ -59,7 +61,7 @@ def trace(
     pair: ModelPair,
     # [num_tokens] int64
     prompt: torch.Tensor,
-    tree: TokenTree,
+    tree: TokenTree | LevelTree,
     rule: str,
     temperature: float,
     num_steps: int,
@@ -82,7 +84,7 @@ def trace(
 
 
 def check_length(
-    num_prompt_tokens: int, tree: TokenTree, num_steps: int, pair: PairDescription
+    num_prompt_tokens: int, tree: AnyTree, num_steps: int, pair: PairDescription
 ) -> None:
     """Raises: ValueError, if the prompt and the steps are longer than the models read, or if there
     is no hidden state before the first root for a head."""
@@ -117,6 +119,7 @@ def _step(pair, text, tree, rule, temperature, generator) -> tuple[Step, torch.T
         return probs(draft_logits(pair, text, prefixes[0].to(text.device)))
 
     draft = draft_tree(tree, draft_probs, 1, rule=rule, generator=generator)
+    tree = draft.tree_of(0)
     tokens = [int(text[-1]), *draft.tokens[0].tolist()]
     below = [text.new_tensor([tokens[n] for n in path[1:]]) for path in tree.paths]
     whole = [torch.cat([text, path]).unsqueeze(0) for path in below]
@@ -133,7 +136,7 @@ def _step(pair, text, tree, rule, temperature, generator) -> tuple[Step, torch.T
     nodes = tuple(
         Node(
             spoken[node],
-            float(draft_rows[tree.internal_index[parent], tokens[node]]),
+            float(draft_rows[draft.tree.internal_index[parent], tokens[node]]),
             float(target[parent, tokens[node]]),
             node in path,
         )

@@ -122,12 +122,17 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         options: keys of `--speculative-config` beyond the common ones that this proposer reads;
             their values are in `config.proposer_options`.
         needs_model: whether the option `model` names something to load.
+        follows_levels: whether it drafts a `LevelTree`: `level_logits` takes a level's ancestors
+            and parents from `level.rows`, and nothing from `state.tree` but its sizes.
         point_masses: whether every child is chosen without chance, so that verification needs no
             distribution. All children are then hubs: siblings must differ.
         draft_logits: what was drafted. vLLM passes this attribute to the rejection sampler.
         num_useful_nodes: for each request of the batch that was drafted last, [num_reqs], how many
             of its first nodes are worth verifying; None for all. Synchronous scheduling leaves out
             the others.
+        drafted_parents: of the batch that was drafted last, if a `LevelTree` was drafted and some
+            request has a grammar: each node's parent, [num_reqs, num_nodes + 1] int32 on the host
+            as soon as the drafts are.
         request_trees: what the worker remembers of each request's drafts; set by `bind`.
         sampling_states: each request's sampling parameters; set by `bind`.
         req_states: each request's tokens (`all_token_ids`) and length; set by `bind`.
@@ -141,11 +146,13 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
     vllm_method: ClassVar[str] = "draft_model"
     options: ClassVar[frozenset[str]] = frozenset()
     needs_model: ClassVar[bool] = True
+    follows_levels: ClassVar[bool] = False
     point_masses: ClassVar[bool] = False
 
     supports_mm_inputs: bool = False
     draft_logits: DraftBuffers
     num_useful_nodes: torch.Tensor | None = None
+    drafted_parents: torch.Tensor | None = None
     request_trees: RequestTrees
     sampling_states: SamplingStates
     req_states: RequestState
@@ -222,6 +229,7 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
     def bind(self, model_state: TreeModelState) -> None:
         """Take what is known about requests. The worker calls this once the target is loaded."""
         self.request_trees = model_state.request_trees
+        model_state.layout.nodes.bind(self.draft_logits)
         self.sampling_states = model_state.sampling_states
         self.req_states = model_state.req_states
 
@@ -322,7 +330,7 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             Tokens [num_reqs, num_nodes of the largest tree], the drafted tree's first, in node
             order.
         """
-        self.num_useful_nodes = None
+        self.num_useful_nodes = self.drafted_parents = None
         batch, reqs = input_batch, input_batch.idx_mapping_np
         trees: Sequence[int] = range(len(self.draft_logits.states))  # a trial drafts them all
         if num_speculative_tokens is not None:
@@ -342,6 +350,7 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
                 seeds,
             )
             if drafted is not None:
+                self._tell_parents(batch, trees[0])
                 return drafted
         step = self._step(
             batch,
@@ -362,12 +371,22 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             for part, of_part in self._parts(drafting, of_drafting, state):
                 self.draft(part, of_part, state, temperature, seeds)
             tokens = state.tokens[drafting.draft_rows]
+            if not dummy_run:
+                self._tell_parents(batch, index)
         if tokens is None:
             return self._nothing(batch.num_reqs)
         missing = self.draft_logits.num_nodes - tokens.shape[1], batch.num_reqs - len(tokens)
         if any(missing):
             tokens = torch.nn.functional.pad(tokens, (0, missing[0], 0, missing[1]))
         return tokens
+
+    def _tell_parents(self, batch: InputBatch, index: int) -> None:
+        """Queue a copy of the trees that requests have decided, if the scheduler needs them."""
+        state = self.draft_logits.states[index]
+        if state.grown is not None and batch.has_structured_output_reqs:
+            rows = self.request_trees.draft_rows_for(batch.idx_mapping_np)
+            parents = state.tables.parents[async_tensor_h2d(rows, device=self.device)]
+            self.drafted_parents = parents.to("cpu", non_blocking=True)
 
     def replay_step(
         self,
@@ -463,7 +482,8 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
         if state.rows is not None:
             temperature, seeds = state.rows
         requests = Requests(step.draft_rows, step.root_positions, temperature, seeds)
-        for depth, level in enumerate(state.levels):
+        for depth in range(len(state.levels)):
+            level = state.level(depth, step.draft_rows)
             logits, carried = self.level_logits(step, depth, level, state, carried)
             truncate(logits, self.sampling_states, idx_mapping, reqs, truncated)
             self.rule.sample_children(logits, level, requests, state)

@@ -32,7 +32,7 @@ from vllm_spechub.proposers.cuda_graphs import DraftGraphs, DraftPass, batch_siz
 from vllm_spechub.proposers.step_graphs import StepGraphs
 from vllm_spechub.rules.base import VerificationRule
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
-from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.tree import Tree
 from vllm_spechub.triton_kernels.step_inputs import Verified
 
 
@@ -68,6 +68,7 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
         fed_size: the width of the hidden states that a pass is fed, 0 if it reads tokens only.
     """
 
+    follows_levels: ClassVar[bool] = True
     captures_steps: ClassVar[bool] = False
     shift: ClassVar[int] = 0
     fed_size: int = 0
@@ -147,7 +148,7 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
             logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
         return logits
 
-    def rows_of(self, tree: TokenTree) -> Iterator[int]:
+    def rows_of(self, tree: Tree) -> Iterator[int]:
         """The numbers of rows per request of the passes that expand a tree."""
         yield from map(len, tree.internal_levels()[1:])
         # Those of `read`, after a whole tree: as many as may have been emitted.

@@ -133,7 +133,7 @@ def tree_of(found: Continuations, state: DraftState) -> tuple[torch.Tensor, torc
     options = torch.cat([options, spares.unsqueeze(1).expand(-1, num_places + 2, -1, -1)], dim=2)
     next_tokens = torch.cat([tokens, spare.expand(num_reqs, -1, max_depth)], dim=1)
     # [num_reqs, num_places + 2, max_children, depth]
-    best = options.topk(int(state.tree.num_children.max()), dim=2).indices
+    best = options.topk(state.tree.max_children, dim=2).indices
     next_tokens = next_tokens.unsqueeze(1).expand(-1, num_places + 2, -1, -1).gather(2, best)
     # [.., 2] a child's token, and what stands for it
     children = torch.stack([next_tokens, best.clamp(max=nothing)], dim=-1)

@@ -13,7 +13,8 @@ import torch
 
 from vllm_spechub.registry import RULES
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
-from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.level_tree import LevelTree
+from vllm_spechub.trees.tree import Tree
 from vllm_spechub.triton_kernels.arguments import (
     Children,
     Requests,
@@ -36,6 +37,8 @@ class TreeKernels(NamedTuple):
     verify_tree: Callable[..., VerifiedPaths]
     # as `DraftState.write_tokens`, with the state as the first argument
     write_tokens: Callable[..., None]
+    # as `triton_kernels.level_allocation.allocate_children`
+    allocate_children: Callable[..., None]
 
 
 class RuleConfig(Protocol):
@@ -65,6 +68,9 @@ class VerificationRule(ABC):
     """Most children of a node."""
     sharpens: ClassVar[bool] = False
     """Whether `sharpening` may be other than 1."""
+    follows_levels: ClassVar[bool] = False
+    """Whether it drafts a `LevelTree`, of which it decides each level's topology itself, before it
+    draws any child."""
     captures: ClassVar[bool] = False
     """Whether `sample_children` only launches work whose arguments are tensors or the same in every
     step, so that a CUDA graph may replay it."""
@@ -78,7 +84,7 @@ class VerificationRule(ABC):
         self.sharpening = sharpening
 
     @classmethod
-    def check(cls, name: str, sharpening: float, trees: Sequence[TokenTree] = ()) -> None:
+    def check(cls, name: str, sharpening: float, trees: Sequence[Tree] = ()) -> None:
         """Refuse what this rule cannot do, before any weights are loaded.
 
         Args:
@@ -94,6 +100,11 @@ class VerificationRule(ABC):
             raise ValueError(f"sharpening must be 1 with rule {name!r}, which does not read it")
         for tree in trees:
             check_children(name, tree, cls.max_children)
+            if isinstance(tree, LevelTree) and not cls.follows_levels:
+                raise ValueError(
+                    f"tree is {tree}, but rule {name!r} drafts static trees only: use another "
+                    "tree, or rule 'mixed'"
+                )
 
     @abstractmethod
     def sample_children(
@@ -149,9 +160,9 @@ class VerificationRule(ABC):
         return counts / ESTIMATE_REPETITIONS
 
 
-def check_children(name: str, tree: TokenTree, most: int) -> None:
+def check_children(name: str, tree: Tree, most: int) -> None:
     """Refuse a tree whose nodes have more children than a rule takes."""
-    if tree.num_children.max() > most:
+    if tree.max_children > most:
         allowed = "one child" if most == 1 else f"at most {most} children"
         raise ValueError(
             f"tree is {tree}, but rule {name!r} takes {allowed} per node"
@@ -164,7 +175,7 @@ def build_rule(config: RuleConfig, kernels: TreeKernels) -> VerificationRule:
     return RULES.load(config.verification)(config.verification, kernels, config.sharpening)
 
 
-def check_rule(name: str, sharpening: float, trees: Sequence[TokenTree] = ()) -> None:
+def check_rule(name: str, sharpening: float, trees: Sequence[Tree] = ()) -> None:
     """Refuse a rule that is not registered, or options that it does not take.
 
     Raises:

@@ -2,14 +2,17 @@
 """`DraftBuffers`, `DraftState`: what verification must know of how a tree was drawn."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from vllm_spechub.trees.tree import TokenTree
-from vllm_spechub.triton_kernels.arguments import Children, Drafts, TreeTables
+from vllm_spechub.rules.grown_trees import grown_trees
+from vllm_spechub.trees.level_tree import LevelTree
+from vllm_spechub.trees.tree import TokenTree, Tree
+from vllm_spechub.triton_kernels.arguments import Children, Drafts, GrownTrees, TreeTables
+from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
 
 
 class LevelRows(NamedTuple):
@@ -35,9 +38,8 @@ class LevelRows(NamedTuple):
 class DraftLevel:
     """The internal nodes of one depth: what one draft pass expands."""
 
-    # [num_expanded] int32 each, on the host
+    # [num_expanded] int32, on the host
     nodes_np: np.ndarray
-    num_children_np: np.ndarray
     max_children: int
     # [num_expanded] each: int32; int64, where the node's token is among the request's; int64
     nodes: torch.Tensor
@@ -47,7 +49,7 @@ class DraftLevel:
     internal: slice
     children: slice
     # [num_children_in_all] int64, where the children are in a [num_expanded * max_children] row;
-    # None where all nodes have as many
+    # None where all nodes have as many, or each request's tree decides
     select: torch.Tensor | None
     # of as many requests as there may be
     all_rows: LevelRows
@@ -55,6 +57,10 @@ class DraftLevel:
     starts: torch.Tensor
     starts_np: np.ndarray
     _rows: dict[int, LevelRows] = field(default_factory=dict)
+
+    def replaced(self, num_reqs: int, **tables: torch.Tensor) -> "DraftLevel":
+        """The same for a batch of so many requests, with other tables of its rows."""
+        return replace(self, all_rows=self.rows(num_reqs)._replace(**tables), _rows={})
 
     def rows(self, num_reqs: int) -> LevelRows:
         """Those of a batch of so many requests."""
@@ -80,7 +86,7 @@ class DraftBuffers:
 
     def __init__(
         self,
-        most_requests: Mapping[TokenTree, int],
+        most_requests: Mapping[Tree, int],
         max_num_reqs: int,
         vocab_size: int,
         dtype: torch.dtype,
@@ -118,7 +124,11 @@ class DraftRows(NamedTuple):
 
 
 class DraftState:
-    """Per-request drafts of a static tree, and the tree's tables on the device.
+    """Per-request drafts of a tree, and the tree's tables on the device.
+
+    Attributes:
+        tables: of the tree; of a `LevelTree` those of each request's.
+        grown: what the requests have made of a `LevelTree`; None for a static tree.
 
     Args:
         tree: the tree that was drafted.
@@ -130,32 +140,40 @@ class DraftState:
 
     def __init__(
         self,
-        tree: TokenTree,
+        tree: Tree,
         # [num_rows, num_nodes]
         tokens: torch.Tensor,
         drafts: Drafts,
         rows: DraftRows | None = None,
+        grown: GrownTrees | None = None,
     ) -> None:
         def table(array: np.ndarray) -> torch.Tensor:
             return torch.tensor(array, device=tokens.device)
 
         self.tree, self.tokens, self.drafts, self.rows = tree, tokens, drafts, rows
-        self.tables = TreeTables(
-            table(tree.first_child),
-            table(tree.num_children),
-            table(tree.internal_index),
-            table(np.array([0, *tree.parents], dtype=np.int32)),
-        )
+        self.grown = grown
+        static = tree
+        if isinstance(tree, LevelTree):
+            self.grown = grown or grown_trees(tree, len(tokens), tokens.device)
+            self.tables, static = self.grown.tables, tree.undrafted
+        assert isinstance(static, TokenTree)
+        if self.grown is None:
+            self.tables = TreeTables(
+                table(static.first_child),
+                table(static.num_children),
+                table(static.internal_index),
+                table(np.array([0, *static.parents], dtype=np.int32)),
+            )
         levels = tree.internal_levels()
         self.levels = [
-            self._level(nodes, above, table)
+            self._level(nodes, above, static, table)
             for nodes, above in zip(levels, [levels[0], *levels], strict=False)
         ]
 
     @classmethod
     def empty(
         cls,
-        tree: TokenTree,
+        tree: Tree,
         num_rows: int,
         vocab_size: int,
         dtype: torch.dtype,
@@ -192,27 +210,65 @@ class DraftState:
             rows,
         )
 
-    def _level(self, nodes: np.ndarray, above: np.ndarray, table) -> DraftLevel:
+    def level(
+        self,
+        depth: int,
+        # [num_reqs] int64
+        draft_rows: torch.Tensor,
+    ) -> DraftLevel:
+        """The internal nodes of one depth in the trees of some requests. Of a `LevelTree` their
+        children are not decided yet."""
+        level = self.levels[depth]
+        if self.grown is None:
+            return level
+        num_reqs, nodes = len(draft_rows), level.nodes_np
+        rows, columns = level.rows(num_reqs), slice(int(nodes[0]), int(nodes[-1]) + 1)
+        above = self.levels[max(depth - 1, 0)].nodes_np
+        parents = self.grown.tables.parents[draft_rows, columns].flatten()
+        return level.replaced(
+            num_reqs,
+            parent_rows=rows.req * len(above) + parents - int(above[0]),
+            ancestor_masks=self.grown.ancestor_masks[draft_rows, columns].flatten(),
+        )
+
+    def with_children(
+        self,
+        level: DraftLevel,
+        # [num_reqs] int64
+        draft_rows: torch.Tensor,
+    ) -> DraftLevel:
+        """A level of a `LevelTree`, once the numbers of its children are decided."""
+        nodes = level.nodes_np
+        columns = slice(int(nodes[0]), int(nodes[-1]) + 1)
+        counts = self.tables.num_children[draft_rows, columns].flatten()
+        return level.replaced(len(draft_rows), num_children=counts)
+
+    def _level(self, nodes: np.ndarray, above: np.ndarray, static: TokenTree, table) -> DraftLevel:
         tree = self.tree
-        parents = np.searchsorted(above, np.array([0, *tree.parents])[nodes])
-        counts = tree.num_children[nodes]
+        parents = np.searchsorted(above, np.array([0, *static.parents])[nodes])
+        counts = static.num_children[nodes]
         max_children = int(counts.max())
         first_internal = int(tree.internal_index[nodes[0]])
-        first_child = int(tree.first_child[nodes[0]])
+        depth = int(tree.depths[nodes[0]])
+        first_child = sum(tree.level_sizes[: depth + 1])
+        num_below = tree.level_sizes[depth + 1]
+        if self.grown is not None:
+            max_children = min(MAX_CHILDREN, num_below)
         has_child = np.arange(max_children) < counts[:, None]
         max_num_reqs = len(self.tokens)
         starts = np.arange(max_num_reqs + 1, dtype=np.int32) * len(nodes)
         parent_rows = np.arange(max_num_reqs)[:, None] * len(above) + parents
         return DraftLevel(
             nodes_np=nodes,
-            num_children_np=counts,
             max_children=max_children,
             nodes=table(nodes),
             columns=table(nodes.astype(np.int64) - 1),
             depths=table(tree.depths[nodes].astype(np.int64)),
             internal=slice(first_internal, first_internal + len(nodes)),
-            children=slice(first_child - 1, first_child - 1 + int(counts.sum())),
-            select=None if has_child.all() else table(np.flatnonzero(has_child)),
+            children=slice(first_child - 1, first_child - 1 + num_below),
+            select=table(np.flatnonzero(has_child))
+            if self.grown is None and not has_child.all()
+            else None,
             all_rows=LevelRows(
                 req=table(np.arange(max_num_reqs).repeat(len(nodes))),
                 nodes=table(np.tile(nodes, max_num_reqs)),
@@ -220,7 +276,7 @@ class DraftState:
                 column=table(np.tile(nodes.astype(np.int64) - 1, max_num_reqs)),
                 internal=table(np.tile(tree.internal_index[nodes].astype(np.int32), max_num_reqs)),
                 parent_rows=table(parent_rows.ravel()),
-                ancestor_masks=table(np.tile(tree.ancestor_masks[nodes], max_num_reqs)),
+                ancestor_masks=table(np.tile(static.ancestor_masks[nodes], max_num_reqs)),
             ),
             starts=table(starts),
             starts_np=starts,
@@ -256,4 +312,13 @@ class DraftState:
         tokens = children.tokens.view(num_reqs, -1)
         if level.select is not None:
             tokens = tokens[:, level.select]
+        if self.grown is not None:
+            first, below = int(level.nodes_np[0]), level.children
+            # a child's parent and its slot, [num_reqs, num_children_in_all]
+            parents = self.tables.parents[idx_mapping, below.start + 1 : below.stop + 1].long()
+            child = torch.arange(below.start + 1, below.stop + 1, device=parents.device)
+            slots = child - self.tables.first_child[idx_mapping].gather(1, parents)
+            # padding requests of a graph share a row, which may then hold a mixture of trees
+            slots = slots.clamp(0, level.max_children - 1)
+            tokens = tokens.gather(1, (parents - first) * level.max_children + slots)
         self.tokens[idx_mapping, level.children] = tokens

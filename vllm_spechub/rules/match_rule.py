@@ -28,15 +28,15 @@ class MatchRule(KernelRule):
         # [num_reqs, num_tree_nodes]
         rows = (target.row_start.unsqueeze(1) + nodes).clamp(max=len(target.node_tokens) - 1)
         drawn, tokens = target.drawn[rows], target.node_tokens[rows].long()
-        parents = state.tables.parents.long()
-        on_path = (tokens == drawn[:, parents]) & (nodes <= target.num_nodes.unsqueeze(1))
+        parents = state.tables.of(requests.req_idx.long()).parents.long()
+        on_path = (tokens == drawn.gather(1, parents)) & (nodes <= target.num_nodes.unsqueeze(1))
         on_path[:, 0] = True
         path = torch.full((len(rows), tree.depth + 1), -1, dtype=torch.int32, device=device)
         path[:, 0] = 0
         first = 1
         for depth, size in enumerate(tree.level_sizes[1:], start=1):
             level = slice(first, first + size)
-            on_path[:, level] &= on_path[:, parents[level]]
+            on_path[:, level] &= on_path.gather(1, parents[:, level])
             accepted, place = on_path[:, level].max(dim=1)
             path[:, depth] = torch.where(accepted, first + place, -1)
             first += size

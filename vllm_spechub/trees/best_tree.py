@@ -13,6 +13,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
+from vllm_spechub.trees.level_tree import LEVELS, LEVELS_FORM, LevelTree
 from vllm_spechub.trees.tree import FAMILIES, MAX_NODES, TokenTree
 from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
 from vllm_spechub.triton_kernels.rules import rates_of
@@ -156,23 +157,30 @@ def _shipped() -> dict[str, Any]:
     return json.loads(files("vllm_spechub.trees").joinpath(SHIPPED).read_text(encoding="utf-8"))
 
 
-def parse_tree(spec: str | Sequence[object] | TokenTree, rule: str) -> TokenTree:
-    """Parse a tree's configuration: whatever `TokenTree.parse` takes, or "auto".
+def parse_tree(
+    spec: str | Sequence[object] | TokenTree | LevelTree, rule: str
+) -> TokenTree | LevelTree:
+    """Parse a tree's configuration: whatever `TokenTree.parse` takes, "auto", or level widths.
 
     Args:
         spec: "auto", "auto:NODES" or "auto:NODES:DEPTH" for the best tree of at most that many
-            drafted nodes and levels by the shipped rates; otherwise as in `TokenTree.parse`.
+            drafted nodes and levels by the shipped rates; "levels:WIDTH,WIDTH,..." for the widths
+            of the levels of trees that each step decides; otherwise as in `TokenTree.parse`.
         rule: the verification rule that "auto" is for.
 
     Raises:
         ValueError: not a tree, or "auto" out of range.
     """
+    if isinstance(spec, LevelTree):
+        return spec
+    if isinstance(spec, str) and spec.strip().startswith(LEVELS):
+        return LevelTree.parse(spec)
     match = _AUTO.fullmatch(spec.strip()) if isinstance(spec, str) else None
     if match is None:
         try:
             return TokenTree.parse(spec)
         except ValueError as error:
-            message = str(error).replace(FAMILIES, f"{FAMILIES}, {AUTO_FORM}")
+            message = str(error).replace(FAMILIES, f"{FAMILIES}, {AUTO_FORM}, {LEVELS_FORM}")
             raise ValueError(message) from None
     nodes = int(match[1] or AUTO_NODES)
     depth = int(match[2] or min(AUTO_DEPTH, nodes))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tree as text, and where its nodes stand in a picture."""
 
-from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.tree import TokenTree, Tree
 
 
 def draw(tree: TokenTree) -> str:
@@ -26,6 +26,13 @@ def draw(tree: TokenTree) -> str:
 
     add_children(0, "")
     return "\n".join(lines)
+
+
+def describe(tree: Tree) -> str:
+    """The tree as text, one line per node; of trees that each step decides, their levels."""
+    if isinstance(tree, TokenTree):
+        return draw(tree)
+    return "\n".join(f"depth {depth}: {size}" for depth, size in enumerate(tree.level_sizes))
 
 
 def node_rows(tree: TokenTree) -> list[float]:

@@ -13,7 +13,8 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BeforeValidator, StrictInt, TypeAdapter, ValidationError, ValidationInfo
 
 from vllm_spechub.trees.best_tree import parse_tree
-from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.level_tree import LevelTree
+from vllm_spechub.trees.tree import TokenTree, Tree
 from vllm_spechub.trees.validation import one_line
 
 ENTRY = ("FIRST", "LAST", "TREE")
@@ -21,7 +22,7 @@ FORM = f"[[{', '.join(ENTRY)}], ...] or 'auto'"
 OPEN_END = 2**31 - 1
 
 
-def _parse(value: Any, info: ValidationInfo[dict[str, str]]) -> TokenTree | None:
+def _parse(value: Any, info: ValidationInfo[dict[str, str]]) -> Tree | None:
     if value is None:
         return None
     try:
@@ -35,7 +36,7 @@ _ENTRIES = TypeAdapter(
         tuple[
             StrictInt,
             StrictInt | None,
-            Annotated[TokenTree | None, BeforeValidator(_parse)],
+            Annotated[TokenTree | LevelTree | None, BeforeValidator(_parse)],
         ]
     ]
 )
@@ -62,7 +63,7 @@ class BatchRange(NamedTuple):
     # None has no end
     last: int | None
     # None drafts nothing
-    tree: TokenTree | None
+    tree: TokenTree | LevelTree | None
 
     def __str__(self) -> str:
         if self.last is None:
@@ -111,7 +112,7 @@ class TreeSchedule:
                 )
 
     @classmethod
-    def constant(cls, tree: TokenTree) -> "TreeSchedule":
+    def constant(cls, tree: TokenTree | LevelTree) -> "TreeSchedule":
         """The schedule that drafts the same tree for any number of running requests."""
         return cls((BatchRange(1, None, tree),))
 
@@ -134,12 +135,12 @@ class TreeSchedule:
         return cls(tuple(BatchRange(*entry) for entry in entries))
 
     @cached_property
-    def trees(self) -> tuple[TokenTree, ...]:
+    def trees(self) -> tuple[Tree, ...]:
         """The different trees, the one with most nodes first."""
         trees = {r.tree: None for r in self.ranges if r.tree is not None}
         return tuple(sorted(trees, key=lambda tree: -tree.num_nodes))
 
-    def most_requests(self, max_num_reqs: int) -> dict[TokenTree, int]:
+    def most_requests(self, max_num_reqs: int) -> dict[Tree, int]:
         """For each tree, the most requests of a step that drafts it, if no step has more than
         `max_num_reqs`. In the order of `trees`."""
         most = dict.fromkeys(self.trees, 0)
@@ -156,7 +157,7 @@ class TreeSchedule:
     @property
     def max_children(self) -> int:
         """The most children that any node of any tree has."""
-        return max(int(tree.num_children.max()) for tree in self.trees)
+        return max(tree.max_children for tree in self.trees)
 
     @property
     def pauses(self) -> bool:

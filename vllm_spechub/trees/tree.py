@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Static draft trees: shapes, numbering and the tables that the rest of the package reads.
+"""Draft trees: shapes, numbering and the tables that the rest of the package reads.
 
 Node 0 is the root, the last emitted token. Drafted nodes are numbered from 1 in breadth-first
 order, so every prefix of them contains its nodes' ancestors: when the scheduler truncates a tree to
@@ -7,6 +7,7 @@ fit its token budget, what is left is a tree.
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,8 +35,56 @@ def _parent(place: int, parent: SupportsIndex) -> int:
         ) from None
 
 
+class Tree(ABC):
+    """What is fixed of a draft tree before it is drafted: how many nodes each depth has, and which
+    nodes may have children."""
+
+    @property
+    @abstractmethod
+    def level_sizes(self) -> tuple[int, ...]:
+        """Nodes of every depth, the root's one first."""
+
+    @property
+    @abstractmethod
+    def internal_nodes(self) -> np.ndarray:
+        """The nodes that may have children, in breadth-first order. [num_internal] int32"""
+
+    @property
+    @abstractmethod
+    def max_children(self) -> int:
+        """The most children that a node may have."""
+
+    @property
+    def num_nodes(self) -> int:
+        """The number of drafted nodes, without the root."""
+        return sum(self.level_sizes) - 1
+
+    @property
+    def depth(self) -> int:
+        """The depth of the deepest node; the root has depth 0."""
+        return len(self.level_sizes) - 1
+
+    @cached_property
+    def depths(self) -> np.ndarray:
+        """The depth of every node, root first. [num_nodes + 1] int32"""
+        return np.repeat(np.arange(self.depth + 1, dtype=np.int32), self.level_sizes)
+
+    @cached_property
+    def internal_index(self) -> np.ndarray:
+        """Every node's index among the internal nodes, -1 for a leaf. [num_nodes + 1] int32"""
+        index = np.full(self.num_nodes + 1, -1, dtype=np.int32)
+        index[self.internal_nodes] = np.arange(len(self.internal_nodes))
+        return index
+
+    def internal_levels(self) -> list[np.ndarray]:
+        """The internal nodes of each depth from 0 to `depth - 1`, int32 each. One draft pass
+        expands one of these levels."""
+        depths = self.depths[self.internal_nodes]
+        return [self.internal_nodes[depths == d] for d in range(self.depth)]
+
+
 @dataclass(frozen=True)
-class TokenTree:
+class TokenTree(Tree):
     """A static draft tree.
 
     Args:
@@ -71,7 +120,7 @@ class TokenTree:
             raise ValueError(
                 f"parents must not decrease (breadth-first order), got {list(self.parents)}"
             )
-        most = int(self.num_children.max())
+        most = self.max_children
         if most > MAX_CHILDREN:
             node = int(self.num_children.argmax())
             raise ValueError(f"node {node} has {most} children, at most {MAX_CHILDREN} allowed")
@@ -197,9 +246,8 @@ class TokenTree:
         return len(self.parents)
 
     @property
-    def depth(self) -> int:
-        """The depth of the deepest node; the root has depth 0."""
-        return int(self.depths[-1])
+    def max_children(self) -> int:
+        return int(self.num_children.max())
 
     @cached_property
     def depths(self) -> np.ndarray:
@@ -233,13 +281,6 @@ class TokenTree:
         return np.flatnonzero(self.num_children).astype(np.int32)
 
     @cached_property
-    def internal_index(self) -> np.ndarray:
-        """Every node's index among the internal nodes, -1 for a leaf. [num_nodes + 1] int32"""
-        index = np.full(self.num_nodes + 1, -1, dtype=np.int32)
-        index[self.internal_nodes] = np.arange(len(self.internal_nodes))
-        return index
-
-    @cached_property
     def ancestor_masks(self) -> np.ndarray:
         """Every node's ancestors and itself as bits: bit i is node i. [num_nodes + 1] int64"""
         masks = np.zeros(self.num_nodes + 1, dtype=np.uint64)
@@ -255,12 +296,6 @@ class TokenTree:
         for node, parent in enumerate(self.parents, start=1):
             paths.append((*paths[parent], node))
         return tuple(paths)
-
-    def internal_levels(self) -> list[np.ndarray]:
-        """The internal nodes of each depth from 0 to `depth - 1`, int32 each. One draft pass
-        expands one of these levels."""
-        depths = self.depths[self.internal_nodes]
-        return [self.internal_nodes[depths == d] for d in range(self.depth)]
 
     def __str__(self) -> str:
         branching = set(self.num_children[self.internal_nodes].tolist())

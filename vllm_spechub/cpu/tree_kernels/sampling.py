@@ -75,7 +75,7 @@ class Traits(NamedTuple):
 
 
 @jit
-def _scratch(size):
+def scratch(size):
     noise, spare = np.empty(size, f32), np.empty(size, f32)
     return Scratch(noise, noise.view(i32), spare, spare.view(i32), np.empty(size, f32))
 
@@ -143,7 +143,7 @@ def _best(
 
 
 @jit_sums
-def _weigh(
+def weigh(
     # [size] logits, -inf for what is taken out
     row,
     peak,
@@ -182,7 +182,7 @@ def _draft_node(
     scale = f32(1.0) if temperature == f32(0.0) else f32(1.0) / temperature
     total, off_hubs = f32(1.0), f32(1.0)
     if not greedy:
-        total = _weigh(row, peak, scale, weights, work)
+        total = weigh(row, peak, scale, weights, work)
     tokens, expected = np.empty(MAX_CHILDREN, np.int64), np.empty(MAX_CHILDREN, f32)
     num_hubs, bits = 0, 0
     for place in range(num_children):
@@ -197,8 +197,8 @@ def _draft_node(
             num_hubs += 1
         elif logit > LOWEST:
             if num_hubs == place:
-                off_hubs = _weigh(row, peak, scale, weights, work) / total
-            _weigh(row, logit, scale * traits.sharpening, weights, work)
+                off_hubs = weigh(row, peak, scale, weights, work) / total
+            weigh(row, logit, scale * traits.sharpening, weights, work)
             tokens[place] = _draw(weights, key, place, work)
             bits |= 1 << place
             expected[place] = SAMPLE_SHARES[place - num_hubs] * off_hubs
@@ -239,7 +239,7 @@ def _sample_children(
     drawn,
 ):
     size = logits.shape[1]
-    row, weights, work = np.empty(size, f32), np.empty(size, f32), _scratch(size)
+    row, weights, work = np.empty(size, f32), np.empty(size, f32), scratch(size)
     for r in range(logits.shape[0]):
         req = requests.req_idx[r]
         if req < 0:
@@ -390,21 +390,29 @@ def _verify_trees(
     # [num_reqs], where each request's drafts are
     draft_idx,
     requests,
-    tree,
+    # tables with a row for each request's drafts, or one row for all
+    trees,
     traits,
     # -1 throughout, written
     paths,
 ):
-    size, width = target_rows.logits.shape[1], tree.first_child.shape[0]
+    size, width = target_rows.logits.shape[1], trees.internal_index.shape[0]
     rows = _Rows(
         np.ones(width, f32),
         np.empty(width, f32),
         np.empty(size, f32),
         np.empty(size, f32),
-        _scratch(size),
+        scratch(size),
     )
     for r in range(target_rows.row_start.shape[0]):
         req, start = requests.req_idx[r], target_rows.row_start[r]
+        own = req if trees.first_child.shape[0] > 1 else 0
+        tree = TreeTables(
+            trees.first_child[own],
+            trees.num_children[own],
+            trees.internal_index,
+            trees.parents[own],
+        )
         draft_temperature = requests.temperature[req]
         request = _Request(
             target_rows.logits[start:],
@@ -454,12 +462,12 @@ def _write_path(node, last_token, tokens, tree, emitted, path):
 T = TypeVar("T", Children, Drafts, Requests, TargetRows, TreeTables, VerifiedPaths)
 
 
-def _rows(logits: torch.Tensor) -> torch.Tensor:
+def rows_of(logits: torch.Tensor) -> torch.Tensor:
     """Logits as the compiled loops take them: float32, contiguous."""
     return logits.float().contiguous()
 
 
-def _traits(rule: Rule, sharpening: float) -> Traits:
+def traits_of(rule: Rule, sharpening: float) -> Traits:
     return Traits(
         *rule.hubs.value,
         rule.replaces,
@@ -469,14 +477,14 @@ def _traits(rule: Rule, sharpening: float) -> Traits:
     )
 
 
-def _arrays(tensors: T) -> T:
+def arrays(tensors: T) -> T:
     """The same fields as NumPy arrays."""
     return tensors._make(None if field is None else field.numpy() for field in tensors)
 
 
 def _requests(requests: Requests) -> Requests:
     """As the loops are compiled for them."""
-    return _arrays(
+    return arrays(
         requests._replace(
             req_idx=requests.req_idx.long(), root_positions=requests.root_positions.long()
         )
@@ -509,14 +517,14 @@ def sample_children(
         torch.full((len(logits),), -1, dtype=torch.int32),
     )
     _sample_children(
-        _rows(logits).numpy(),
+        rows_of(logits).numpy(),
         node_ids.numpy(),
         num_children.int().numpy(),
         _requests(requests),
-        _traits(BUILTIN_RULES[rule], sharpening),
+        traits_of(BUILTIN_RULES[rule], sharpening),
         kept.numpy(),
         internal.numpy(),
-        _arrays(drawn),
+        arrays(drawn),
     )
     return drawn
 
@@ -527,7 +535,7 @@ def _write_tokens(
     idx_mapping,
     first_internal,
     first_child,
-    # [num_expanded] int32
+    # [num_reqs * num_expanded] int32
     num_children,
     # [num_reqs * num_expanded, ...]
     children,
@@ -536,12 +544,12 @@ def _write_tokens(
     # [max_num_reqs, num_nodes], written
     tokens,
 ):
-    row = 0
+    row, num_expanded = 0, num_children.shape[0] // max(idx_mapping.shape[0], 1)
     for req in idx_mapping:
         column = first_child
-        for i in range(num_children.shape[0]):
+        for i in range(num_expanded):
             sampled[req, first_internal + i] = children.sampled[row]
-            for slot in range(num_children[i]):
+            for slot in range(num_children[row]):
                 tokens[req, column] = children.tokens[row, slot]
                 column += 1
             row += 1
@@ -560,8 +568,8 @@ def write_tokens(
         idx_mapping.numpy(),
         level.internal.start,
         level.children.start,
-        level.num_children_np,
-        _arrays(children),
+        level.rows(len(idx_mapping)).num_children.numpy(),
+        arrays(children),
         state.drafts.sampled.numpy(),
         state.tokens.numpy(),
     )
@@ -590,20 +598,27 @@ def verify_tree(
     if draft_logits.dtype != torch.float32:  # convert this batch's drafts, not every request's
         draft_logits, draft_idx = draft_logits[draft_idx], torch.arange(num_reqs)
     _verify_trees(
-        _arrays(
+        arrays(
             TargetRows(
-                _rows(target.logits),
+                rows_of(target.logits),
                 target.temperature,
                 target.row_start.int(),
                 target.num_nodes.int(),
                 target.node_tokens.long(),
             )
         ),
-        _arrays(drafts._replace(logits=_rows(draft_logits))),
+        arrays(drafts._replace(logits=rows_of(draft_logits))),
         draft_idx.numpy(),
         _requests(requests),
-        _arrays(tree),
-        _traits(BUILTIN_RULES[rule], sharpening),
-        _arrays(paths),
+        arrays(
+            TreeTables(
+                torch.atleast_2d(tree.first_child),
+                torch.atleast_2d(tree.num_children),
+                tree.internal_index,
+                torch.atleast_2d(tree.parents),
+            )
+        ),
+        traits_of(BUILTIN_RULES[rule], sharpening),
+        arrays(paths),
     )
     return paths

@@ -134,7 +134,12 @@ def _async_output_get(original):
         output = original(self)
         if isinstance(self.sampler_output, TreeSamplerOutput):
             paths = self.sampler_output.accepted_paths_on_host.numpy()
-            output = TreeRunnerOutput(**vars(output), accepted_paths=paths)
+            slots = self.sampler_output.accepted_slots_on_host
+            output = TreeRunnerOutput(
+                **vars(output),
+                accepted_paths=paths,
+                accepted_slots=None if slots is None else slots.numpy(),
+            )
         return output
 
     return get_output

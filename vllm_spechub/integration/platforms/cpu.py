@@ -19,9 +19,10 @@ def _cache_kernels() -> CacheKernels:
 
 
 def _tree_kernels() -> TreeKernels:
+    from vllm_spechub.cpu.tree_kernels.allocation import allocate_children
     from vllm_spechub.cpu.tree_kernels.sampling import sample_children, verify_tree, write_tokens
 
-    return TreeKernels(sample_children, verify_tree, write_tokens)
+    return TreeKernels(sample_children, verify_tree, write_tokens, allocate_children)
 
 
 def host_kernels() -> dict[str, Callable[..., None]]:

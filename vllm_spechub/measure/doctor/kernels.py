@@ -180,10 +180,14 @@ def _kernels():
     from vllm_spechub.rules.base import TreeKernels
     from vllm_spechub.rules.draft_state import DraftState
     from vllm_spechub.triton_kernels.child_sampling import reference as sampling
+    from vllm_spechub.triton_kernels.level_allocation import reference as allocation
     from vllm_spechub.triton_kernels.verification import reference as verification
 
     references = TreeKernels(
-        sampling.sample_children, verification.verify_tree, DraftState.write_tokens
+        sampling.sample_children,
+        verification.verify_tree,
+        DraftState.write_tokens,
+        allocation.allocate_children,
     )
     return platform().tree_kernels(), references
 

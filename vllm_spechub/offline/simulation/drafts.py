@@ -6,6 +6,7 @@ it once, and its noise is its own, so rules and shapes that draft a node alike g
 children, and differences between them are free of most of the noise.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -17,10 +18,13 @@ from vllm_spechub.offline.simulation.texts import ModelPair, Roots
 from vllm_spechub.registry import RULES
 from vllm_spechub.rules.base import VerificationRule
 from vllm_spechub.rules.draft_state import DraftState
+from vllm_spechub.rules.grown_trees import grown_trees
 from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
+from vllm_spechub.trees.level_tree import LevelTree
 from vllm_spechub.trees.tree import TokenTree
-from vllm_spechub.triton_kernels.arguments import Drafts, Requests
+from vllm_spechub.triton_kernels.arguments import Drafts, GrownTrees, Requests
 from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
+from vllm_spechub.triton_kernels.level_allocation import allocate_children
 
 # Products stay below 2^63, node numbers below 2^29, of which the noise takes four each.
 HASH_FACTOR, HASH_SIZE = 0x9E3779B1, (1 << 29) - 3
@@ -64,7 +68,17 @@ class Plan(NamedTuple):
     """What to draft and how to verify it."""
 
     variant: Variant
-    tree: TokenTree
+    tree: TokenTree | LevelTree
+
+
+class Wanted(NamedTuple):
+    """Nodes of a plan that get as many children."""
+
+    plan: Plan
+    # [num_rows] each: the nodes' roots, who stands for them, and their first children in the tree
+    roots: torch.Tensor
+    numbers: torch.Tensor
+    first_child: torch.Tensor
 
 
 class NodeKind(NamedTuple):
@@ -105,6 +119,8 @@ class DraftedPlans:
     # by plan: [num_roots, num_internal], the nodes that stand for the tree's internal ones
     nodes: dict[Plan, torch.Tensor]
     children: dict[NodeKind, Children]
+    # by plan of level widths: what each root has made of them
+    grown: dict[Plan, GrownTrees]
 
 
 @torch.inference_mode()
@@ -129,6 +145,7 @@ def draft_plans(
         torch.cat(forest.draft_logits),
         forest.nodes,
         {kind: _join(parts) for kind, parts in forest.children.items()},
+        forest.grown,
     )
 
 
@@ -171,6 +188,11 @@ class _Forest:
         }
         for numbers in self.nodes.values():
             numbers[:, 0] = self.level
+        self.grown = {
+            plan: grown_trees(plan.tree, num_roots, device)
+            for plan in plans
+            if isinstance(plan.tree, LevelTree)
+        }
 
     def read_level(self) -> bool:
         """Read both models at the level's nodes; False if there are none."""
@@ -186,37 +208,37 @@ class _Forest:
 
     def draft_level(self) -> None:
         """Draft the children of the level's nodes; those that go on are the next level."""
-        # (plan, node of its tree, who stands for it), by kind
-        wanted: dict[NodeKind, list[tuple[Plan, int, torch.Tensor]]] = {}
+        wanted: dict[NodeKind, list[Wanted]] = {}
         for plan in self.plans:
             if self.depth < plan.tree.depth:
-                for node in plan.tree.internal_levels()[self.depth].tolist():
-                    kind = NodeKind(plan.variant, int(plan.tree.num_children[node]))
-                    numbers = self.nodes[plan][:, plan.tree.internal_index[node]]
-                    wanted.setdefault(kind, []).append((plan, node, numbers))
+                for count, entry in self._parents(plan):
+                    wanted.setdefault(NodeKind(plan.variant, count), []).append(entry)
         keys, places = [], []
         for kind, entries in wanted.items():
-            drafted = self._draft(kind, torch.cat([numbers for *_, numbers in entries]).unique())
+            drafted = self._draft(kind, torch.cat([entry.numbers for entry in entries]).unique())
             # Equal siblings, which independent draws can be, are different nodes.
             equal = drafted.tokens.unsqueeze(2) == drafted.tokens.unsqueeze(1)
             twin = equal.tril(-1).sum(dim=2)
             key = (drafted.nodes.unsqueeze(1) * MAX_CHILDREN + twin) * self.vocab_size
             key += drafted.tokens
-            for plan, node, numbers in entries:
+            for plan, roots, numbers, first_child in entries:
                 rows = drafted.rows(numbers)
+                internal = torch.from_numpy(plan.tree.internal_index).to(key.device)
                 for slot in range(kind.num_children):
-                    index = int(plan.tree.internal_index[plan.tree.first_child[node] + slot])
-                    if index >= 0:
-                        keys.append(key[rows, slot])
-                        places.append((plan, index))
+                    index = internal[first_child + slot].long()
+                    (inner,) = (index >= 0).nonzero(as_tuple=True)
+                    if len(inner):
+                        keys.append(key[rows[inner], slot])
+                        places.append((plan, roots[inner], index[inner]))
         self.depth += 1
         if not keys:
             self.level = self.level[:0]
             return
         unique, inverse = torch.cat(keys).unique(return_inverse=True)
         first = len(self.root)
-        for (plan, index), number in zip(places, inverse.split(self.num_roots), strict=True):
-            self.nodes[plan][:, index] = first + number
+        sizes = [len(key) for key in keys]
+        for (plan, roots, index), number in zip(places, inverse.split(sizes), strict=True):
+            self.nodes[plan][roots, index] = first + number
 
         parent = unique // (self.vocab_size * MAX_CHILDREN)
         root = self.root[parent]
@@ -233,6 +255,34 @@ class _Forest:
         self.root = torch.cat([self.root, root])
         self.column = torch.cat([self.column, self.num_columns + self.place])
         self.num_columns += width
+
+    def _parents(self, plan: Plan) -> Iterator[tuple[int, Wanted]]:
+        """The nodes of this depth that get children, by how many."""
+        tree, numbers = plan.tree, self.nodes[plan]
+        everyone = torch.arange(self.num_roots, device=numbers.device)
+        nodes = tree.internal_levels()[self.depth]
+        if isinstance(tree, TokenTree):
+            for node in nodes.tolist():
+                first = torch.full_like(everyone, int(tree.first_child[node]))
+                own = numbers[:, tree.internal_index[node]]
+                yield int(tree.num_children[node]), Wanted(plan, everyone, own, first)
+            return
+        tables = self.grown[plan].tables
+        level = numbers[:, nodes]
+        allocate_children(
+            self.draft_logits[-1][level.flatten() - self.level[0]],
+            Requests(everyone, torch.zeros_like(everyone), self.temperatures, self.seeds),
+            self.grown[plan],
+            first_node=int(nodes[0]),
+            width=len(nodes),
+            width_below=tree.widths[self.depth],
+            rule=plan.variant.rule,
+        )
+        counts, first = tables.num_children[:, nodes], tables.first_child[:, nodes].long()
+        for count in range(1, MAX_CHILDREN + 1):
+            roots, place = (counts == count).nonzero(as_tuple=True)
+            if len(roots):
+                yield count, Wanted(plan, roots, level[roots, place], first[roots, place])
 
     def _draft(
         self,

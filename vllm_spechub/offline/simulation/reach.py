@@ -9,6 +9,7 @@ import torch
 
 from vllm_spechub.offline.simulation.drafts import DraftedPlans, NodeKind, Plan
 from vllm_spechub.rules.draft_state import DraftState
+from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.arguments import Drafts, Requests, TargetRows
 
 
@@ -24,13 +25,27 @@ def reach(drafted: DraftedPlans, plan: Plan) -> torch.Tensor:
     num_roots, device = len(nodes), nodes.device
     tokens = torch.zeros(num_roots, tree.num_nodes, dtype=torch.int64, device=device)
     sampled = torch.zeros(nodes.shape, dtype=torch.int32, device=device)
+    grown = drafted.grown.get(plan)
     for index, node in enumerate(tree.internal_nodes.tolist()):
-        count, first = int(tree.num_children[node]), int(tree.first_child[node])
-        children = drafted.children[NodeKind(plan.variant, count)]
-        rows = children.rows(nodes[:, index])
-        tokens[:, first - 1 : first - 1 + count] = children.tokens[rows]
-        sampled[:, index] = children.sampled[rows]
-    state = DraftState(tree, tokens, Drafts(drafted.draft_logits[nodes], sampled))
+        if isinstance(tree, TokenTree):
+            counts = torch.full((num_roots,), int(tree.num_children[node]), device=device)
+            first_child = torch.full_like(counts, int(tree.first_child[node]))
+        else:
+            assert grown is not None
+            counts, first_child = (
+                table[:, node] for table in (grown.tables.num_children, grown.tables.first_child)
+            )
+        for count in range(1, int(counts.max()) + 1):
+            (roots,) = (counts == count).nonzero(as_tuple=True)
+            if len(roots) == 0:
+                continue
+            children = drafted.children[NodeKind(plan.variant, count)]
+            rows = children.rows(nodes[roots, index])
+            columns = first_child[roots].unsqueeze(1) - 1 + torch.arange(count, device=device)
+            tokens[roots.unsqueeze(1), columns] = children.tokens[rows]
+            sampled[roots, index] = children.sampled[rows]
+    drafts = Drafts(drafted.draft_logits[nodes], sampled)
+    state = DraftState(tree, tokens, drafts, grown=grown)
 
     num_rows = tree.num_nodes + 1
     # What the target says at leaves decides the bonus token only.

@@ -11,6 +11,7 @@ from vllm_spechub.offline.simulation.drafts import Plan, Variant, draft_plans
 from vllm_spechub.offline.simulation.reach import reach
 from vllm_spechub.offline.simulation.texts import ModelPair, Roots, sample_roots
 from vllm_spechub.trees.best_tree import Rates, best_shape
+from vllm_spechub.trees.level_tree import LevelTree
 from vllm_spechub.trees.tree import TokenTree
 
 BASELINES = ("rrs", "rrsw", "ordered")
@@ -136,6 +137,7 @@ def slot_rates(measured: dict[Plan, Measured], variant: Variant, max_depth: int)
     rates = {}
     for plan in probe_plans(variant, max_depth):
         tree, reach = plan.tree, measured[plan].reach
+        assert isinstance(tree, TokenTree)
         k = int(tree.num_children[0])
         first = tree.first_child[tree.internal_nodes]
         reached = reach[tree.internal_nodes].sum()
@@ -241,11 +243,11 @@ def pick_tree(
     pair: ModelPair,
     prompts: Sequence[torch.Tensor],
     variant: Variant,
-    trees: Sequence[TokenTree],
+    trees: Sequence[TokenTree | LevelTree],
     temperatures: Sequence[float],
     sampling: Sampling,
     progress: Progress | None = None,
-) -> tuple[TokenTree, float]:
+) -> tuple[TokenTree | LevelTree, float]:
     """Simulate trees with one rule.
 
     Returns:
