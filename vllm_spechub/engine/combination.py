@@ -132,28 +132,17 @@ class Combination:
         }
         # the grammar's mask has edited the target's rows only
         q = q.float().masked_fill(p == -torch.inf, -torch.inf)
+        on = self._on.gpu[idx_mapping].unsqueeze(1)
         if self.target.of_processed:
-            mine, theirs = edit(p).float(), edit(q)
-            return self._where_on(self.target.combine(mine, theirs, **parameters), mine, idx_mapping)
+            mine = edit(p).float()
+            return torch.where(on, self.target.combine(mine, edit(q), **parameters), mine)
         p = p.float()
-        r = self._where_on(self.target.combine(p, q, **parameters), p, idx_mapping)
-        edited = edit(r)
+        edited = edit(torch.where(on, self.target.combine(p, q, **parameters), p))
         if self.history.used[reqs].any():
             # Tokens that are excluded later may be all that were left.
             nothing = edited.amax(dim=1, keepdim=True) == -torch.inf
             edited = torch.where(nothing, edit(p), edited)
         return edited
-
-    def _where_on(
-        self,
-        # [num_rows, vocab_size]
-        combined: torch.Tensor,
-        # [num_rows, vocab_size]
-        alone: torch.Tensor,
-        # [num_rows]
-        idx_mapping: torch.Tensor,
-    ) -> torch.Tensor:
-        return torch.where(self._on.gpu[idx_mapping].unsqueeze(1), combined, alone)
 
 
 class CombiningSampler(Sampler):

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`TargetDistribution`, the base class of the distributions that two models' rows are combined to.
-"""
+"""`TargetDistribution`, the base class of what two models' rows are combined to."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -20,9 +19,7 @@ PREFIX = "target_"
 OFF = "off"
 
 
-def Number(  # noqa: N802 (it stands where pydantic's own `Field` would)
-    description: str, **bounds: float
-) -> Any:
+def Number(description: str, **bounds: float) -> Any:
     """A parameter: a finite number within bounds."""
     return Field(strict=True, allow_inf_nan=False, description=description, **bounds)
 
@@ -71,13 +68,13 @@ class TargetDistribution(BaseModel):
         Raises:
             ValueError: one line that names the key and what is allowed.
         """
-        given = {k: v for k, v in (extra_args or {}).items() if k.startswith(PREFIX)}
+        given = {k: v for k, v in (extra_args or {}).items() if str(k).startswith(PREFIX)}
         if not given:
             return self
         wanted = given.pop(OPTION, None)
         if wanted not in (None, OFF) or (wanted and given):
             raise ValueError(
-                f"{OPTION} is {wanted!r}, allowed: {OFF!r}, without other keys of {PREFIX}*"
+                f"{OPTION} is {wanted!r}, allowed: 'off', without other keys of {PREFIX}*"
             )
         if wanted:
             return None
