@@ -29,7 +29,11 @@ def combined_row(
     def processed(row):
         return processed_row(row, prompt, output, params).double()
 
-    p, q = p.double(), q.double()
+    p = p.double()
+    # a member lacks the tokens that its vocabulary does not reach
+    q = torch.nn.functional.pad(q.double(), (0, len(p) - len(q)), value=-torch.inf)
+    if spec.get("weight") == 0:
+        return processed(p)
     if spec["type"] == "mixture":
         mine, theirs = processed(p.float()).softmax(0), processed(q.float()).softmax(0)
         return (spec["weight"] * theirs + (1 - spec["weight"]) * mine).log()
@@ -43,7 +47,13 @@ def combined_row(
 
 def member_rows(tokens: list[int], models=(TARGET, DRAFT)) -> list[torch.Tensor]:
     """Each model's raw rows after each of the tokens, [num_tokens, vocab_size]."""
-    return [reference_model(model)(input_ids=torch.tensor([tokens])).logits[0] for model in models]
+    return [reference_model(model)(input_ids=known(tokens, model)).logits[0] for model in models]
+
+
+def known(tokens: list[int], model: str) -> torch.Tensor:
+    """The tokens as a model reads them, which may lack some. [1, num_tokens]"""
+    last = reference_model(model).config.vocab_size - 1
+    return torch.tensor([tokens]).clamp(max=last)
 
 
 def greedy_ensemble(prompt: list[int], spec: dict, max_tokens: int, models=(TARGET, DRAFT)):
@@ -56,7 +66,7 @@ def greedy_ensemble(prompt: list[int], spec: dict, max_tokens: int, models=(TARG
         rows = []
         for i, model in enumerate(models):
             read = reference_model(model)(
-                input_ids=torch.tensor([fed]), past_key_values=caches[i], use_cache=True
+                input_ids=known(fed, model), past_key_values=caches[i], use_cache=True
             )
             caches[i] = read.past_key_values
             rows.append(read.logits[0, -1])
