@@ -119,7 +119,7 @@ def test_logits_with_truncated_trees_and_preemption(steps, tmp_path):
     target = models.padded(tmp_path / "target", TARGET, 2056)
     expected = ensemble(LOGITS, models=(target, DRAFT))
     assert expected != ensemble(LOGITS | {"weight": 0.0}, models=(target, DRAFT))
-    options = {"max_num_batched_tokens": 41, "block_size": 32, "num_gpu_blocks_override": 9}
+    options = {"max_num_batched_tokens": 72, "block_size": 32, "num_gpu_blocks_override": 9}
     with combining("binary:3", LOGITS, model=target, **options) as llm:
         outputs = llm.generate(PROMPTS, greedy(), use_tqdm=False)
         assert token_ids(outputs) == expected

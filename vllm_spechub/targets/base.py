@@ -19,9 +19,9 @@ PREFIX = "target_"
 OFF = "off"
 
 
-def Number(description: str, **bounds: float) -> Any:
-    """A parameter: a finite number within bounds."""
-    return Field(strict=True, allow_inf_nan=False, description=description, **bounds)
+def Number(description: str, ge: float | None = None, le: float | None = None) -> Any:
+    """A parameter: a finite number, within bounds if there are any."""
+    return Field(strict=True, allow_inf_nan=False, description=description, ge=ge, le=le)
 
 
 class TargetDistribution(BaseModel):
@@ -99,7 +99,7 @@ def parse_target(spec: Any) -> TargetDistribution:
         ValueError: one line that names the key and what is allowed.
     """
     name = spec.get("type") if isinstance(spec, Mapping) else None
-    if name not in TARGETS:
+    if not isinstance(name, str) or name not in TARGETS:
         raise ValueError(
             f"type is {name!r}, allowed: an object with a type of {', '.join(TARGETS)}, such as "
             '{"type": "mixture", "weight": 0.3}'
