@@ -173,14 +173,14 @@ class CombiningSampler(Sampler):
     ):
         """Sample each row's token. Returns tokens [num_rows], and rows [num_rows, vocab_size] with
         every sampling parameter applied."""
-        requests = expanded_idx_mapping, idx_mapping, idx_mapping_np
-        if not self.combination.wanted(idx_mapping_np).any():
+        requests, rows = (expanded_idx_mapping, idx_mapping, idx_mapping_np), self.combination.rows
+        if rows is None or not self.combination.on[idx_mapping_np].any():
             return super().sample(logits, *requests, *where, return_logprobs=return_logprobs)
         pos, *_ = where
         processed = self.combination.process(
-            lambda rows: self.apply_sampling_params(rows, *requests, *where),
+            lambda raw: self.apply_sampling_params(raw, *requests, *where),
             logits,
-            self.combination.rows,
+            rows,
             expanded_idx_mapping,
             idx_mapping_np,
         )
