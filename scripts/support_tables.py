@@ -97,8 +97,10 @@ SAMPLING_PARAMETERS = (
     Row(
         ("extra_args",),
         "works",
-        "custom logits processors for the V2 runner see each node's own history",
+        "custom logits processors for the V2 runner see each node's own history; keys that begin "
+        "with `target_` mean a [combined target](combined-targets.md)",
         (
+            "engine/test_combined_targets.py::test_mixture_with_prefix_hits_and_a_schedule",
             "engine/test_parameters.py::test_every_nodes_row_is_its_paths",
             "engine/test_parameters.py::test_what_was_emitted_could_be",
         ),
@@ -415,6 +417,24 @@ FEATURES = (
             "proposers/test_ngram.py::test_rules_that_may_draw_are_refused",
             "integration/test_parallel.py::test_tensor_parallelism_of_ngrams",
             "measure/test_preflight.py::test_a_proposer_is_no_draft",
+        ),
+    ),
+    Row(
+        ("combined targets: mixtures, geometric means, contrastive decoding",),
+        "works",
+        '`target_distribution`, of a target and a draft model, with numbers or `"off"` per '
+        "request ([combined targets](combined-targets.md)); refused with heads and `ngram`, and "
+        "with further `members`; not run on a GPU",
+        (
+            "targets/test_combine.py::test_lossless",
+            "targets/test_combine.py::test_options_that_are_refused",
+            "targets/test_combine.py::test_what_a_request_may_ask_for",
+            "engine/test_combined_targets.py::test_logits_with_truncated_trees_and_preemption",
+            "engine/test_combined_targets.py::test_mixture_with_prefix_hits_and_a_schedule",
+            "engine/test_combined_targets.py::test_parameters_and_distribution",
+            "engine/test_combined_targets.py::test_a_seeds_text_with_and_without_trees",
+            "integration/test_parallel.py::test_tensor_parallelism_of_a_combined_target",
+            "test_config.py::test_another_package_adds_target_distributions",
         ),
     ),
     Row(

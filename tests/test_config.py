@@ -25,7 +25,7 @@ from vllm_spechub.config import Options, SpecHubConfig
 from vllm_spechub.config import _schedule as schedule_of
 from vllm_spechub.drafts.kinds import MODEL
 from vllm_spechub.integration.refusals import Unsupported
-from vllm_spechub.registry import PROPOSERS, RULES, Registry
+from vllm_spechub.registry import PROPOSERS, RULES, TARGETS, Registry
 from vllm_spechub.rules.base import build_rule
 from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
 from vllm_spechub.trees.best_tree import parse_tree
@@ -60,7 +60,7 @@ def test_the_reference_has_every_option_and_name():
     lists = re.findall(r"^(?:### |\| )(`\w+`(?:, `\w+`)*)", part, re.MULTILINE)
     listed = [name.strip("`") for names in lists for name in names.split(", ")]
     assert sorted(listed) == sorted(Options.model_fields)
-    for registry in (RULES, PROPOSERS):
+    for registry in (RULES, PROPOSERS, TARGETS):
         assert all(f"`{name}`" in part for name in registry._builtin)
 
 
@@ -374,6 +374,13 @@ def test_flags_that_contradict_the_json():
 
 THEIRS = '''
 from vllm_spechub.rules.base import VerificationRule
+from vllm_spechub.targets.base import Number, TargetDistribution
+
+class Target(TargetDistribution):
+    share: float = Number("a number from 0", ge=0)
+
+    def combine(self, p, q, **parameters):
+        return q
 
 class Rule(VerificationRule):
     """It knows nothing of sharpening."""
@@ -396,6 +403,7 @@ class Repeats:
         assert config.proposer_options.keys() <= cls.options
 '''
 RULE_GROUP, PROPOSER_GROUP = "vllm_spechub.rules", "vllm_spechub.proposers"
+TARGET_GROUP = "vllm_spechub.targets"
 
 
 @pytest.fixture
@@ -417,7 +425,7 @@ def install(tmp_path, monkeypatch):
 
     def forget() -> None:
         sys.modules.pop("theirs", None)
-        for registry in (RULES, PROPOSERS):
+        for registry in (RULES, PROPOSERS, TARGETS):
             vars(registry).pop("_entries", None)
 
     forget()
@@ -436,6 +444,17 @@ def test_another_package_adds_rules_and_proposers(install):
     assert (spec.verification, spec.proposer) == ("mine", "mine")
     with pytest.raises(ValueError, match=r"is 'yours', allowed: traversal, .*, match, mine$"):
         configured({"verification": "yours"})
+
+
+def test_another_package_adds_target_distributions(install):
+    install(**{TARGET_GROUP: {"theirs": "theirs:Target"}})
+    options = {"target_distribution": {"type": "theirs", "share": 2}}
+    target = configured(options).speculative_config.target_distribution
+    assert target.of_request({"target_share": 3}).parameters == {"share": 3}
+    with pytest.raises(ValueError, match=r"share is -1, allowed: a number from 0$"):
+        configured({"target_distribution": {"type": "theirs", "share": -1}})
+    with pytest.raises(ValueError, match=r"needs a draft model .* but proposer 'ngram' has no dis"):
+        configured(options | {"proposer": "ngram", "model": None})
 
 
 def test_another_packages_rule_need_not_know_every_option(install):

@@ -45,6 +45,14 @@ def test_offline_batch(run, tmp_path, capsys):
     assert 2 < tokens_per_tree(said) < 6
 
 
+def test_contrastive_decoding(run, capsys):
+    asked = run("contrastive_decoding.py")["ASKED"]
+    said = capsys.readouterr().out
+    answers = [said.partition(f"# {name}\n")[2].partition("\n\n# ")[0] for name in asked]
+    assert len(set(answers)) == len(asked)
+    assert 1.5 < tokens_per_tree(said.splitlines()[-1]) < 6
+
+
 def test_eagle_head(run, capsys):
     prompts = run("eagle_head.py")["PROMPTS"]
     said = capsys.readouterr().out

@@ -16,6 +16,7 @@ from vllm.config.utils import config
 
 from vllm_spechub.drafts.kinds import MODEL, MTP, proposer_for
 from vllm_spechub.registry import METHOD, PROPOSERS, RULES
+from vllm_spechub.targets.base import OPTION, TargetDistribution, parse_target
 from vllm_spechub.trees.best_tree import parse_tree
 from vllm_spechub.trees.level_tree import LevelTree
 from vllm_spechub.trees.measured_schedule import measured_schedule
@@ -73,6 +74,8 @@ class Options(BaseModel):
     """The power to which the draft's distribution is raised where a rule samples a child."""
     proposer: str = MODEL
     """The name of the proposer, which drafts the trees; by default the one that fits the draft."""
+    target_distribution: TargetDistribution | None = None
+    """What is verified, of the target's rows and the draft model's; by default the target's."""
     # The options below are vLLM's own, and are passed on to it unchanged.
     kv_cache_dtype: CacheDType | None = None
     draft_tensor_parallel_size: int | None = Field(
@@ -105,6 +108,11 @@ class Options(BaseModel):
             return spec
         return TreeSchedule.parse(spec, info.data.get("verification", DEFAULT_RULE))
 
+    @field_validator("target_distribution", mode="before")
+    @classmethod
+    def _parse_target(cls, spec: Any) -> TargetDistribution | None:
+        return None if spec is None else parse_target(spec)
+
 
 VLLM_KEYS = Options.model_fields.keys() & {f.name for f in fields(SpeculativeConfig)} - {"method"}
 """The options that vLLM's configuration has too, under the same names."""
@@ -129,6 +137,8 @@ class SpecHubConfig(SpeculativeConfig):
     """The name of the proposer, which drafts the trees."""
     proposer_options: dict[str, Any] = field(default_factory=dict)
     """The options that the proposer declares itself, in `TreeProposer.options`."""
+    target_distribution: TargetDistribution | None = None
+    """What is verified; the target's own distribution if None."""
 
     @property
     def tree(self) -> Tree:
@@ -148,7 +158,8 @@ class SpecHubConfig(SpeculativeConfig):
         return (
             f"SpecHubConfig(model={self.model!r}, tree={self.tree}, nodes={self.tree.num_nodes}, "
             f"depth={self.tree.depth}, verification={self.verification!r}, "
-            f"sharpening={self.sharpening}, proposer={self.proposer!r})"
+            f"sharpening={self.sharpening}, proposer={self.proposer!r}, "
+            f"target_distribution={self.target_distribution!r})"
         )
 
 
@@ -199,6 +210,7 @@ def create_config(
             sharpening=given.sharpening,
             proposer=given.proposer,
             proposer_options={key: options[key] for key in declared if key in options},
+            target_distribution=given.target_distribution,
             num_speculative_tokens=schedule.trees[0].num_nodes,
             num_speculative_tokens_per_batch_size=schedule.nodes_by_batch_size(),
             target_model_config=target_model_config,
@@ -249,6 +261,12 @@ def _validate(options: dict[str, Any], declared: Collection[str]) -> Options:
         raise ValueError(
             "speculative_config['tree'] and speculative_config['tree_by_batch_size'] exclude each "
             "other: give one of them"
+        )
+    if given.target_distribution is not None and given.proposer != MODEL:
+        raise ValueError(
+            f"speculative_config[{OPTION!r}] needs a draft model as its other member, but proposer "
+            f"{given.proposer!r} has no distribution of its own; use {MODEL!r} with a 'model' that "
+            "runs by itself"
         )
     return given
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registries of verification rules and proposers by name. A name is known without importing its
-class, which is imported when it is loaded."""
+"""Registries of verification rules, proposers and target distributions by name. A name is known
+without importing its class, which is imported when it is loaded."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -85,4 +85,13 @@ PROPOSERS = Registry(
         "ngram": "vllm_spechub.proposers.ngram:NgramProposer",
     },
     "vllm_spechub.proposers",
+)
+TARGETS = Registry(
+    "target distribution",
+    {
+        "mixture": "vllm_spechub.targets.builtin:Mixture",
+        "logits": "vllm_spechub.targets.builtin:LogitSum",
+        "contrastive": "vllm_spechub.targets.builtin:Contrastive",
+    },
+    "vllm_spechub.targets",
 )

@@ -16,8 +16,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from helpers import heads
 from helpers.engines import engine, greedy_params, plain_greedy, token_ids
+from helpers.ensembles import greedy_ensemble
 from helpers.heads import Oracle
 from helpers.metrics import spec_metrics
+from helpers.oracle import tokens_of
 from helpers.pair import DRAFT, EAGLE3, PROMPTS, TARGET
 
 TREE = "binary:2"
@@ -92,6 +94,17 @@ def test_tensor_parallelism_of_an_mtp_layer(one_core_each, tmp_path):
     model = heads.mimo(tmp_path / "mimo")
     with two_workers(like_one=False, model=model, draft=None, tokenizer=TARGET) as llm:
         assert_rows_of_both_workers(llm, Oracle("mtp", model))
+
+
+def test_tensor_parallelism_of_a_combined_target(one_core_each):
+    """Both ranks hold a half of both members, and combine gathered rows."""
+    spec = {"type": "contrastive", "beta": 0.5, "alpha": 0.1}
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    prompts = PROMPTS[:3]
+    with engine(TREE, spec={"target_distribution": spec}, **options) as llm:
+        answers = token_ids(llm.generate(prompts, greedy_params(16), use_tqdm=False))
+        assert spec_metrics(llm)["num_accepted_tokens"] > 10
+    assert answers == [greedy_ensemble(tokens_of(prompt), spec, 16)[0] for prompt in prompts]
 
 
 def test_data_parallelism(one_core_each, monkeypatch):

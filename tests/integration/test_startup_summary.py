@@ -8,6 +8,7 @@ import torch
 from vllm_spechub.config import SpecHubConfig
 from vllm_spechub.integration.memory import kv_cache_share, verification_bytes
 from vllm_spechub.integration.startup_summary import draw
+from vllm_spechub.targets.base import parse_target
 from vllm_spechub.trees.schedule import TreeSchedule
 from vllm_spechub.trees.tree import TokenTree
 
@@ -39,13 +40,14 @@ def test_bytes_to_verify():
     """The rows that the schedule lets a step have: logits in bf16, a part of them in fp32 with its
     copy, and the hidden states of the step."""
 
-    def size(budget, *ranges, max_num_seqs=1024):
+    def size(budget, *ranges, max_num_seqs=1024, target=None):
         scheduler = SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
         model = SimpleNamespace(
             dtype=torch.bfloat16, get_vocab_size=lambda: 128256, get_hidden_size=lambda: 4096
         )
         spec = object.__new__(SpecHubConfig)
         spec.schedule = TreeSchedule.parse(ranges, "traversal")
+        spec.target_distribution = target
         hidden = budget * 4096 * 2
         config = SimpleNamespace(
             scheduler_config=scheduler, model_config=model, speculative_config=spec
@@ -59,3 +61,8 @@ def test_bytes_to_verify():
     assert (
         size(8192, (1, 8, "binary:3"), (9, 100, "chain:2"), (101, None, None)) == 128256 * 300 * 8
     )
+    # a combined target: the other member's logits, of 1024 requests without trees, and fp32 rows
+    mixture = parse_target({"type": "mixture", "weight": 0.5})
+    ranges = (1, 8, "binary:3"), (9, None, None)
+    more = size(8192, *ranges, target=mixture) - size(8192, *ranges)
+    assert more == 128256 * 1024 * (2 + 2 + 12)

@@ -10,18 +10,21 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
 
+from vllm_spechub.config import spechub_config
 from vllm_spechub.engine.platform import Compactor, Platform
 
 
 class PathCompactor:
     """Compacts the target's KV caches after each verification, one cache group after the other.
 
-    The draft writes accepted tokens again, so its layers need no compaction.
+    A draft writes accepted tokens again, so its layers need no compaction, unless it reads what the
+    target reads and nothing twice: as a member of a combined target.
     """
 
     def __init__(self, vllm_config: VllmConfig, platform: Platform) -> None:
         self.layers = vllm_config.compilation_config.static_forward_context
         self.platform = platform
+        self.moves_draft = spechub_config(vllm_config).target_distribution is not None
         self.compactors: list[tuple[int, Compactor]] = []
 
     def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
@@ -45,7 +48,7 @@ class PathCompactor:
             views = [
                 view
                 for layer in layers
-                if not getattr(layer, "is_draft_layer", False)
+                if self.moves_draft or not getattr(layer, "is_draft_layer", False)
                 for view in cache_views(layer.kv_cache)
             ]
             if views:

@@ -23,6 +23,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_spechub.attention.visibility import TreeAttnMetadata
 from vllm_spechub.config import spechub_config
+from vllm_spechub.engine.combination import Combination, CombiningSampler, MemberBatch
 from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.layout import TreeLayout
 from vllm_spechub.engine.platform import Platform
@@ -45,6 +46,8 @@ class TreeModelState(DefaultModelState):
         sampling_states: each request's sampling parameters; set by `custom_sampler`, which vLLM
             calls when the target is loaded.
         req_states: each request's tokens; set by `custom_sampler`, too.
+        combination: of the target's rows and another member's; None where the target's own
+            distribution is verified.
     """
 
     request_trees: RequestTrees
@@ -64,12 +67,22 @@ class TreeModelState(DefaultModelState):
         self.platform = platform
         self.request_trees = RequestTrees(self.config.schedule, self.max_num_reqs, device)
         self.layout = TreeLayout(self.request_trees, self.max_num_tokens, device)
+        self.combination: Combination | None = None
+        if self.config.target_distribution is not None:
+            self.combination = Combination(self.config.target_distribution, self.max_num_reqs)
         self.compactor = PathCompactor(vllm_config, platform)
         self.bind_compactor: Callable[[], None]
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         self.request_trees.add_request(req_index)
+        if self.combination is not None:
+            self.combination.add_request(req_index, new_req_data.sampling_params)
+
+    def apply_staged_writes(self) -> None:
+        super().apply_staged_writes()
+        if self.combination is not None:
+            self.combination.apply_staged_writes()
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
@@ -90,24 +103,37 @@ class TreeModelState(DefaultModelState):
         block_tables: tuple[torch.Tensor, ...],
         slot_mappings: torch.Tensor,
         attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        tree = self.layout.update(input_batch)
+        kwargs["model_specific_attn_metadata"] = TreeAttnMetadata(self.layout.update(input_batch))
         # Backends whose graphs read visibility from buffers read the layout's.
         for group in chain.from_iterable(attn_groups):
             share = getattr(group.get_metadata_builder(), "share_visibility", None)
             if share is not None:
                 share(self.layout.buffers.visible_until, self.layout.buffers.tree_mask)
-        return super().prepare_attn(
+        prepare = super().prepare_attn
+        if self.combination is not None:
+            # The member pass is never a graph's, so it has none of the padding.
+            tables = tuple(table[: input_batch.num_reqs] for table in block_tables)
+            slots = slot_mappings[:, : input_batch.num_tokens]
+
+            def attention(groups: list[list[AttentionGroup]]) -> dict[str, Any]:
+                mode = CUDAGraphMode.NONE
+                return prepare(input_batch, mode, tables, slots, groups, kv_cache_config, **kwargs)
+
+            positions = self.layout.buffers.positions[: input_batch.num_tokens]
+            self.combination.stage(MemberBatch(input_batch, positions, slots, attention))
+        return prepare(
             input_batch,
             cudagraph_mode,
             block_tables,
             slot_mappings,
             attn_groups,
+            kv_cache_config,
             *args,
             **kwargs,
-            model_specific_attn_metadata=TreeAttnMetadata(tree),
         )
 
     def prepare_inputs(
@@ -147,6 +173,9 @@ class TreeModelState(DefaultModelState):
         history = HistoryProcessors(sampler.logits_processors, self.max_num_reqs)
         sampler.logits_processors = [history]
         self.sampling_states, self.req_states = sampler.sampling_states, sampler.req_states
+        if self.combination is not None:
+            self.combination.history = history
+            sampler = CombiningSampler.of(sampler, self.combination)
         rejection_sampler = TreeRejectionSampler(
             sampler,
             self.config,
@@ -156,5 +185,6 @@ class TreeModelState(DefaultModelState):
             self.request_trees,
             self.compactor,
             self.layout,
+            self.combination,
         )
         return sampler, rejection_sampler

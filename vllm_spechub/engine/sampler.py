@@ -23,6 +23,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
     _iter_request_chunks,
 )
 
+from vllm_spechub.engine.combination import Combination
 from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.layout import TreeLayout
 from vllm_spechub.engine.processors import (
@@ -110,6 +111,7 @@ class TreeRejectionSampler(RejectionSampler):
         request_trees: RequestTrees,
         compactor: PathCompactor,
         layout: TreeLayout,
+        combination: Combination | None = None,
     ) -> None:
         super().__init__(sampler, config, device)
         self.rule = rule
@@ -117,6 +119,7 @@ class TreeRejectionSampler(RejectionSampler):
         self.request_trees = request_trees
         self.compactor = compactor
         self.layout = layout
+        self.combination = combination
         self.reports_processed = sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
 
     def __call__(
@@ -129,6 +132,8 @@ class TreeRejectionSampler(RejectionSampler):
         invalid_drafts: torch.Tensor | None = None,
     ) -> SamplerOutput:
         sampler, batch = self.sampler, input_batch
+        if self.combination is not None:
+            self.combination.read(batch)
         num_nans = get_num_nans(logits) if sampler.compute_nans else None
         row_start = batch.cu_num_logits[:-1]
         root_positions = batch.positions[batch.logits_indices[row_start]]
@@ -394,16 +399,28 @@ class TreeRejectionSampler(RejectionSampler):
         tree_rows = batch.logits_indices[source]
         # [num_rows] slots count nodes in breadth-first order, processors need depths
         slot = batch.expanded_local_pos[source]
-        edited = self.sampler.apply_sampling_params(
-            logits[source],
-            batch.expanded_idx_mapping[source],
+        reqs, idx_mapping = batch.idx_mapping_np[chosen], batch.expanded_idx_mapping[source]
+        arguments = (
+            idx_mapping,
             batch.idx_mapping[on_device(chosen)],
-            batch.idx_mapping_np[chosen],
+            reqs,
             batch.positions[tree_rows] - slot + depth,
             batch.input_ids[tree_rows],
             on_device(rows.local_pos).to(batch.expanded_local_pos.dtype),
             batch.seq_lens_cpu_upper_bound.numpy()[chosen],
         )
+
+        def edit(
+            # [num_rows, vocab_size]
+            raw: torch.Tensor,
+        ) -> torch.Tensor:
+            return self.sampler.apply_sampling_params(raw, *arguments)
+
+        combination, raw = self.combination, logits[source]
+        if combination is None or combination.rows is None or not combination.on[reqs].any():
+            edited = edit(raw)
+        else:
+            edited = combination.process(edit, raw, combination.rows[source], idx_mapping, reqs)
         tree_rows, ends = rows.ends()
         if len(tree_rows) < len(rows.source):
             edited = edited[on_device(ends)]
@@ -414,9 +431,12 @@ class TreeRejectionSampler(RejectionSampler):
         # [num_reqs]
         reqs: np.ndarray,
     ) -> np.ndarray:
-        """Which requests ask for more than a temperature. [num_reqs] bool"""
+        """Which requests ask for more than a temperature, or for rows that are combined. [num_reqs]
+        bool"""
         states = self.sampler.sampling_states
         needs = self.history.used[reqs] | truncates(states, reqs)
+        if self.combination is not None:
+            needs |= self.combination.wanted(reqs)
         if self.reports_processed:
             needs |= states.num_logprobs[reqs] != NO_LOGPROBS
             needs |= self.sampler.logprob_token_ids_state.num_token_ids.np[reqs] > 0

@@ -72,11 +72,20 @@ def most_rows(vllm_config: "VllmConfig") -> int:
 
 def verification_bytes(vllm_config: "VllmConfig") -> int:
     """The bytes that a step holds at most while it verifies: the target's hidden states and logits,
-    and a part of the logits in fp32 with its copy, for requests with sampling parameters."""
+    and a part of the logits in fp32 with its copy, for requests with sampling parameters. For a
+    combined target also the other member's logits, and of the part its rows and what is combined.
+    """
     model = vllm_config.model_config
     vocab_size, size = model.get_vocab_size(), model.dtype.itemsize
     rows = most_rows(vllm_config)
     in_fp32 = min(rows, most_processed_rows(vocab_size))
     hidden = vllm_config.scheduler_config.max_num_batched_tokens * model.get_hidden_size() * size
     logits = rows * vocab_size * size
-    return hidden + logits + in_fp32 * vocab_size * (size + torch.float32.itemsize)
+    fp32 = torch.float32.itemsize
+    held = hidden + logits + in_fp32 * vocab_size * (size + fp32)
+    if spechub_config(vllm_config).target_distribution is not None:
+        # a batch without trees is combined, too, and as a whole
+        requests = vllm_config.scheduler_config.max_num_seqs
+        held += max(rows, requests) * vocab_size * size
+        held += max(in_fp32, requests) * vocab_size * (size + 3 * fp32)
+    return held

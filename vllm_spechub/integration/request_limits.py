@@ -20,6 +20,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.worker.gpu.sample import logit_bias as buffers
 
+from vllm_spechub.config import spechub_config
+from vllm_spechub.targets.base import PREFIX
+
 INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
 UINT64_MAX = 2**64 - 1
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -110,6 +113,7 @@ def hold_to_limits(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     prompt = request.prompt_token_ids or ()
     _check_prompt_logprobs(params, vllm_config)
     _check_prompt(prompt, model.get_vocab_size())
+    _check_target(params, vllm_config)
     for field, largest, values in NUMBERS:
         for value in values(request, params) or ():
             _integer(field, value)
@@ -164,6 +168,23 @@ def _check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
     for token in (min(prompt), max(prompt)) if prompt else ():
         if not 0 <= token < vocab_size:
             raise _refusal("prompt_token_ids", token, f"0 to {vocab_size - 1}")
+
+
+def _check_target(params: SamplingParams, vllm_config: VllmConfig) -> None:
+    """The worker would stop at a bad value, and without a `target_distribution` look at none."""
+    target = spechub_config(vllm_config).target_distribution
+    try:
+        if target is not None:
+            target.of_request(params.extra_args)
+    except ValueError as error:
+        raise VLLMValidationError(f"extra_args: {error}", parameter="extra_args") from None
+    for key in params.extra_args or {} if target is None else ():
+        if str(key).startswith(PREFIX):
+            raise VLLMValidationError(
+                f"extra_args: {key} is not supported, as this engine has no "
+                "speculative_config['target_distribution']; leave it out",
+                parameter="extra_args",
+            )
 
 
 def _clamp(params: SamplingParams, room: int) -> None:

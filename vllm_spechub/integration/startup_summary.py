@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_spechub.config import spechub_config
+from vllm_spechub.config import SpecHubConfig, spechub_config
 from vllm_spechub.integration.memory import (
     kv_cache_share,
     weight_bytes,
@@ -54,6 +54,7 @@ def summarize(
     rows = [
         ("draft", f"{config.model} ({config.proposer})" if model else config.proposer),
         ("verification", f"{config.verification}{sharpened}"),
+        *_combined(config),
         *_trees(config.schedule),
         ("memory added", f"{weights / 2**20:,.1f} MiB of draft weights"),
         ("", f"{proposer.draft_logits.num_bytes / 2**20:,.1f} MiB for the draft's logits"),
@@ -63,6 +64,14 @@ def summarize(
     ]
     lines = [f"  {name:<14}{text}" for name, text in rows]
     return "\n".join(["spechub: lossless speculative decoding with draft trees", *lines])
+
+
+def _combined(config: SpecHubConfig) -> Iterator[tuple[str, str]]:
+    """The row for a combined target, if there is one."""
+    target = config.target_distribution
+    if target is not None:
+        values = ", ".join(f"{name} {value:g}" for name, value in target.parameters.items())
+        yield "verified", f"{target.type} of target and draft, {values}, not the target alone"
 
 
 def _trees(schedule: TreeSchedule) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,10 @@ def _init_speculator(original):
             return original(vllm_config, device, req_states)
         config = vllm_config.speculative_config
         rule = build_rule(config, platform().tree_kernels())
-        return PROPOSERS.load(config.proposer)(vllm_config, device, rule)
+        proposer = PROPOSERS.load(config.proposer)
+        if config.target_distribution is not None:
+            from vllm_spechub.proposers.draft_member import DraftMember as proposer
+        return proposer(vllm_config, device, rule)
 
     return init_speculator
 

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A draft model that is also a member of a combined target.
+
+It reads every batch of the target's in the member pass, before sampling. So its cache is as true as
+the target's, whatever is drafted, and moves with it; to draft, it needs to read the new roots only.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+
+from vllm_spechub.engine.combination import MemberBatch
+from vllm_spechub.engine.model_state import TreeModelState
+from vllm_spechub.proposers.base import DraftStep
+from vllm_spechub.proposers.draft_model import DraftModelProposer
+from vllm_spechub.trees.tree import TokenTree
+
+
+class DraftMember(DraftModelProposer):
+    """Drafts with a smaller model of the same vocabulary, whose rows are combined with the
+    target's."""
+
+    def bind(self, model_state: TreeModelState) -> None:
+        super().bind(model_state)
+        assert model_state.combination is not None  # else nothing chooses this proposer
+        model_state.combination.bind(self)
+
+    def may_pause(self, batch: Any) -> bool:
+        """Always: only roots are read here."""
+        return True
+
+    def rows_of(self, tree: TokenTree) -> Iterator[int]:
+        yield from map(len, tree.internal_levels())
+
+    @torch.inference_mode()
+    def member_rows(self, batch: MemberBatch) -> torch.Tensor:
+        """Read the target's batch, and write its keys and values to the target's slots.
+
+        Returns:
+            The draft's logits at each of the target's rows, [num_rows, vocab_size]; -inf for tokens
+            that the draft lacks.
+        """
+        tokens = batch.batch.input_ids[: len(batch.positions)]
+        if self.draft_vocab_size < self.vocab_size:
+            tokens = tokens.clamp(max=self.draft_vocab_size - 1)  # it has no rows for the others
+        slots = build_slot_mappings_by_layer(batch.slot_mappings, self.kv_cache_config)
+        metadata = batch.attention(self.attn_groups)
+        hidden = self.run_model(tokens, batch.positions, metadata, slots, None)
+        return self.compute_draft_logits(hidden[batch.batch.logits_indices], 0)
+
+    def read(self, step: DraftStep) -> torch.Tensor:
+        """Feed the roots. A trial is as wide as a member pass may be.
+
+        Returns:
+            Their hidden states, [num_reqs, hidden_size].
+        """
+        if step.dummy_run:
+            return super().read(step)
+        counts = np.ones(step.num_reqs, dtype=np.int64)
+        rows, roots = self._fed_rows(counts), step.root_positions
+        read = roots.clamp(max=self.max_model_len - 1)
+        tokens = self.req_states.all_token_ids.gpu[step.batch.idx_mapping, read]
+        sees = self.up_to_roots(step, counts, roots, roots)
+        return self.run_pass(
+            step, tokens, roots, roots, rows.starts, rows.starts_np, roots + 1, None, sees
+        )
