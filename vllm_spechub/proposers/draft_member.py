@@ -16,12 +16,14 @@ from vllm_spechub.engine.combination import MemberBatch
 from vllm_spechub.engine.model_state import TreeModelState
 from vllm_spechub.proposers.base import DraftStep
 from vllm_spechub.proposers.draft_model import DraftModelProposer
-from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.tree import Tree
 
 
 class DraftMember(DraftModelProposer):
     """Drafts with a smaller model of the same vocabulary, whose rows are combined with the
     target's."""
+
+    captures_steps = False  # a captured step reads whole paths
 
     def bind(self, model_state: TreeModelState) -> None:
         super().bind(model_state)
@@ -32,7 +34,7 @@ class DraftMember(DraftModelProposer):
         """Always: only roots are read here."""
         return True
 
-    def rows_of(self, tree: TokenTree) -> Iterator[int]:
+    def rows_of(self, tree: Tree) -> Iterator[int]:
         yield from map(len, tree.internal_levels())
 
     @torch.inference_mode()
@@ -59,11 +61,5 @@ class DraftMember(DraftModelProposer):
         """
         if step.dummy_run:
             return super().read(step)
-        counts = np.ones(step.num_reqs, dtype=np.int64)
-        rows, roots = self._fed_rows(counts), step.root_positions
-        read = roots.clamp(max=self.max_model_len - 1)
-        tokens = self.req_states.all_token_ids.gpu[step.batch.idx_mapping, read]
-        sees = self.up_to_roots(step, counts, roots, roots)
-        return self.run_pass(
-            step, tokens, roots, roots, rows.starts, rows.starts_np, roots + 1, None, sees
-        )
+        rows = self.fed_rows(np.ones(step.num_reqs, dtype=np.int64))
+        return self.feed(step, rows, step.root_positions)
