@@ -29,6 +29,7 @@ from vllm_spechub.measure.tuning.choose import (
     choose,
     curve,
     draft_costs,
+    measured_prices,
 )
 from vllm_spechub.measure.tuning.request import TuningRequest
 from vllm_spechub.measure.tuning.run import Tuned, tree_spec
@@ -83,6 +84,36 @@ def test_candidates_differ_in_their_number_of_nodes():
     sizes = [tree.num_nodes for tree in trees]
     assert len(trees) > 3
     assert len(set(sizes)) == len(sizes)
+
+
+def test_nodes_and_levels_are_priced_apart():
+    """Where nodes cost time, a chain makes levels look dear, and the candidates too flat."""
+    specs = ("chain:1", "kary:4:1", "binary:2", "binary:3")
+    trees = {spec: TokenTree.parse(spec) for spec in specs}
+    curves = {
+        spec: at(2.0, b1=1.3 + 0.02 * tree.depth + 0.1 * tree.num_nodes, b8=1.0 + 0.05 * tree.depth)
+        for spec, tree in trees.items()
+    }
+    prices = measured_prices(trees, curves)
+    assert prices[1] == pytest.approx((0.02, 0.1))
+    assert prices[8] == pytest.approx((0.05, 0.0))
+    too_few = {spec: curves[spec] for spec in specs[:2]}
+    assert measured_prices(trees, too_few) == {}
+
+    flat = candidate_trees(RATES, [8], [0.12])  # the slope of chains
+    (deeper,) = candidate_trees(RATES, [8], [prices[1].level], flat)
+    assert deeper.depth > flat[0].depth
+    assert deeper.num_nodes != flat[0].num_nodes  # as a schedule needs it
+    assert candidate_trees(RATES, [8], [0.12], flat) == []
+
+
+def test_a_mixture_of_experts_drafts_nothing_for_few_requests():
+    curves = {"chain": at(1.6, b1=1.8, b8=1.5, b64=1.1), "wide": at(2.8, b1=4.0, b8=2.9, b64=1.2)}
+    (nothing, *_, wide, end) = choose(curves, 64)
+    assert nothing[0] == 1
+    assert nothing[2] is None
+    assert wide[1:] == (64, "wide")
+    assert end == (65, None, None)
 
 
 def at(tokens_per_step, **step_time):

@@ -23,13 +23,18 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
-from vllm_spechub.config import SpecHubConfig
+from vllm_spechub.config import AUTO, SpecHubConfig
 from vllm_spechub.drafts.kinds import head_of, tensor_names
 from vllm_spechub.drafts.vocabulary import check_vocabularies, first_line
+from vllm_spechub.proposers import first_layers
 from vllm_spechub.proposers.base import DraftStep
 from vllm_spechub.proposers.model_proposer import ModelProposer
 from vllm_spechub.rules.base import VerificationRule
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
+from vllm_spechub.trees.measured_schedule import measured_layers
+
+DRAFT_LAYERS = "draft_layers"
+"""The option that cuts a draft after so many of its layers."""
 
 
 def _reads(draft: ModelConfig, length: int) -> bool:
@@ -73,6 +78,8 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     From level to level it carries hidden states, [num_reqs * num_expanded, hidden_size].
     """
 
+    options = frozenset({DRAFT_LAYERS})
+
     # whether a layer has a sliding window, so that vLLM may free its blocks after any step
     has_windows: bool
 
@@ -82,6 +89,18 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
         super().__init__(vllm_config, device, rule)
         # by the number of rows per request, of as many requests as there may be
         self.uniform_rows: dict[int, FedRows] = {}
+
+    @classmethod
+    def own_options(
+        cls, options: dict[str, Any], target_model_config: ModelConfig
+    ) -> dict[str, Any]:
+        own = super().own_options(options, target_model_config)
+        if own.get(DRAFT_LAYERS) == AUTO:
+            try:
+                own[DRAFT_LAYERS] = measured_layers(target_model_config.model, options["model"])
+            except ValueError as error:
+                raise ValueError(f"speculative_config[{DRAFT_LAYERS!r}]: {error}") from None
+        return own
 
     @classmethod
     def check_config(cls, config: SpecHubConfig) -> None:
@@ -100,6 +119,9 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
                 f"{target.max_model_len}; set max_model_len to at most {most}, or lengthen both "
                 "with hf_overrides as a function, which vLLM applies to the draft too"
             )
+        layers = config.proposer_options.get(DRAFT_LAYERS)
+        if layers is not None:
+            first_layers.check_cut(DRAFT_LAYERS, layers, draft, 0)
         cls.check_tokenizers(draft, target)
 
     @staticmethod
@@ -139,8 +161,15 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
     ) -> torch.nn.Module:
+        layers = self.config.proposer_options.get(DRAFT_LAYERS)
         with self.own_sliding_window():
-            return super().load_draft_model(target_model, target_attn_layer_names)
+            if layers is None:
+                return super().load_draft_model(target_model, target_attn_layer_names)
+            self.draft_model_config = first_layers.marked(self.draft_model_config, layers)
+            with first_layers.built_with(layers):
+                model = super().load_draft_model(target_model, target_attn_layer_names)
+        first_layers.check_built(model, layers)
+        return model
 
     def set_attn(
         self,

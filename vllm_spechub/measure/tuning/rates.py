@@ -94,7 +94,9 @@ def _measure(request: TuningRequest) -> Measurement:
     sampling = Sampling(texts=request.texts, tokens=request.tokens)
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     models = request.target, request.draft, request.prompts, request.limit
-    pair, prompts = load(*models, sampling, REFERENCE_DEPTH, None, dtype)
+    pair, prompts = load(
+        *models, sampling, REFERENCE_DEPTH, None, dtype, draft_layers=request.draft_layers
+    )
     rules = dict.fromkeys([*request.rules, *map(rates_of, request.rules)])
     rates = measure_rates(
         pair,

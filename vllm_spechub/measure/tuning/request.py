@@ -32,6 +32,13 @@ class TuningRequest:
     repetitions: int
     # further arguments of `vllm.LLM`
     engine: dict[str, Any]
+    # how many of the draft's layers run; None for all
+    draft_layers: int | None = None
+
+    @property
+    def proposer_options(self) -> dict[str, Any]:
+        """The options of SpecHub's proposer."""
+        return {} if self.draft_layers is None else {"draft_layers": self.draft_layers}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -27,18 +27,27 @@ class PairDescription:
     vocab_size: int
     # positions that both models read
     max_positions: int
+    # how many of the draft's layers run; None for all
+    draft_layers: int | None = None
 
     @classmethod
-    def read(cls, target: str, draft: str, draft_option: str = "DRAFT") -> "PairDescription":
+    def read(
+        cls,
+        target: str,
+        draft: str,
+        draft_option: str = "DRAFT",
+        draft_layers: int | None = None,
+    ) -> "PairDescription":
         """Read configurations and tokenizers from Hugging Face folders or names.
 
         Args:
             target: the target.
             draft: the draft.
             draft_option: what named the draft, for messages.
+            draft_layers: how many of the draft's layers run; None for all.
 
         Raises:
-            ValueError: the target has no tokenizer, or the draft another vocabulary.
+            ValueError: the target has no tokenizer, the draft another vocabulary, or fewer layers.
         """
         configs = [AutoConfig.from_pretrained(name).get_text_config() for name in (target, draft)]
         vocab_size, draft_vocab_size = (config.vocab_size for config in configs)
@@ -54,9 +63,12 @@ class PairDescription:
             lambda: AutoTokenizer.from_pretrained(draft),
             tokenizer,
         )
+        most = configs[1].num_hidden_layers
+        if draft_layers is not None and not 1 <= draft_layers <= most:
+            raise ValueError(f"--draft-layers is {draft_layers}, allowed: 1 to {most}")
         lengths = (getattr(config, "max_position_embeddings", None) for config in configs)
         longest = min(length or UNLIMITED for length in lengths)
-        return cls(target, draft, tokenizer, draft_vocab_size, vocab_size, longest)
+        return cls(target, draft, tokenizer, draft_vocab_size, vocab_size, longest, draft_layers)
 
     def encode(self, prompt: str, max_tokens: int) -> torch.Tensor:
         """The prompt's last `max_tokens` tokens, at least one. [num_tokens] int64, on the CPU"""
@@ -74,9 +86,31 @@ class PairDescription:
             return model.eval()
 
         target, draft = load(self.target), load(self.draft)
+        if self.draft_layers is not None:
+            _cut(draft, self.draft_layers)
         if self.draft_vocab_size != self.vocab_size:
             _fit_vocabulary(draft, self.draft_vocab_size, self.vocab_size)
         return ModelPair(target, draft, self)
+
+
+def _cut(draft: PreTrainedModel, layers: int) -> None:
+    """Leave a draft its first layers, as `draft_layers` does in an engine.
+
+    Raises:
+        ValueError: its layers are not where transformers usually has them.
+    """
+    most = draft.config.get_text_config().num_hidden_layers
+    lists = [
+        (part, name)
+        for part in draft.modules()
+        for name, child in part.named_children()
+        if isinstance(child, torch.nn.ModuleList) and len(child) == most
+    ]
+    if len(lists) != 1:
+        raise ValueError(f"--draft-layers: {type(draft).__name__} cannot be cut; leave it out")
+    (part, name), *_ = lists
+    setattr(part, name, getattr(part, name)[:layers])
+    draft.config.get_text_config().num_hidden_layers = layers
 
 
 def _fit_vocabulary(draft: PreTrainedModel, own_size: int, size: int) -> None:
