@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from model_families import FAMILIES
+from model_families import CUTTABLE, FAMILIES
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
@@ -23,9 +23,6 @@ from vllm_spechub.proposers.early_exit import EarlyExitProposer
 
 EXIT = 2
 SPEC = {"proposer": "early_exit", "exit_layer": EXIT}
-CUTTABLE = ("Llama 2, Llama 3", "Mistral", "Qwen 2, Qwen 2.5", "Qwen 3", "Gemma 2", "Gemma 3")
-CUTTABLE += ("Phi-3, Phi-4-mini", "OPT", "GPT-2", "GPT-J", "Falcon", "StableLM", "Granite 3")
-CUTTABLE += ("Command R7B, Command A", "GLM-4", "EXAONE 4", "W8A8")
 
 
 def early_exit(tree="binary:3", model=EXIT_TARGET, exit_layer=EXIT, **options):

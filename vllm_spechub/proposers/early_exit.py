@@ -41,7 +41,7 @@ class EarlyExitProposer(ModelProposer[torch.Tensor]):
         super().check_options(options, target_model_config)
         if EXIT_LAYER not in options:
             raise ValueError(
-                f"speculative_config[{EXIT_LAYER!r}] is missing: after how many of the target's "
+                "speculative_config['exit_layer'] is missing: after how many of the target's "
                 "layers the draft's distribution is read"
             )
         first_layers.check_cut(EXIT_LAYER, options[EXIT_LAYER], target_model_config, 1)
