@@ -8,7 +8,11 @@ from statistics import median
 
 from markdown_table import table
 
-DOCS = Path(__file__).parents[1] / "docs"
+from vllm_spechub.config import default_schedule_on_cuda
+from vllm_spechub.trees.expert_cost import experts_read
+
+SCRIPTS = Path(__file__).parent
+DOCS = SCRIPTS.parent / "docs"
 
 
 def read(file: Path) -> list[dict[str, str]]:
@@ -73,6 +77,87 @@ def made_pair() -> str:
         rows.append(cells)
     header = ["batch", "T", "best chain of 2 and 4", NAMES["SpecHub"], NAMES["SpecHub binary:2"]]
     return table(header, rows)
+
+
+EXPERTS = {
+    "Mixtral 8x7B": (8, 2),
+    "Qwen3-30B-A3B": (128, 8),
+    "DeepSeek V3": (256, 8),
+    "gpt-oss-120b": (128, 4),
+}
+"""Experts of a layer, and how many of them a row chooses."""
+
+
+def experts_read_by_rows() -> str:
+    """The expected number of different experts that a layer reads, by the step's rows."""
+    counts = (1, 2, 7, 15, 60, 240)
+    rows = [
+        [f"{name}, {k} of {e}", *(f"{experts_read(e, k, count):.0f}" for count in counts)]
+        for name, (e, k) in EXPERTS.items()
+    ]
+    header = ["model", "1 row", *(f"{count} rows" for count in counts[1:])]
+    return table(header, rows)
+
+
+def schedules_for_experts() -> str:
+    """The default schedules of targets with experts."""
+    rows = []
+    for name, (experts, chosen) in EXPERTS.items():
+        ranges = default_schedule_on_cuda(experts, chosen).ranges
+        shown = [f"{batch}: {f'`{batch.tree}`' if batch.tree else 'none'}" for batch in ranges]
+        rows.append([name, "; ".join(shown)])
+    return table(["model", "what is drafted for so many requests"], rows)
+
+
+def expert_steps() -> str:
+    """Steps of a made mixture of experts and of a dense model."""
+    measured = read(DOCS / "benchmarks" / "experts" / "steps.csv")
+    first = measured[0]
+    rows = []
+    for row in measured:
+        cells = [row["rows"], row["experts_read"]]
+        for name in ("experts_ms", "dense_ms"):
+            ratio = float(row[name]) / float(first[name])
+            cells.append(f"{float(row[name]):.1f} ({ratio:.1f} times)")
+        rows.append(cells)
+    return table(["rows", "experts read, expected", "experts, ms", "dense, ms"], rows)
+
+
+def exits(target: str) -> str:
+    """One demo target with drafts of several depths: tokens per step."""
+    by_draft: dict[str, list[str]] = {}
+    for row in read(DOCS / "benchmarks" / "exits" / "exits.csv"):
+        if row["target"] == target:
+            by_draft.setdefault(row["draft"], []).append(f"{float(row['tokens_per_step']):.2f}")
+    rows = [[name, *figures] for name, figures in by_draft.items()]
+    return table([f"draft for `{target}`", "tokens/step, T = 0", "T = 1"], rows)
+
+
+def nested_overlap() -> str:
+    """The nested draft's overlap by depth, beside the plain draft's."""
+    card = json.loads((SCRIPTS / "demo_pair" / "nested" / "card.json").read_text())
+    plain, nested = card["overlap_by_exit_before"], card["overlap_by_exit"]
+    rows = [[layers, f"{plain[layers]:.3f}", f"{nested[layers]:.3f}"] for layers in nested]
+    return table(["layers", "plain draft", "nested draft"], rows)
+
+
+def exits_by_confidence() -> str:
+    """Fixed exits and exits by confidence."""
+    rows = []
+    for row in read(DOCS / "benchmarks" / "exits" / "by_confidence.csv"):
+        name, layers, overlap, agreement, *above = row.values()
+        fixed = "layers" in name
+        rows.append(
+            [
+                name.replace("max >", "best probability above"),
+                f"{float(layers):.1f}",
+                f"{float(overlap):.3f}",
+                f"{float(agreement):.3f}",
+                *("" if fixed else f"{float(value):+.3f}" for value in above),
+            ]
+        )
+    header = ["exit", "mean layers", "overlap, T = 1", "agreement, T = 0"]
+    return table([*header, "overlap against the line", "agreement against the line"], rows)
 
 
 NAMES = {

@@ -240,6 +240,33 @@ FAMILIES = (
 )
 
 
+CUTTABLE = (
+    "Llama 2, Llama 3",
+    "Mistral",
+    "Qwen 2, Qwen 2.5",
+    "Qwen 3",
+    "Gemma 2",
+    "Gemma 3",
+    "Phi-3, Phi-4-mini",
+    "OPT",
+    "GPT-2",
+    "GPT-J",
+    "Falcon",
+    "StableLM",
+    "Granite 3",
+    "Command R7B, Command A",
+    "GLM-4",
+    "EXAONE 4",
+    "W8A8",
+)
+"""The families whose first layers are tried as the draft (`tests/engine/test_early_exit.py`)."""
+
+
+def cut_families() -> str:
+    """Their names, as a sentence."""
+    return "; ".join(CUTTABLE) + "."
+
+
 def families() -> str:
     """The table of all families, with what the recorded run saw."""
     seen = json.loads(RECORD.read_text())["families"]

@@ -336,8 +336,16 @@ FEATURES = (
     Row(
         ("mixtures of experts",),
         "works",
-        "a draft with experts needs a target with experts, as in vLLM",
-        ("engine/test_families.py::test_as_target_and_as_draft",),
+        "a draft with experts needs a target with experts, as in vLLM; with few requests a tree "
+        "costs more than it gains, which the default schedule and `tune` know "
+        "([what it costs](experts.md))",
+        (
+            "engine/test_families.py::test_as_target_and_as_draft",
+            "engine/test_experts.py::test_what_is_emitted_follows_a_target_with_experts",
+            "test_config.py::test_the_default_on_cuda_follows_the_load",
+            "measure/test_tuning.py::test_nodes_and_levels_are_priced_apart",
+            "trees/test_best_tree.py::test_the_schedule_for_experts_begins_with_nothing",
+        ),
     ),
     Row(
         ("W8A8 models",),
@@ -420,6 +428,7 @@ FEATURES = (
         ),
     ),
     Row(
+<<<<<<< HEAD
         ("combined targets: mixtures, geometric means, contrastive decoding",),
         "works",
         '`target_distribution`, of a target and a draft model, with numbers or `"off"` per '
@@ -435,6 +444,32 @@ FEATURES = (
             "engine/test_combined_targets.py::test_a_seeds_text_with_and_without_trees",
             "integration/test_parallel.py::test_tensor_parallelism_of_a_combined_target",
             "test_config.py::test_another_package_adds_target_distributions",
+=======
+        ("the target's own first layers as the draft (`early_exit`)",),
+        "works",
+        "for dense targets whose layers vLLM can cut; with every rule, schedules, prefix caching, "
+        "compilation and CUDA graphs; refused with LoRA, with experts and in the Transformers "
+        "backend ([early exits](early-exit.md))",
+        (
+            "engine/test_early_exit.py::test_nothing_below_the_roots_is_written",
+            "engine/test_early_exit.py::test_rows_and_distribution",
+            "engine/test_early_exit.py::test_families",
+            "engine/test_early_exit.py::test_refusals",
+            "engine/test_early_exit.py::test_targets_that_are_not_cut",
+            "engine/test_cuda_path.py::test_the_targets_first_layers_through_graphs",
+        ),
+    ),
+    Row(
+        ("a draft that is cut at a depth (`draft_layers`)",),
+        "works",
+        "without weights and KV cache for the layers above; for drafts whose layers vLLM can cut "
+        "([nested drafts](nested-drafts.md))",
+        (
+            "engine/test_nested_drafts.py::test_rows_cache_and_distribution",
+            "engine/test_nested_drafts.py::test_auto_is_what_was_measured_for_the_target",
+            "engine/test_nested_drafts.py::test_compiled_code_of_another_depth_is_not_taken",
+            "engine/test_nested_drafts.py::test_refusals",
+>>>>>>> g15b
         ),
     ),
     Row(

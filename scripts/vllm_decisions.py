@@ -51,6 +51,10 @@ DECISIONS: dict[str, dict[str, str]] = {
         # what is written so that it holds for both
         f"{_SPECULATOR}.max_model_len": _MAX_MODEL_LEN,
         f"{_SPECULATOR}.__init__": _MAX_MODEL_LEN,
+        "vllm.compilation.wrapper.TorchCompileWithNoGuardsWrapper.__init__": (
+            "a model may forbid code that is compiled ahead of time; a copy of the model, which is "
+            "compiled once more for an early exit, forbids what the model does"
+        ),
         "vllm.v1.worker.gpu_worker.Worker.__init__": (
             "refuses the V2 runner without Triton, as the configuration did before: "
             "`SpecHubCPUWorker` does not tell it"

@@ -51,6 +51,7 @@ PRIVATE = {
     "_masked_reasoning_ends": "vllm.v1.structured_output.StructuredOutputManager",
     "_make": "",  # a named tuple's, as the next
     "_replace": "",
+    "_modules": "",  # of PyTorch's modules
     "_last_mapping": "vllm.lora.model_manager.LoRAModelManager",
     "_run_model": "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator.StandaloneARSpeculator",
     "_v_scale": "vllm.v1.attention.backend.AttentionLayer",

@@ -523,21 +523,32 @@ def test_registry_names_what_it_has():
 TWO_RANGES = [[1, 4, "chain:2"], [5, None, None]]
 
 
+NONE = (2**31 - 1, 0)
+"""How a range without an end ends, and the number of nodes of no tree."""
+
+
 @pytest.mark.parametrize(
-    ("spec", "ranks", "ranges"),
+    ("spec", "ranks", "experts", "ranges"),
     [
-        ({}, 1, [(1, 8, 14), (9, 20, 6), (21, 128, 2), (129, 2**31 - 1, 0)]),
-        ({}, 2, None),  # vLLM does not vary the number of drafted tokens
-        ({"tree": "binary:3"}, 1, None),
-        ({"tree_by_batch_size": TWO_RANGES}, 1, [(1, 4, 2), (5, 2**31 - 1, 0)]),
+        ({}, 1, (0, 0), [(1, 8, 14), (9, 20, 6), (21, 128, 2), (129, 2**31 - 1, 0)]),
+        # for few requests a tree reads more experts than it is worth
+        ({}, 1, (128, 8), [(1, 7, 0), (8, 144, 14), (145, 300, 6), (301, 1113, 2), (1114, *NONE)]),
+        ({}, 2, (0, 0), None),  # vLLM does not vary the number of drafted tokens
+        ({"tree": "binary:3"}, 1, (128, 8), None),
+        ({"tree_by_batch_size": TWO_RANGES}, 1, (128, 8), [(1, 4, 2), (5, *NONE)]),
     ],
 )
-def test_the_default_on_cuda_follows_the_load(monkeypatch, spec, ranks, ranges):
+def test_the_default_on_cuda_follows_the_load(monkeypatch, spec, ranks, experts, ranges):
     """A tree that is named is drafted for every load."""
     given = Options.model_validate({"method": "spechub", "model": DRAFT} | spec)
     monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
     parallel = ParallelConfig(data_parallel_size=ranks)
-    schedule = schedule_of(given, SimpleNamespace(model=TARGET), parallel)
+    target = SimpleNamespace(
+        model=TARGET,
+        get_num_experts=lambda: experts[0],
+        get_num_experts_per_tok=lambda: experts[1],
+    )
+    schedule = schedule_of(given, target, parallel)
     assert schedule.nodes_by_batch_size() == ranges
     if ranges is None:
         assert str(schedule.trees[0]) == "binary:3"

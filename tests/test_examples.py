@@ -8,7 +8,7 @@ import pytest
 
 from helpers import multimodal
 from helpers.engines import engine, greedy_params, settled_heap
-from helpers.pair import DRAFT, PAIR, ROOT
+from helpers.pair import DRAFT, EXIT_TARGET, PAIR, ROOT, TARGET
 
 
 @pytest.fixture
@@ -53,11 +53,14 @@ def test_contrastive_decoding(run, capsys):
     assert 1.5 < tokens_per_tree(said.splitlines()[-1]) < 6
 
 
-def test_eagle_head(run, capsys):
-    prompts = run("eagle_head.py")["PROMPTS"]
+@pytest.mark.parametrize(
+    ("name", "target"), [("eagle_head.py", TARGET), ("early_exit.py", EXIT_TARGET)]
+)
+def test_drafts_of_other_kinds(run, capsys, name, target):
+    prompts = run(name)["PROMPTS"]
     said = capsys.readouterr().out
     assert 2 < tokens_per_tree(said.splitlines()[-1]) < 6
-    with engine() as llm:
+    with engine(model=target) as llm:
         for request in llm.generate(prompts, greedy_params(64), use_tqdm=False):
             assert request.prompt + request.outputs[0].text in said
 

@@ -208,6 +208,18 @@ def shape(
         bool,
         typer.Option("--levels", help="Choose widths of levels, which each step makes a tree of."),
     ] = False,
+    step_cost: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="ROWS=COST: a step's duration with so many rows per request, which are the root "
+            "and the nodes; repeatable, linear in between.",
+            show_default="nodes cost nothing",
+        ),
+    ] = None,
+    level_cost: Annotated[
+        float,
+        typer.Option(min=0.0, help="The duration of drafting one level, in the unit of COST."),
+    ] = 0.0,
     texts: Texts = 10,
     tokens: Tokens = 48,
     seed: Seed = 0,
@@ -225,11 +237,13 @@ def shape(
     """Print the best tree for a pair of models, as JSON for the option "tree".
 
     The command measures how often the child in each slot is accepted, averaged over the
-    temperatures, finds the tree that emits the most tokens per step at these rates, and simulates
-    it on new texts. With --levels it simulates several widths of levels, and prints the best.
+    temperatures, finds the tree that emits the most tokens per step at these rates, or per unit of
+    time at the costs that you give, and simulates it on new texts. With --levels it simulates
+    several widths of levels, and prints the best.
     """
     with one_line_errors(notes):
         preflight.check_modules("transformers")
+        step_cost_of = preflight.parse_costs("--step-cost", step_cost or ["1=1"])
         if rates_file is not None:
             preflight.check_output_file("--rates", rates_file)
         sources = _sources(target, draft, engine)
@@ -239,8 +253,11 @@ def shape(
         from vllm_spechub.offline.simulation import study
         from vllm_spechub.offline.simulation.drafts import Variant
         from vllm_spechub.rules.base import check_rule
-        from vllm_spechub.trees.best_tree import average_rates, best_shape
-        from vllm_spechub.trees.level_tree import LevelTree, width_candidates
+        from vllm_spechub.trees.best_tree import average_rates, fastest_shape
+        from vllm_spechub.trees.level_tree import width_candidates
+
+        def duration(tree: "Tree") -> float:
+            return step_cost_of(1 + tree.num_nodes) + level_cost * tree.depth
 
         candidates = width_candidates(nodes, depth) if levels else []
         check_rule(variant.rule, variant.sharpening, candidates)
@@ -257,9 +274,19 @@ def shape(
                 for t in temperature
             }
             average = {v: average_rates([table[v] for table in rates.values()]) for v in rated}
-            trees = [best_shape(by_slot, nodes, depth).tree for by_slot in average.values()]
+            trees = [
+                fastest_shape(by_slot, nodes, depth, step_cost_of, level_cost).tree
+                for by_slot in average.values()
+            ]
             tree, tokens_per_step = study.pick_tree(
-                pair, encoded, variant, candidates or trees, temperature, sampling, advance
+                pair,
+                encoded,
+                variant,
+                candidates or trees,
+                temperature,
+                sampling,
+                advance,
+                duration,
             )
         if rates_file is not None:
             settings = _settings(sources, encoded, sampling, depth)
@@ -362,7 +389,7 @@ def tune(
             max=MAX_NODES,
             help="A number of drafted nodes to try; repeatable.",
         ),
-    ] = [2, 4, 8, 16, 32],
+    ] = [1, 2, 4, 8, 16, 32],
     chain: Annotated[
         list[int],
         typer.Option("--chain", "-K", min=1, help="A length of vLLM's chain to try; repeatable."),
@@ -373,6 +400,13 @@ def tune(
             "--batch", "-b", min=1, help="A number of running requests to try; repeatable."
         ),
     ] = [1, 2, 4, 8, 16, 32, 64],
+    draft_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of the draft's first layers to choose from, such as 3,6,12.",
+            show_default="all layers",
+        ),
+    ] = None,
     texts: Texts = 10,
     tokens: Annotated[int, typer.Option(min=4, help="Tokens per text and per request.")] = 64,
     repetitions: Annotated[int, typer.Option(min=1, help="Repetitions per measurement.")] = 3,
@@ -393,11 +427,15 @@ def tune(
     with one_line_errors(notes):
         preflight.check_modules("transformers", PLOT_MODULE)
         preflight.check_output_file("--out", out)
+        from vllm_spechub.drafts.kinds import MODEL
         from vllm_spechub.drafts.sources import Sources
+        from vllm_spechub.measure.benchmark.methods import proposer_of
         from vllm_spechub.offline.heads import needs_engine
 
         sources = Sources(target, draft, preflight.parse_engine_options("--engine", engine))
         preflight.check_pair(sources, "--draft", in_engines=True)
+        proposer = proposer_of(sources)
+        depths = preflight.parse_layers("--draft-layers", draft_layers, sources, proposer != MODEL)
         rules = _parse_tree_rules(rule)
         if len(rules) > 1 and needs_engine(sources):
             if rule is not None:
@@ -407,7 +445,6 @@ def tune(
                 )
             rules = (DEFAULT_RULE,)
         from vllm_spechub.measure.benchmark.machine import provenance
-        from vllm_spechub.measure.benchmark.methods import proposer_of
         from vllm_spechub.measure.benchmark.report import write_csv
         from vllm_spechub.measure.tuning import report
         from vllm_spechub.measure.tuning.request import TuningRequest
@@ -416,34 +453,48 @@ def tune(
         from vllm_spechub.trees import measured_schedule
 
         preflight.check_output_folder("VLLM_CACHE_ROOT:", measured_schedule.folder())
-        request = TuningRequest(
-            sources,
-            prompts,
-            limit,
-            rules,
-            temperature,
-            _ascending(nodes),
-            _ascending(chain),
-            _ascending(batch),
-            texts,
-            tokens,
-            repetitions,
-        )
         about = provenance()
-        state = State.load(out.with_suffix(".state.json"), request.settings)
-        try:
-            tuned = Tuning(request, state, resident, notes).run()
-        except KeyboardInterrupt:
-            notes.print(f"stopped; the same command continues from {state.path}")
-            raise typer.Exit(130) from None
+        results = []
+        for layers in depths:
+            request = TuningRequest(
+                sources,
+                prompts,
+                limit,
+                rules,
+                temperature,
+                _ascending(nodes),
+                _ascending(chain),
+                _ascending(batch),
+                texts,
+                tokens,
+                repetitions,
+                layers,
+            )
+            suffix = ".state.json" if layers is None else f".state-{layers}.json"
+            state = State.load(out.with_suffix(suffix), request.settings)
+            try:
+                tuned = Tuning(request, state, resident, notes).run()
+            except KeyboardInterrupt:
+                notes.print(f"stopped; the same command continues from {state.path}")
+                raise typer.Exit(130) from None
+            if layers is not None:
+                output.print(f"{layers} layers: {tuned.mean_gain:.2f} times plain vLLM on average")
+            results.append((tuned, state, request))
+        tuned, state, request = max(results, key=lambda result: result[0].mean_gain)
+        own = request.proposer_options
         output.print(report.table(tuned))
         write_csv(list(state.rows.values()), out.with_suffix(".csv"), about)
-        proposer = proposer_of(sources)
-        kept = measured_schedule.keep(target, draft, proposer, tuned.rule, tuned.schedule)
+        for each, _, of_depth in results:
+            measured_schedule.keep(
+                target, draft, proposer, each.rule, each.schedule, of_depth.proposer_options
+            )
+        if request.draft_layers is not None:
+            measured_schedule.keep_layers(target, draft, request.draft_layers)
         if tuned.speculates:
-            config = json.dumps(report.speculative_config(tuned, draft), indent=1)
+            config = json.dumps(report.speculative_config(tuned, draft, own), indent=1)
             out.write_text(config + "\n", encoding="utf-8")
-            notes.print(f'written to {out}; "tree_by_batch_size": "auto" reads {kept}')
+            kept = measured_schedule.folder()
+            notes.print(f'written to {out}; "tree_by_batch_size": "auto" reads it from {kept}')
         else:
             notes.print("no tree was faster than plain vLLM here: leave speculation off")
         report.plot(tuned, out.with_suffix(".png"))

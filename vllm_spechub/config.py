@@ -17,10 +17,11 @@ from vllm.config.utils import config
 from vllm_spechub.drafts.kinds import MODEL, MTP, proposer_for
 from vllm_spechub.registry import METHOD, PROPOSERS, RULES
 from vllm_spechub.targets.base import OPTION, TargetDistribution, parse_target
-from vllm_spechub.trees.best_tree import parse_tree
+from vllm_spechub.trees.best_tree import parse_tree, shipped_rates
+from vllm_spechub.trees.expert_cost import schedule_for_experts
 from vllm_spechub.trees.level_tree import LevelTree
 from vllm_spechub.trees.measured_schedule import measured_schedule
-from vllm_spechub.trees.schedule import TreeSchedule
+from vllm_spechub.trees.schedule import BatchRange, TreeSchedule
 from vllm_spechub.trees.tree import TokenTree, Tree
 from vllm_spechub.trees.validation import one_line
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
@@ -35,10 +36,26 @@ DEFAULT_SCHEDULE_ON_CUDA = (
     (21, 128, "chain:2"),
     (129, None, None),
 )
-"""What is drafted on CUDA unless the user says otherwise. Up to 8 requests a step mostly reads
-weights, and nodes are nearly free; from there on they cost arithmetic. The bounds are an estimate
-for a target of 8B parameters on an H100 (docs/benchmarks.md); `vllm-spechub tune` measures them."""
+"""What is drafted on CUDA for a dense target unless the user says otherwise. Up to 8 requests a
+step mostly reads weights, and nodes are nearly free; from there on they cost arithmetic. The bounds
+are an estimate for a target of 8B parameters on an H100 (docs/benchmarks.md); `vllm-spechub tune`
+measures them."""
 AUTO = "auto"
+
+
+def default_schedule_on_cuda(experts: int, chosen: int) -> TreeSchedule:
+    """What is drafted on CUDA unless the user says otherwise.
+
+    Args:
+        experts: of a layer of the target, 0 if it has none.
+        chosen: how many of them a token chooses, 0 if that is not known.
+    """
+    schedule = TreeSchedule.parse(DEFAULT_SCHEDULE_ON_CUDA, DEFAULT_RULE)
+    if not experts or not chosen:
+        return schedule
+    ranges = schedule_for_experts(experts, chosen, schedule.trees, shipped_rates(DEFAULT_RULE))
+    return TreeSchedule(tuple(BatchRange(*each) for each in ranges))
+
 
 HINTS = {
     "num_speculative_tokens": (
@@ -201,7 +218,8 @@ def create_config(
     given = _validate(options, declared)
     proposer = PROPOSERS.load(given.proposer)
     proposer.check_options(options, target_model_config)
-    schedule = _schedule(given, target_model_config, target_parallel_config)
+    own = proposer.own_options(options, target_model_config)
+    schedule = _schedule(given, own, target_model_config, target_parallel_config)
     try:
         spechub = SpecHubConfig(
             method=proposer.vllm_method,
@@ -209,13 +227,14 @@ def create_config(
             verification=given.verification,
             sharpening=given.sharpening,
             proposer=given.proposer,
-            proposer_options={key: options[key] for key in declared if key in options},
+            proposer_options=own,
             target_distribution=given.target_distribution,
             num_speculative_tokens=schedule.trees[0].num_nodes,
             num_speculative_tokens_per_batch_size=schedule.nodes_by_batch_size(),
             target_model_config=target_model_config,
             target_parallel_config=target_parallel_config,
-            **{key: getattr(given, key) for key in VLLM_KEYS},
+            **{key: getattr(given, key) for key in VLLM_KEYS}
+            | proposer.vllm_options(target_model_config),
         )
     except ValidationError as error:
         raise ValueError(one_line(error, _describe).splitlines()[0]) from error
@@ -280,6 +299,7 @@ def _describe(where: tuple[int | str, ...]) -> tuple[str, str | None]:
 
 def _schedule(
     given: Options,
+    own_options: dict[str, Any],
     target_model_config: "ModelConfig",
     target_parallel_config: "ParallelConfig",
 ) -> TreeSchedule:
@@ -289,7 +309,9 @@ def _schedule(
         # vLLM does not vary the number of drafted tokens with data parallelism.
         varies = current_platform.is_cuda() and target_parallel_config.data_parallel_size == 1
         if varies and "tree" not in given.model_fields_set:
-            return TreeSchedule.parse(DEFAULT_SCHEDULE_ON_CUDA, given.verification)
+            return default_schedule_on_cuda(
+                target_model_config.get_num_experts(), target_model_config.get_num_experts_per_tok()
+            )
         return TreeSchedule.constant(given.tree)
     if isinstance(given.tree_by_batch_size, TreeSchedule):
         return given.tree_by_batch_size
@@ -297,7 +319,7 @@ def _schedule(
     try:
         # a target's own MTP layer is measured as a draft in the target's folder
         draft = given.model or (target if given.proposer == MTP else None)
-        measured = measured_schedule(target, draft, given.proposer, rule)
+        measured = measured_schedule(target, draft, given.proposer, rule, own_options)
         return TreeSchedule.parse(measured, rule)
     except ValueError as error:
         raise ValueError(f"speculative_config['tree_by_batch_size']: {error}") from None

@@ -79,6 +79,7 @@ PROPOSERS = Registry(
     "proposer",
     {
         "draft_model": "vllm_spechub.proposers.draft_model:DraftModelProposer",
+        "early_exit": "vllm_spechub.proposers.early_exit:EarlyExitProposer",
         "eagle": "vllm_spechub.proposers.heads:EagleProposer",
         "eagle3": "vllm_spechub.proposers.heads:Eagle3Proposer",
         "mtp": "vllm_spechub.proposers.heads:MTPProposer",

@@ -8,7 +8,7 @@ from vllm.platforms.cpu import CpuPlatform
 
 from helpers.engines import engine, model_runner, plain_greedy, token_ids
 from helpers.metrics import spec_metrics
-from helpers.pair import PROMPTS
+from helpers.pair import EXIT_TARGET, PROMPTS
 from helpers.schedules import params
 from vllm_spechub.proposers import base
 from vllm_spechub.proposers.draft_model import DraftModelProposer
@@ -82,6 +82,25 @@ def test_vllms_ranges_of_compiled_widths(compiled, widths):
         tokens = torch.zeros(BUDGET + 3, dtype=torch.int32)
         with pytest.raises(AssertionError, match="out of considered ranges"):
             run_model(tokens, tokens.long(), None, None, None)
+
+
+def test_the_targets_first_layers_are_compiled_by_themselves(compiled):
+    """Not with the code of the whole target, which is of the same class."""
+    spec, requests = {"proposer": "early_exit", "exit_layer": 2}, params()[:3]
+    answers = []
+    for eager in (False, True):
+        options = {"model": EXIT_TARGET, "draft": None, "spec": spec, "enforce_eager": eager}
+        with engine("binary:2", **options) as llm:
+            outputs = llm.generate(PROMPTS[:3], requests, use_tqdm=False)
+            answers.append((token_ids(outputs), spec_metrics(llm)["num_accepted_tokens"]))
+            runner = model_runner(llm)
+            target, early = runner.model.model, runner.speculator.model.model
+            assert early.end_layer == 2 < target.end_layer == 8
+            if not eager:
+                assert target.compiled
+                assert early.compiled
+                assert early._compiled_callable is not target._compiled_callable
+    assert answers[0] == answers[1]
 
 
 def test_requests_that_are_drafted_part_by_part(monkeypatch):

@@ -8,15 +8,18 @@ from scipy.stats import chisquare
 from vllm import SamplingParams
 
 from helpers.oracle import processed_row, reference_model, resolved
+from helpers.pair import TARGET
 
 SAMPLES = 3000
 LENGTHS = (2, 3, 4)  # the first token comes from the prompt's step, the others from trees
 
 
-def next_token(prompt: list[int], prefixes: list, params: SamplingParams) -> torch.Tensor:
-    """The target's exact distribution after each prefix. [num_prefixes, vocab_size]"""
+def next_token(
+    prompt: list[int], prefixes: list, params: SamplingParams, model: str = TARGET
+) -> torch.Tensor:
+    """A target's exact distribution after each prefix. [num_prefixes, vocab_size]"""
     rows = torch.tensor([[*prompt, *prefix] for prefix in prefixes])
-    logits = reference_model()(input_ids=rows).logits[:, -1].double()
+    logits = reference_model(model)(input_ids=rows).logits[:, -1].double()
     processed = [
         processed_row(row, prompt, list(prefix), params)
         for row, prefix in zip(logits, prefixes, strict=True)

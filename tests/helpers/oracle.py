@@ -6,6 +6,7 @@ state. With the target in transformers it also decides whether plain decoding co
 answer.
 """
 
+from copy import deepcopy
 from functools import cache
 
 import numpy as np
@@ -28,6 +29,20 @@ def reference_model(model: str = TARGET):
         model, dtype=torch.float32, attn_implementation="eager"
     )
     return loaded.eval().requires_grad_(False)
+
+
+@cache
+def reference_exit(model: str, layers: int):
+    """A model's first layers, with its own norm and output matrix, in transformers."""
+    cut = deepcopy(reference_model(model))
+    inner = next(
+        part
+        for part in cut.modules()
+        if isinstance(getattr(part, "layers", None), torch.nn.ModuleList)
+    )
+    inner.layers = inner.layers[:layers]
+    cut.config.num_hidden_layers = inner.config.num_hidden_layers = layers
+    return cut
 
 
 @cache

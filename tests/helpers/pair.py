@@ -8,6 +8,7 @@ SCRIPTS = ROOT / "scripts"
 PAIR = SCRIPTS / "demo_pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
 EAGLE3 = str(PAIR / "eagle3")
+EXIT_TARGET, NESTED = str(PAIR / "exit_target"), str(PAIR / "nested")
 
 PROMPTS = [
     "def parse_header(line):\n",

@@ -26,6 +26,7 @@ from vllm_spechub.measure import preflight
 from vllm_spechub.measure.benchmark import interleaved
 from vllm_spechub.measure.benchmark.interleaved import Failure, Row
 from vllm_spechub.measure.benchmark.methods import chain_config
+from vllm_spechub.measure.preflight import parse_costs
 from vllm_spechub.measure.tuning import rates
 from vllm_spechub.measure.tuning.request import TuningRequest
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
@@ -251,6 +252,17 @@ def test_sharpening_is_a_number(arguments, sharpening):
         [*arguments, "--rule", f"ordered@{sharpening}"],
         f"--rule: 'ordered@{sharpening}': sharpening is {sharpening!r}, allowed: RULE@SHARPENING",
     )
+
+
+@pytest.mark.parametrize("costs", [["4"], ["0=1"], ["2=x"], ["2=-1"], ["2=1", "2=3"]])
+def test_costs_are_pairs_of_numbers(costs):
+    options = [part for cost in costs for part in ("--step-cost", cost)]
+    assert_refused([*SHAPE, *options], f"--step-cost is {costs[-1]!r}, allowed: ROWS=COST")
+
+
+def test_costs_are_linear_in_between():
+    cost = parse_costs("--step-cost", ["5=3", "1=1", "9=4"])
+    assert [cost(rows) for rows in (1, 2, 3, 5, 7, 9, 40)] == [1, 1.5, 2, 3, 3.5, 4, 4]
 
 
 @pytest.mark.parametrize("arguments", [TUNE, BENCH_E2E], ids=lambda a: a[0])

@@ -3,6 +3,7 @@
 
 import json
 from collections import deque
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -13,7 +14,7 @@ from vllm.plugins import load_general_plugins
 from helpers.engines import engine
 from helpers.metrics import spec_metrics
 from helpers.oracle import tokens_of
-from helpers.pair import DRAFT, EAGLE3, PAIR, PROMPTS, TARGET
+from helpers.pair import DRAFT, EAGLE3, NESTED, PAIR, PROMPTS, TARGET
 from vllm_spechub.cli import app
 from vllm_spechub.drafts.kinds import MODEL
 from vllm_spechub.drafts.sources import Sources
@@ -30,6 +31,7 @@ from vllm_spechub.measure.tuning.choose import (
     choose,
     curve,
     draft_costs,
+    measured_prices,
 )
 from vllm_spechub.measure.tuning.request import TuningRequest
 from vllm_spechub.measure.tuning.run import Tuned, tree_spec
@@ -84,6 +86,36 @@ def test_candidates_differ_in_their_number_of_nodes():
     sizes = [tree.num_nodes for tree in trees]
     assert len(trees) > 3
     assert len(set(sizes)) == len(sizes)
+
+
+def test_nodes_and_levels_are_priced_apart():
+    """Where nodes cost time, a chain makes levels look dear, and the candidates too flat."""
+    specs = ("chain:1", "kary:4:1", "binary:2", "binary:3")
+    trees = {spec: TokenTree.parse(spec) for spec in specs}
+    curves = {
+        spec: at(2.0, b1=1.3 + 0.02 * tree.depth + 0.1 * tree.num_nodes, b8=1.0 + 0.05 * tree.depth)
+        for spec, tree in trees.items()
+    }
+    prices = measured_prices(trees, curves)
+    assert prices[1] == pytest.approx((0.02, 0.1))
+    assert prices[8] == pytest.approx((0.05, 0.0))
+    too_few = {spec: curves[spec] for spec in specs[:2]}
+    assert measured_prices(trees, too_few) == {}
+
+    flat = candidate_trees(RATES, [8], [0.12])  # the slope of chains
+    (deeper,) = candidate_trees(RATES, [8], [prices[1].level], flat)
+    assert deeper.depth > flat[0].depth
+    assert deeper.num_nodes != flat[0].num_nodes  # as a schedule needs it
+    assert candidate_trees(RATES, [8], [0.12], flat) == []
+
+
+def test_a_mixture_of_experts_drafts_nothing_for_few_requests():
+    curves = {"chain": at(1.6, b1=1.8, b8=1.5, b64=1.1), "wide": at(2.8, b1=4.0, b8=2.9, b64=1.2)}
+    (nothing, *_, wide, end) = choose(curves, 64)
+    assert nothing[0] == 1
+    assert nothing[2] is None
+    assert wide[1:] == (64, "wide")
+    assert end == (65, None, None)
 
 
 def at(tokens_per_step, **step_time):
@@ -356,3 +388,39 @@ def test_tune_from_end_to_end(draft, kind, fake, monkeypatch, tmp_path):
     assert isinstance(CliRunner().invoke(app, arguments).exception, TypeError)
     assert json.loads(out.read_text()) == config
     assert "method,temperature," in out.with_suffix(".csv").read_text()
+
+
+def test_tune_chooses_a_depth_of_the_draft(fake, monkeypatch, tmp_path):
+    """Acceptance and engines are made up: after six layers a step is faster."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    by_children = {"1": [0.6], "2": [0.6, 0.2], "3": [0.6, 0.2, 0.1], "4": [0.6, 0.2, 0.1, 0.0]}
+    measured, start, call = [], fake.__init__, fake.call
+
+    def measure(request, progress):
+        measured.append(request.draft_layers)
+        return rates.Measurement({"ordered": by_children}, {"ordered": 2.0})
+
+    def keep_depth(self, options, log):
+        start(self, options, log)
+        self.layers = (options["speculative_config"] or {}).get("draft_layers")
+
+    def slower(self, *arguments):
+        found = call(self, *arguments)
+        return replace(found, seconds=found.seconds * (1.5 if self.layers == 12 else 1))
+
+    monkeypatch.setattr(rates, "measure", measure)
+    monkeypatch.setattr(fake, "__init__", keep_depth)
+    monkeypatch.setattr(fake, "call", slower)
+    out = tmp_path / "tuned.json"
+    arguments = ["tune", TARGET, "--draft", NESTED, "--prompts", str(PAIR / "prompts.jsonl")]
+    arguments += ["--limit", "1", "-n", "2", "-K", "1", "-b", "1", "-b", "4", "--repetitions", "1"]
+    arguments += ["--rule", "ordered", "--draft-layers", "12,6", "--out", str(out)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert measured == [6, 12]
+    config = json.loads(out.read_text())
+    assert config["draft_layers"] == store.measured_layers(TARGET, NESTED) == 6
+    of_depth = TARGET, NESTED, MODEL, "ordered", {"draft_layers": 6}
+    assert config["tree_by_batch_size"] == store.measured_schedule(*of_depth)
+    refused = CliRunner().invoke(app, [*arguments[:-4], "--draft-layers", "6,13"])
+    assert "--draft-layers is '6,13', allowed: numbers from 1 to 12" in refused.output

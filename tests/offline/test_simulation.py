@@ -269,6 +269,9 @@ def test_shape_prints_a_tree(folders, tmp_path):
     assert [len(slots) for slots in shipped["rrs"]["1"].values()] == [1, 2, 3, 4]
     # the same tree, whatever else is measured
     assert run("shape", folders, options).stdout == done.stdout
+    # rows that cost as much as the first
+    costs = " --step-cost 1=1 --step-cost 10=9"
+    assert json.loads(run("shape", folders, options + costs).stdout) == [0]
 
 
 @pytest.mark.parametrize("padded", ["target", "draft"])

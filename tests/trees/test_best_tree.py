@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_spechub.trees import best_tree
-from vllm_spechub.trees.best_tree import best_shape, parse_tree, shipped_rates
+from vllm_spechub.trees.best_tree import best_shape, fastest_shape, parse_tree, shipped_rates
+from vllm_spechub.trees.expert_cost import (
+    experts_read,
+    schedule_for_experts,
+    step_cost,
+    tokens_per_step,
+)
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 
@@ -199,3 +205,53 @@ def test_auto_of_a_few_nodes():
 def test_bad_specs(spec, rule, message):
     with pytest.raises(ValueError, match=message):
         parse_tree(spec, rule)
+
+
+def test_the_fastest_tree_at_given_costs():
+    rates = shipped_rates("traversal")
+    free = fastest_shape(rates, 15, 5, lambda rows: 1.0, 0.0)
+    assert free == best_shape(rates, 15, 5)
+    assert fastest_shape(rates, 15, 5, lambda rows: 1.0, 0.5).tree.depth < free.tree.depth
+    # as on a mixture of experts with one request: every row costs nearly as much as the first
+    few = fastest_shape(rates, 15, 5, lambda rows: 0.4 + 0.6 * rows, 0.0)
+    assert few.tree.num_nodes == 1
+    # once all experts are read, further nodes are free
+    full = fastest_shape(rates, 15, 5, lambda rows: min(1 + rows, 4.0), 0.0)
+    assert full.tree.num_nodes == 15
+
+
+@settings(max_examples=20, deadline=None)
+@given(tables, st.integers(1, 6), st.floats(0, 1))
+def test_no_tree_is_faster(rates, nodes, cost):
+    """Against the best trees of every size and depth."""
+
+    def speed(shape):
+        return (1 + shape.accepted) / (1 + cost * shape.tree.num_nodes + 0.1 * shape.tree.depth)
+
+    found = fastest_shape(rates, nodes, nodes, lambda rows: 1 + cost * (rows - 1), 0.1)
+    all_best = [best_shape(rates, n, d) for n in range(1, nodes + 1) for d in range(1, n + 1)]
+    assert speed(found) == pytest.approx(max(map(speed, all_best)))
+    assert tokens_per_step(found.tree, rates) == pytest.approx(1 + found.accepted)
+
+
+def test_what_rows_of_a_mixture_of_experts_read():
+    # by hand: two rows that choose 1 of 2 experts choose the same one in half of all cases
+    assert experts_read(2, 1, 2) == pytest.approx(1.5)
+    assert [experts_read(8, 2, rows) for rows in (1, 10_000)] == pytest.approx([2, 8])
+    assert step_cost(8, 2, 1) == pytest.approx(1)
+    # reading everything once, then arithmetic
+    assert step_cost(8, 2, 100) == pytest.approx(0.25 + 0.75 * 4)
+    assert step_cost(8, 2, 1500) == pytest.approx(10)
+
+
+def test_the_schedule_for_experts_begins_with_nothing():
+    rates = shipped_rates("traversal")
+    trees = [TokenTree.parse(spec) for spec in ("binary:3", "chain:2")]
+    begins = []
+    for experts, chosen in ((8, 2), (128, 8), (256, 8)):
+        ranges = schedule_for_experts(experts, chosen, trees, rates)
+        assert [tree for *_, tree in ranges] == [None, *trees, None]
+        assert [first for first, *_ in ranges[1:]] == [last + 1 for _, last, _ in ranges[:-1]]
+        assert ranges[-1][1] is None
+        begins.append(ranges[1][0])
+    assert begins == sorted(begins)  # the sparser, the later

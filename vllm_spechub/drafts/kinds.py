@@ -20,6 +20,8 @@ from vllm.transformers_utils.config import get_config
 
 MODEL = "draft_model"
 """The proposer for models that run by themselves."""
+EARLY_EXIT = "early_exit"
+"""The proposer for the target's own first layers."""
 EAGLE, EAGLE3, MTP = "eagle", "eagle3", "mtp"
 """The proposers for heads, which are named as vLLM's methods are."""
 FUSING_LAYERS = frozenset({"fc.weight", "model.fc.weight"})

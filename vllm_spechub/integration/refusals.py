@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_spechub.config import spechub_config
+from vllm_spechub.drafts.kinds import EARLY_EXIT
 from vllm_spechub.engine.platform import Platform
 from vllm_spechub.integration import versions
 
@@ -141,6 +142,11 @@ def engine_refusals(vllm_config: "VllmConfig", platform: Platform) -> Iterator[t
             dtype not in (None, *KV_CACHE_DTYPES),
             f"{where}={dtype!r} is not supported, allowed: {', '.join(KV_CACHE_DTYPES)}",
         )
+    yield (
+        vllm_config.lora_config is not None and spechub.proposer == EARLY_EXIT,
+        "enable_lora with proposer 'early_exit' is not supported: adapters are mapped to the "
+        "target's rows, which are not the draft's; name a draft as speculative_config['model']",
+    )
     yield cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill is not supported; turn it off"
     yield (
         attention not in backends,

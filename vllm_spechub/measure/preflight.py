@@ -8,7 +8,8 @@ import inspect
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from importlib import import_module
@@ -220,3 +221,61 @@ def parse_source_options(option: str, text: str) -> dict[str, Any]:
             f"{option} has {key!r}, allowed here, where no engine runs: {', '.join(OPTIONS)}"
         )
     return options
+
+
+def parse_costs(option: str, texts: Sequence[str]) -> Callable[[int], float]:
+    """The duration of a step by its number of rows, from `ROWS=COST` each: linear in between, and
+    constant outside.
+
+    Raises:
+        ValueError: not such a pair, or two for the same number of rows.
+    """
+    costs: dict[int, float] = {}
+    for text in texts:
+        rows, _, duration = text.partition("=")
+        try:
+            number, value = int(rows), float(duration)
+        except ValueError:
+            number = value = 0
+        if number < 1 or not 0 < value < float("inf") or number in costs:
+            raise ValueError(
+                f"{option} is {text!r}, allowed: ROWS=COST with different whole numbers from 1 and "
+                "costs above 0, such as 1=1 and 15=2.4"
+            )
+        costs[number] = value
+    known = sorted(costs)
+
+    def cost(rows: int) -> float:
+        place = bisect_left(known, rows)
+        if place in (0, len(known)):
+            return costs[known[min(place, len(known) - 1)]]
+        low, high = known[place - 1 : place + 1]
+        share = (rows - low) / (high - low)
+        return (1 - share) * costs[low] + share * costs[high]
+
+    return cost
+
+
+def parse_layers(
+    option: str, text: str | None, sources: Sources, is_head: bool
+) -> list[int | None]:
+    """Numbers of a draft's first layers, ascending; [None] for all layers, without the option.
+
+    Raises:
+        ValueError: not such numbers, or the draft is a head.
+    """
+    if text is None:
+        return [None]
+    if is_head:
+        raise ValueError(f"{option}: {sources.draft!r} is a head, which is not cut; leave it out")
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(sources.draft, **sources.draft_options)
+    most = config.get_text_config().num_hidden_layers
+    parts, layers = text.split(","), list[int | None]()
+    if not all(part.strip().isdecimal() and 1 <= int(part) <= most for part in parts):
+        raise ValueError(
+            f"{option} is {text!r}, allowed: numbers from 1 to {most}, such as 1,{most}"
+        )
+    layers += sorted({int(part) for part in parts})
+    return layers

@@ -215,6 +215,22 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
             raise ValueError(f"speculative_config['model']: there is no folder {model!r}")
 
     @classmethod
+    def own_options(
+        cls, options: dict[str, Any], target_model_config: ModelConfig
+    ) -> dict[str, Any]:
+        """Those of the user's options that the proposer declares itself, settled.
+
+        Raises:
+            ValueError: one line that names the key and what is needed.
+        """
+        return {key: options[key] for key in sorted(cls.options) if key in options}
+
+    @classmethod
+    def vllm_options(cls, target_model_config: ModelConfig) -> dict[str, Any]:
+        """Options of vLLM's own speculative configuration that the proposer sets itself."""
+        return {}
+
+    @classmethod
     def check_config(cls, config: SpecHubConfig) -> None:
         """Check the finished configuration, before any weights are loaded.
 

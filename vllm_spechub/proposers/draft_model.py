@@ -23,12 +23,17 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
-from vllm_spechub.config import SpecHubConfig
+from vllm_spechub.config import AUTO, SpecHubConfig
 from vllm_spechub.drafts.kinds import head_of, tensor_names
 from vllm_spechub.drafts.vocabulary import check_vocabularies, first_line
+from vllm_spechub.proposers import first_layers
 from vllm_spechub.proposers.base import DraftStep
 from vllm_spechub.proposers.model_proposer import ModelProposer
 from vllm_spechub.rules.draft_state import DraftLevel, DraftState
+from vllm_spechub.trees.measured_schedule import measured_layers
+
+DRAFT_LAYERS = "draft_layers"
+"""The option that cuts a draft after so many of its layers."""
 
 
 def _reads(draft: ModelConfig, length: int) -> bool:
@@ -54,9 +59,22 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     """
 
     captures_steps = True
+    options = frozenset({DRAFT_LAYERS})
 
     # whether a layer has a sliding window, so that vLLM may free its blocks after any step
     has_windows: bool
+
+    @classmethod
+    def own_options(
+        cls, options: dict[str, Any], target_model_config: ModelConfig
+    ) -> dict[str, Any]:
+        own = super().own_options(options, target_model_config)
+        if own.get(DRAFT_LAYERS) == AUTO:
+            try:
+                own[DRAFT_LAYERS] = measured_layers(target_model_config.model, options["model"])
+            except ValueError as error:
+                raise ValueError(f"speculative_config[{DRAFT_LAYERS!r}]: {error}") from None
+        return own
 
     @classmethod
     def check_config(cls, config: SpecHubConfig) -> None:
@@ -77,6 +95,9 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
             )
         # vLLM 0.33 would serve the target with a shorter context otherwise
         draft.max_model_len = max(draft.max_model_len, target.max_model_len)
+        layers = config.proposer_options.get(DRAFT_LAYERS)
+        if layers is not None:
+            first_layers.check_cut(DRAFT_LAYERS, layers, draft, 0)
         cls.check_tokenizers(draft, target)
 
     @staticmethod
@@ -116,8 +137,15 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
     ) -> torch.nn.Module:
+        layers = self.config.proposer_options.get(DRAFT_LAYERS)
         with self.own_sliding_window():
-            return super().load_draft_model(target_model, target_attn_layer_names)
+            if layers is None:
+                return super().load_draft_model(target_model, target_attn_layer_names)
+            self.draft_model_config = first_layers.marked(self.draft_model_config, layers)
+            with first_layers.built_with(layers):
+                model = super().load_draft_model(target_model, target_attn_layer_names)
+        first_layers.check_built(model, layers)
+        return model
 
     def set_attn(
         self,

@@ -8,7 +8,7 @@ the rates also depend on how many siblings there are, as SpecHub's do.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -66,17 +66,48 @@ def best_shape(rates: Rates, max_nodes: int, max_depth: int) -> Shape:
         >>> best_shape({1: [0.7], 2: [0.7, 0.2]}, max_nodes=4, max_depth=3).tree.parents
         (0, 0, 1, 3)
     """
-    if not 1 <= max_nodes <= MAX_NODES:
-        raise ValueError(f"max_nodes must be in 1..{MAX_NODES}, got {max_nodes}")
-    if not 1 <= max_depth <= MAX_NODES:
-        raise ValueError(f"max_depth must be in 1..{MAX_NODES}, got {max_depth}")
-    if not rates or any(
-        not 1 <= k <= MAX_CHILDREN or len(slots) != k or not all(0 <= r <= 1 for r in slots)
-        for k, slots in rates.items()
-    ):
-        raise ValueError(
-            f"rates must hold k acceptance rates in 0..1 for each k in 1..{MAX_CHILDREN}"
-        )
+    *_, of_all_levels = _best_nodes(rates, max_nodes, max_depth)
+    return _shape(of_all_levels[max_nodes])
+
+
+def fastest_shape(
+    rates: Rates,
+    max_nodes: int,
+    max_depth: int,
+    step_cost: Callable[[int], float],
+    level_cost: float,
+) -> Shape:
+    """Find the tree that emits the most tokens per unit of time.
+
+    Args:
+        rates: as `best_shape` takes them.
+        max_nodes: drafted nodes, 1 to 63.
+        max_depth: deepest level, from 1.
+        step_cost: the duration of a step of the target by its number of rows, which are the root
+            and the nodes. If a further node costs nothing, there are `max_nodes`.
+        level_cost: the duration of drafting one level.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    shapes = [
+        _shape(nodes[count])
+        for nodes in _best_nodes(rates, max_nodes, max_depth)
+        for count in range(1, max_nodes + 1)
+        if nodes[count].children or count == max_nodes
+    ]
+
+    def rate(shape: Shape) -> float:
+        duration = step_cost(1 + shape.tree.num_nodes) + level_cost * shape.tree.depth
+        return (1 + shape.accepted) / duration
+
+    return max(shapes, key=rate)
+
+
+def _best_nodes(rates: Rates, max_nodes: int, max_depth: int) -> Iterator[list[_Node]]:
+    """By dynamic programming, for each largest depth from 1 on: the best node with at most n
+    descendants, n from 0 to `max_nodes`."""
+    _check(rates, max_nodes, max_depth)
     leaf = _Node(0.0)
     # below[n]: the best node with at most n descendants, within the levels left
     below = [leaf] * (max_nodes + 1)
@@ -104,7 +135,11 @@ def best_shape(rates: Rates, max_nodes: int, max_depth: int) -> Shape:
             if best[n - 1].value >= best[n].value - 1e-12:
                 best[n] = best[n - 1]
         below = best
-    root = below[max_nodes]
+        yield below
+
+
+def _shape(root: _Node) -> Shape:
+    """The tree below a node that a search has found."""
     if not root.children:
         raise ValueError("rates are all 0: no draft is ever accepted")
     parents: list[int] = []
@@ -117,6 +152,21 @@ def best_shape(rates: Rates, max_nodes: int, max_depth: int) -> Shape:
                 following.append((len(parents), child))
         level = following
     return Shape(TokenTree(tuple(parents)), root.value)
+
+
+def _check(rates: Rates, max_nodes: int, max_depth: int) -> None:
+    """Raise `best_shape`'s ValueError if an argument is out of range."""
+    if not 1 <= max_nodes <= MAX_NODES:
+        raise ValueError(f"max_nodes must be in 1..{MAX_NODES}, got {max_nodes}")
+    if not 1 <= max_depth <= MAX_NODES:
+        raise ValueError(f"max_depth must be in 1..{MAX_NODES}, got {max_depth}")
+    if not rates or any(
+        not 1 <= k <= MAX_CHILDREN or len(slots) != k or not all(0 <= r <= 1 for r in slots)
+        for k, slots in rates.items()
+    ):
+        raise ValueError(
+            f"rates must hold k acceptance rates in 0..1 for each k in 1..{MAX_CHILDREN}"
+        )
 
 
 def shipped_rates(rule: str) -> dict[int, list[float]]:

@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
@@ -48,16 +50,27 @@ def _model(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def _identity(target: str, draft: str | None, proposer: str, rule: str) -> dict[str, Any]:
-    """What a schedule is valid for. torch's version is left out because vLLM's version fixes it."""
+Options = Mapping[str, Any]
+"""A proposer's own options, which a schedule was measured with."""
+
+
+def _identity(target: str, draft: str | None) -> dict[str, Any]:
+    """What is valid for a pair here. torch's version is left out because vLLM's version fixes
+    it."""
     return {
         "target": _model(target),
         "draft": _model(draft) if draft else None,
-        "proposer": proposer,
-        "rule": rule,
         "device": device_name(),
         "versions": {name: number for name, number in versions().items() if name != "torch"},
     }
+
+
+def _of_schedule(
+    target: str, draft: str | None, proposer: str, rule: str, options: Options
+) -> dict[str, Any]:
+    """What a schedule is valid for."""
+    own = {"options": dict(options)} if options else {}
+    return _identity(target, draft) | {"proposer": proposer, "rule": rule} | own
 
 
 def folder() -> Path:
@@ -72,21 +85,62 @@ def _file(identity: dict[str, Any]) -> Path:
     return folder() / f"{digest[:16]}.json"
 
 
-def keep(target: str, draft: str | None, proposer: str, rule: str, schedule: Schedule) -> Path:
+def keep(
+    target: str,
+    draft: str | None,
+    proposer: str,
+    rule: str,
+    schedule: Schedule,
+    options: Options = MappingProxyType({}),
+) -> Path:
     """Store a schedule for `measured_schedule`, which takes the same arguments.
 
     Returns:
         The file that was written.
     """
-    identity = _identity(target, draft, proposer, rule)
+    identity = _of_schedule(target, draft, proposer, rule, options)
+    return _write(identity, {"tree_by_batch_size": schedule})
+
+
+def keep_layers(target: str, draft: str, layers: int) -> None:
+    """Store after how many layers a draft suits a target best, for `measured_layers`."""
+    _write(_of_layers(target, draft), {"draft_layers": layers})
+
+
+def _of_layers(target: str, draft: str) -> dict[str, Any]:
+    return _identity(target, draft) | {"choice": "draft_layers"}
+
+
+def _write(identity: dict[str, Any], found: dict[str, Any]) -> Path:
     file = _file(identity)
     file.parent.mkdir(parents=True, exist_ok=True)
-    record = identity | {"tree_by_batch_size": schedule}
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(identity | found, indent=1) + "\n", encoding="utf-8")
     return file
 
 
-def measured_schedule(target: str, draft: str | None, proposer: str, rule: str) -> Schedule:
+def measured_layers(target: str, draft: str) -> int:
+    """After how many layers a draft suits a target best, as `vllm-spechub tune` has measured.
+
+    Raises:
+        ValueError: nothing was measured, and the message names the command that measures.
+    """
+    file = _file(_of_layers(target, draft))
+    if not file.exists():
+        raise ValueError(
+            f"no depth of this draft was measured for this target on {device_name()}; "
+            f"`vllm-spechub tune {target} --draft {draft} --draft-layers 3,6,12 --prompts FILE` "
+            "measures several"
+        )
+    return json.loads(file.read_text(encoding="utf-8"))["draft_layers"]
+
+
+def measured_schedule(
+    target: str,
+    draft: str | None,
+    proposer: str,
+    rule: str,
+    options: Options = MappingProxyType({}),
+) -> Schedule:
     """The schedule that `vllm-spechub tune` has measured on this machine.
 
     Args:
@@ -94,18 +148,19 @@ def measured_schedule(target: str, draft: str | None, proposer: str, rule: str) 
         draft: the draft model or head, likewise; None for a proposer that needs none.
         proposer: the proposer's name.
         rule: the verification rule.
+        options: the proposer's own options.
 
     Raises:
         ValueError: nothing was measured, and the message names the command that measures; or no
             tree was faster than plain vLLM.
     """
-    identity = _identity(target, draft, proposer, rule)
+    identity = _of_schedule(target, draft, proposer, rule, options)
     file = _file(identity)
     if not file.exists():
         installed = ", ".join(f"{name} {number}" for name, number in identity["versions"].items())
         raise ValueError(
             f"no schedule was measured for this pair with {rule!r} on {identity['device']} with "
-            f"{installed}; {_remedy(target, draft, rule)}"
+            f"{installed}; {_remedy(target, draft, rule, options)}"
         )
     schedule = json.loads(file.read_text(encoding="utf-8"))["tree_by_batch_size"]
     if not any(tree for *_, tree in schedule):
@@ -116,9 +171,11 @@ def measured_schedule(target: str, draft: str | None, proposer: str, rule: str) 
     return schedule
 
 
-def _remedy(target: str, draft: str | None, rule: str) -> str:
+def _remedy(target: str, draft: str | None, rule: str, options: Options) -> str:
     if draft is None:  # which `tune` does not measure
         return "give the ranges, [[FIRST, LAST, TREE], ...]"
     option = "" if rule == DEFAULT_RULE else f" --rule {rule}"
+    if "draft_layers" in options:
+        option += f" --draft-layers {options['draft_layers']}"
     command = f"vllm-spechub tune {target} --draft {draft}{option} --prompts FILE"
     return f"`{command}` measures one"

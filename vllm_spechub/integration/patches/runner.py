@@ -49,7 +49,30 @@ def _init_model_state(original):
     return init_model_state
 
 
+def _get_pp_indices(original):
+    @functools.wraps(original)
+    def get_pp_indices(num_hidden_layers, pp_rank, pp_size):
+        from vllm_spechub.proposers.first_layers import BUILT
+
+        layers = BUILT.get()
+        if layers is None:
+            return original(num_hidden_layers, pp_rank, pp_size)
+        return 0, layers
+
+    return get_pp_indices
+
+
 PATCHES = (
+    Patch(
+        symbol="vllm.distributed.utils:get_pp_indices",
+        parameters=("num_hidden_layers", "pp_rank", "pp_size"),
+        why="vLLM builds all layers of a draft, and `draft_layers` wants the first ones only.",
+        how="While such a draft is built, the only pipeline stage ends after these layers; "
+        "otherwise calls the original.",
+        upstream="none yet",
+        until="vLLM builds models with fewer layers than their checkpoints have",
+        replace=_get_pp_indices,
+    ),
     Patch(
         symbol="vllm.v1.worker.gpu.model_runner:init_speculator",
         parameters=("vllm_config", "device", "req_states"),

@@ -5,16 +5,18 @@ All times are relative to plain vLLM, which is measured beside each method. A me
 number of tokens that its steps emit, divided by their duration in plain steps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import nnls
 
 from vllm_spechub.measure.benchmark.interleaved import Row
 from vllm_spechub.measure.benchmark.report import pooled_acceptance_length
-from vllm_spechub.trees.best_tree import Rates, best_shape
+from vllm_spechub.trees.best_tree import Rates, fastest_shape
 from vllm_spechub.trees.tree import TokenTree
 
 MARGIN = 0.02
@@ -87,7 +89,8 @@ def chain_curves(rows: Sequence[Row], lengths: Sequence[int]) -> dict[int, Curve
 
 
 def draft_costs(chains: Mapping[int, Curve]) -> dict[int, float]:
-    """By batch: the duration of one more level of drafting, in plain steps."""
+    """By batch: the duration of one more level of drafting and of verifying its node, in plain
+    steps."""
     shortest, longest = chains[min(chains)], chains[max(chains)]
     levels = max(len(chains) - 1, 1)
     return {
@@ -96,8 +99,44 @@ def draft_costs(chains: Mapping[int, Curve]) -> dict[int, float]:
     }
 
 
+class Prices(NamedTuple):
+    """What makes a step longer, in plain steps."""
+
+    # of one more level of drafting
+    level: float
+    # of one more node to verify
+    node: float
+
+
+def measured_prices(
+    trees: Mapping[str, TokenTree], curves: Mapping[str, Curve]
+) -> dict[int, Prices]:
+    """By batch: the prices that explain the measured steps of trees best, as a sum of a constant,
+    the tree's levels and its nodes, none of which is negative.
+
+    In a chain a level is always a node, too. Where nodes cost time, as they do while each reads
+    experts of its own, levels alone are cheaper than chains tell.
+
+    Returns:
+        Nothing if there are too few trees to tell the prices apart.
+    """
+    measured = [(trees[name], found) for name, found in curves.items()]
+    shapes = np.array([[1, tree.depth, tree.num_nodes] for tree, _ in measured], dtype=float)
+    if not measured or np.linalg.matrix_rank(shapes) < shapes.shape[1]:
+        return {}
+    prices = {}
+    for batch in measured[0][1].step_time:
+        added = np.array([found.step_time[batch] - 1 for _, found in measured])
+        (_, level, node), _ = nnls(shapes, added)
+        prices[batch] = Prices(float(level), float(node))
+    return prices
+
+
 def candidate_trees(
-    rates: Rates, node_counts: Sequence[int], costs: Sequence[float]
+    rates: Rates,
+    node_counts: Sequence[int],
+    costs: Sequence[float],
+    tried: Collection[TokenTree] = (),
 ) -> list[TokenTree]:
     """For each number of nodes and cost of a level, the tree that emits the most tokens per second.
 
@@ -108,20 +147,16 @@ def candidate_trees(
         rates: acceptance by number of children and slot.
         node_counts: largest numbers of drafted nodes.
         costs: durations of one level of drafting, in plain steps.
+        tried: earlier candidates, which are not returned again.
     """
-    trees: dict[int, TokenTree] = {}
+    trees = {tree.num_nodes: tree for tree in tried}
     for nodes in node_counts:
         for cost in costs:
             for limit in range(nodes, 0, -1):
-                tree = _fastest(rates, limit, cost)
+                tree = fastest_shape(rates, limit, min(limit, DEEPEST), lambda _: 1.0, cost).tree
                 if trees.setdefault(tree.num_nodes, tree) == tree:
                     break
-    return list(trees.values())
-
-
-def _fastest(rates: Rates, nodes: int, cost: float) -> TokenTree:
-    shapes = [best_shape(rates, nodes, depth) for depth in range(1, min(nodes, DEEPEST) + 1)]
-    return max(shapes, key=lambda s: (1 + s.accepted) / (1 + cost * s.tree.depth)).tree
+    return [tree for tree in trees.values() if tree not in tried]
 
 
 def choose(curves: Mapping[str, Curve], max_batch: int) -> list[tuple[int, int | None, str | None]]:

@@ -98,7 +98,9 @@ def _measure(request: TuningRequest) -> Measurement:
     sampling = Sampling(texts=request.texts, tokens=request.tokens)
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     asked = request.sources, request.prompts, request.limit
-    pair, prompts = load(*asked, sampling, REFERENCE_DEPTH, None, dtype)
+    pair, prompts = load(
+        *asked, sampling, REFERENCE_DEPTH, None, dtype, draft_layers=request.draft_layers
+    )
     rules = dict.fromkeys([*request.rules, *map(rates_of, request.rules)])
     rates = measure_rates(
         pair,

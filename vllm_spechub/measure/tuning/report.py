@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Present the result of a tuning: a table, a plot, and the `--speculative-config`."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.table import Table
@@ -10,11 +12,14 @@ from vllm_spechub.measure.benchmark.report import summarize
 from vllm_spechub.measure.tuning.run import TUNED, Tuned
 
 
-def speculative_config(tuned: Tuned, draft: str) -> dict[str, Any]:
-    """The `--speculative-config` that uses the tuned schedule."""
+def speculative_config(
+    tuned: Tuned, draft: str, options: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """The `--speculative-config` that uses the tuned schedule, with a proposer's own options."""
     return {
         "method": "spechub",
         "model": draft,
+        **options,
         "verification": tuned.rule,
         "tree_by_batch_size": tuned.schedule,
     }

@@ -31,6 +31,13 @@ class TuningRequest:
     # length of each of these texts, and tokens to time per request
     tokens: int
     repetitions: int
+    # how many of the draft's layers run; None for all
+    draft_layers: int | None = None
+
+    @property
+    def proposer_options(self) -> dict[str, Any]:
+        """The options of SpecHub's proposer."""
+        return {} if self.draft_layers is None else {"draft_layers": self.draft_layers}
 
     @property
     def settings(self) -> dict[str, Any]:

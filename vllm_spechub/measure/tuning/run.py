@@ -2,10 +2,10 @@
 """The phases of a tuning. Each continues from what is in the state file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import geometric_mean, median
 
 from rich.console import Console
 
@@ -30,12 +30,14 @@ from vllm_spechub.measure.tuning.choose import (
     choose,
     curve,
     draft_costs,
+    measured_prices,
 )
 from vllm_spechub.measure.tuning.request import TuningRequest
 from vllm_spechub.measure.tuning.state import State
 from vllm_spechub.offline.heads import needs_engine
 from vllm_spechub.offline.simulation.texts import read_prompts
 from vllm_spechub.trees import measured_schedule
+from vllm_spechub.trees.best_tree import Rates
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
@@ -73,6 +75,11 @@ class Tuned:
         """Predicted tokens/s divided by plain vLLM's."""
         name = self.choice(batch)
         return self.curves[name].gain(batch) if name else 1.0
+
+    @property
+    def mean_gain(self) -> float:
+        """The geometric mean of the predicted gains over the measured batches."""
+        return geometric_mean([self.predicted(batch) for batch in self.plain])
 
     def best_chain(self, batch: int) -> int:
         """The length of the chain that is predicted to be the fastest."""
@@ -116,11 +123,15 @@ class Tuning:
         rule = rates.best_rule(self.state.simulated, DEFAULT_RULE)
 
         chains = self._try_chains()
-        costs = draft_costs(chains)
-        ends = dict.fromkeys([costs[request.batches[0]], costs[request.batches[-1]]])
         by_slot = rates.rates_for_trees(self.state.rates, rule)
-        trees = {tree_name(t): t for t in candidate_trees(by_slot, request.nodes, list(ends))}
-        curves = self._try_trees(trees, rule)
+        share = self._share_of_draft()  # vLLM's chains run the whole draft
+        costs = {batch: share * cost for batch, cost in draft_costs(chains).items()}
+        trees, curves = self._try_candidates(costs, by_slot, rule, {})
+        prices = measured_prices(trees, curves)
+        if prices:  # which may suit other trees, because nodes and levels are told apart
+            levels = {batch: price.level for batch, price in prices.items()}
+            trees, more = self._try_candidates(levels, by_slot, rule, trees)
+            curves |= more
 
         ranges = choose(curves, request.batches[-1])
         schedule = [
@@ -136,7 +147,13 @@ class Tuning:
             chained = (methods.chain(request.sources, length) for length in best)
             compared = [methods.plain(), *chained]
             compared.append(
-                methods.spechub(TUNED, draft, verification=rule, tree_by_batch_size=schedule)
+                methods.spechub(
+                    TUNED,
+                    draft,
+                    verification=rule,
+                    tree_by_batch_size=schedule,
+                    **request.proposer_options,
+                )
             )
             self._measure("the schedule", compared, self.checking)
             tuned.checked = [r for r in self.state.rows.values() if r.repetition in self.checking]
@@ -146,8 +163,9 @@ class Tuning:
         """Raises: ValueError, with the first reason for which an engine would not start."""
         request = self.request
         tried = [methods.plain(), methods.chain(request.sources, request.chains[0])]
+        own = request.proposer_options
         tried += [
-            methods.spechub(f"rule {rule}", request.sources.draft, verification=rule)
+            methods.spechub(f"rule {rule}", request.sources.draft, verification=rule, **own)
             for rule in request.rules
         ]
         resident = self.setup.resident or default_resident(len(tried))
@@ -155,6 +173,16 @@ class Tuning:
         wanted = {method.name: method.speculative for method in tried}
         for reason in preflight.engine_refusals(options, wanted).values():
             raise ValueError(reason)
+
+    def _share_of_draft(self) -> float:
+        """The share of the draft's layers that run."""
+        layers, sources = self.request.draft_layers, self.request.sources
+        if layers is None:
+            return 1.0
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(sources.draft, **sources.draft_options)
+        return layers / config.get_text_config().num_hidden_layers
 
     def _measure_acceptance(self) -> None:
         if self.state.rates:
@@ -186,11 +214,34 @@ class Tuning:
             raise ValueError("no chain could be measured, so the cost of a level is unknown")
         return curves
 
+    def _try_candidates(
+        self,
+        costs: Mapping[int, float],
+        by_slot: Rates,
+        rule: str,
+        tried: dict[str, TokenTree],
+    ) -> tuple[dict[str, TokenTree], dict[str, Curve]]:
+        """Measure the trees that suit what a level costs at the smallest and the largest batch, if
+        they have another number of nodes than those that were tried.
+
+        Returns:
+            All trees by name, and the curves of the new ones.
+        """
+        batches = self.request.batches
+        ends = dict.fromkeys([costs[batches[0]], costs[batches[-1]]])
+        found = candidate_trees(by_slot, self.request.nodes, list(ends), tried.values())
+        new = {tree_name(tree): tree for tree in found}
+        return tried | new, self._try_trees(new, rule)
+
     def _try_trees(self, trees: dict[str, TokenTree], rule: str) -> dict[str, Curve]:
         """Measure all trees. Returns curves of those that were measured at every batch."""
         tried = [
             methods.spechub(
-                name, self.request.sources.draft, verification=rule, tree=tree_spec(tree)
+                name,
+                self.request.sources.draft,
+                verification=rule,
+                tree=tree_spec(tree),
+                **self.request.proposer_options,
             )
             for name, tree in trees.items()
         ]

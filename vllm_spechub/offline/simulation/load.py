@@ -39,6 +39,7 @@ def load(
     depth: int,
     device: str | None,
     dtype: str,
+    draft_layers: int | None = None,
 ) -> tuple[ModelPair, list[torch.Tensor]]:
     """Load both models and the prompts, of which the last tokens that leave room for texts remain.
 
@@ -51,7 +52,7 @@ def load(
     """
     where = placement(device, dtype)
     read = read_prompts(prompts, limit)
-    description = PairDescription.read(sources)
+    description = PairDescription.read(sources, draft_layers=draft_layers)
     room = description.max_positions - sampling.tokens - depth
     if room < 1:
         raise ValueError(

@@ -247,12 +247,16 @@ def pick_tree(
     temperatures: Sequence[float],
     sampling: Sampling,
     progress: Progress | None = None,
+    duration: Callable[[Tree], float] = lambda tree: 1.0,
 ) -> tuple[TokenTree | LevelTree, float]:
     """Simulate trees with one rule.
 
+    Args:
+        duration: of a step with a tree, in any unit.
+
     Returns:
-        The tree with the most tokens per step, and their number, both on average over the
-        temperatures.
+        The tree with the most tokens per unit of time, and its tokens per step, both on average
+        over the temperatures.
     """
     plans = [Plan(variant, tree) for tree in trees]
     tokens = dict.fromkeys(plans, 0.0)
@@ -261,7 +265,7 @@ def pick_tree(
         found = measure(pair, prompts, plans, temperature, sampling, 2, progress, label)
         for plan in tokens:
             tokens[plan] += float(found[plan].tokens.mean()) / len(temperatures)
-    best = max(tokens, key=lambda plan: tokens[plan])
+    best = max(tokens, key=lambda plan: tokens[plan] / duration(plan.tree))
     return best.tree, tokens[best]
 
 

@@ -42,18 +42,23 @@ class PairDescription:
     max_positions: int
     # of a draft that is a head
     head: "HeadDescription | None" = None
+    # how many of the draft's layers run; None for all
+    draft_layers: int | None = None
 
     @classmethod
-    def read(cls, sources: Sources, draft_option: str = "DRAFT") -> "PairDescription":
+    def read(
+        cls, sources: Sources, draft_option: str = "DRAFT", draft_layers: int | None = None
+    ) -> "PairDescription":
         """Read configurations and tokenizers.
 
         Args:
             sources: Hugging Face folders or names.
             draft_option: what named the draft, for messages.
+            draft_layers: how many of the draft's layers run; None for all.
 
         Raises:
-            ValueError: the target has no tokenizer, the draft has another vocabulary, or it is a
-                head of another target or one that runs in engines only.
+            ValueError: the target has no tokenizer, the draft has another vocabulary or fewer
+                layers, or it is a head of another target or one that runs in engines only.
         """
         target = AutoConfig.from_pretrained(sources.target, **sources.target_options)
         target.update(sources.overrides)
@@ -79,9 +84,12 @@ class PairDescription:
                 lambda: AutoTokenizer.from_pretrained(sources.draft, **sources.draft_options),
                 tokenizer,
             )
+        most = read.num_hidden_layers
+        if draft_layers is not None and not 1 <= draft_layers <= most:
+            raise ValueError(f"--draft-layers is {draft_layers}, allowed: 1 to {most}")
         lengths = (getattr(config, "max_position_embeddings", None) for config in (own, read))
         longest = min(length or UNLIMITED for length in lengths)
-        return cls(sources, tokenizer, target, draft, longest, head)
+        return cls(sources, tokenizer, target, draft, longest, head, draft_layers)
 
     @property
     def vocab_size(self) -> int:
@@ -111,6 +119,8 @@ class PairDescription:
             return ModelPair(target, self.head.load(target, device, dtype), self)
         assert self.draft_config is not None  # only heads have none
         draft = load(sources.draft, self.draft_config, sources.draft_options)
+        if self.draft_layers is not None:
+            _cut(draft, self.draft_layers)
         draft_size = self.draft_config.get_text_config().vocab_size
         if draft_size != self.vocab_size:
             _fit_vocabulary(draft, draft_size, self.vocab_size)
@@ -141,6 +151,26 @@ def _named(sources: Sources) -> str:
     """What names the tokenizer, for messages."""
     tokenizer = sources.engine.get("tokenizer")
     return f"tokenizer {tokenizer!r}" if tokenizer else f"TARGET {sources.target!r}"
+
+
+def _cut(draft: PreTrainedModel, layers: int) -> None:
+    """Leave a draft its first layers, as `draft_layers` does in an engine.
+
+    Raises:
+        ValueError: its layers are not where transformers usually has them.
+    """
+    most = draft.config.get_text_config().num_hidden_layers
+    lists = [
+        (part, name)
+        for part in draft.modules()
+        for name, child in part.named_children()
+        if isinstance(child, torch.nn.ModuleList) and len(child) == most
+    ]
+    if len(lists) != 1:
+        raise ValueError(f"--draft-layers: {type(draft).__name__} cannot be cut; leave it out")
+    (part, name), *_ = lists
+    setattr(part, name, getattr(part, name)[:layers])
+    draft.config.get_text_config().num_hidden_layers = layers
 
 
 def _fit_vocabulary(draft: PreTrainedModel, own_size: int, size: int) -> None:

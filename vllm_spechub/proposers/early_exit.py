@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target's own first layers as the draft (LayerSkip, Elhoushi et al., arXiv 2404.16710).
+
+The draft has no weights and no cache of its own. The target has written the accepted tokens into
+the cache of its first layers, and compaction has moved them, so that a step feeds the draft nothing
+but the new roots, and then the nodes. Both go to the slots of the next step's tree, which
+verification writes again: what the target has computed below a root is never touched.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import CUDAGraphMode, ModelConfig
+from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm_spechub.attention.visibility import TreeVisibility
+from vllm_spechub.proposers import first_layers
+from vllm_spechub.proposers.base import DraftStep
+from vllm_spechub.proposers.model_proposer import ModelProposer
+from vllm_spechub.rules.draft_state import DraftLevel, DraftState
+from vllm_spechub.trees.tree import TokenTree
+
+EXIT_LAYER = "exit_layer"
+
+
+class EarlyExitProposer(ModelProposer[torch.Tensor]):
+    """Drafts with the target's first layers.
+
+    From level to level it carries hidden states, [num_reqs * num_expanded, hidden_size].
+    """
+
+    options = frozenset({EXIT_LAYER})
+    needs_model = False
+
+    @classmethod
+    def check_options(cls, options: dict[str, Any], target_model_config: ModelConfig) -> None:
+        super().check_options(options, target_model_config)
+        if EXIT_LAYER not in options:
+            raise ValueError(
+                "speculative_config['exit_layer'] is missing: after how many of the target's "
+                "layers the draft's distribution is read"
+            )
+        first_layers.check_cut(EXIT_LAYER, options[EXIT_LAYER], target_model_config, 1)
+
+    @classmethod
+    def vllm_options(cls, target_model_config: ModelConfig) -> dict[str, Any]:
+        """The draft is the target, as vLLM reads it a second time."""
+        return {
+            "model": target_model_config.model,
+            "revision": target_model_config.revision,
+            "code_revision": target_model_config.code_revision,
+        }
+
+    @property
+    def exit_layer(self) -> int:
+        return self.config.proposer_options[EXIT_LAYER]
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """Take the target's first layers. Nothing is loaded."""
+        layers, vllm_config = self.exit_layer, self.vllm_config
+        self.model = first_layers.shared(target_model, layers, vllm_config)
+        self.draft_attn_layer_names = first_layers.attention_layers(
+            target_model, layers, vllm_config
+        )
+
+    def load_draft_model(
+        self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
+    ) -> torch.nn.Module:
+        raise AssertionError("nothing is loaded")
+
+    def rows_of(self, tree: TokenTree) -> Iterator[int]:
+        """The root's one row is that of `read`."""
+        yield from map(len, tree.internal_levels())
+
+    def may_pause(self, batch: InputBatch) -> bool:
+        """Always: the target itself keeps the cache up to date."""
+        return True
+
+    def run_model(
+        self,
+        # [num_tokens] int32
+        tokens: torch.Tensor,
+        # [num_tokens] int64
+        positions: torch.Tensor,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        fed: torch.Tensor | None,
+    ) -> torch.Tensor:
+        with set_forward_context(
+            attn_metadata,
+            self.vllm_config,
+            num_tokens=len(tokens),
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            slot_mapping=slot_mappings,
+            batch_descriptor=BatchDescriptor(num_tokens=len(tokens)),
+        ):
+            return self.model(input_ids=tokens, positions=positions)
+
+    def read(self, step: DraftStep) -> torch.Tensor:
+        """Feed the roots. Returns their hidden states, [num_reqs, hidden_size]."""
+        num_reqs = step.num_reqs
+        starts_np = np.arange(num_reqs + 1, dtype=np.int32)
+        root = step.root_positions
+        if step.dummy_run:
+            tokens = torch.zeros_like(root)
+        else:
+            last = self.max_model_len - 1
+            tokens = self.req_states.all_token_ids.gpu[step.batch.idx_mapping, root.clamp(max=last)]
+        starts = async_tensor_h2d(starts_np, device=self.device)
+        return self.run_pass(step, tokens, root, root, starts, starts_np, root + 1, None, None)
+
+    def run_pass(
+        self,
+        step: DraftStep,
+        # [num_tokens] integers
+        tokens: torch.Tensor,
+        # [num_tokens] int64, RoPE positions
+        positions: torch.Tensor,
+        # [num_tokens] int64, sequence positions of the KV slots
+        slots: torch.Tensor,
+        # [num_reqs + 1] int32
+        starts: torch.Tensor,
+        # [num_reqs + 1] int32
+        starts_np: np.ndarray,
+        # [num_reqs]
+        seq_lens: torch.Tensor,
+        # [num_tokens] bool, rows that must write nothing
+        unused: torch.Tensor | None,
+        # None for ordinary causal tokens
+        tree: TreeVisibility | None,
+        # [num_tokens, fed_size]
+        fed: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As for any proposer, but while a request's prompt is read, its rows write nothing: the
+        tokens in their slots are the prompt's, and the slots may belong to nobody yet."""
+        batch = step.batch
+        if batch.is_prefilling_np[: step.num_reqs].any() and not step.dummy_run:
+            prompt_ends = self.req_states.prefill_len.gpu[batch.idx_mapping]
+            in_prompt = step.root_positions < prompt_ends
+            unused = in_prompt.repeat_interleave(len(tokens) // step.num_reqs)
+        return super().run_pass(
+            step, tokens, positions, slots, starts, starts_np, seq_lens, unused, tree, fed
+        )
+
+    def level_logits(
+        self,
+        step: DraftStep,
+        depth: int,
+        level: DraftLevel,
+        state: DraftState,
+        # [num_reqs, hidden_size] of the roots, where depth is 0
+        carried: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = carried if depth == 0 else self.run_level(step, depth, level, state)
+        return self.compute_draft_logits(hidden, depth), hidden
