@@ -428,7 +428,6 @@ FEATURES = (
         ),
     ),
     Row(
-<<<<<<< HEAD
         ("combined targets: mixtures, geometric means, contrastive decoding",),
         "works",
         '`target_distribution`, of a target and a draft model, with numbers or `"off"` per '
@@ -444,7 +443,9 @@ FEATURES = (
             "engine/test_combined_targets.py::test_a_seeds_text_with_and_without_trees",
             "integration/test_parallel.py::test_tensor_parallelism_of_a_combined_target",
             "test_config.py::test_another_package_adds_target_distributions",
-=======
+        ),
+    ),
+    Row(
         ("the target's own first layers as the draft (`early_exit`)",),
         "works",
         "for dense targets whose layers vLLM can cut; with every rule, schedules, prefix caching, "
@@ -469,7 +470,6 @@ FEATURES = (
             "engine/test_nested_drafts.py::test_auto_is_what_was_measured_for_the_target",
             "engine/test_nested_drafts.py::test_compiled_code_of_another_depth_is_not_taken",
             "engine/test_nested_drafts.py::test_refusals",
->>>>>>> g15b
         ),
     ),
     Row(

@@ -254,9 +254,9 @@ def shape(
         from vllm_spechub.offline.simulation.drafts import Variant
         from vllm_spechub.rules.base import check_rule
         from vllm_spechub.trees.best_tree import average_rates, fastest_shape
-        from vllm_spechub.trees.level_tree import width_candidates
+        from vllm_spechub.trees.level_tree import LevelTree, width_candidates
 
-        def duration(tree: "Tree") -> float:
+        def duration(tree: "TokenTree | LevelTree") -> float:
             return step_cost_of(1 + tree.num_nodes) + level_cost * tree.depth
 
         candidates = width_candidates(nodes, depth) if levels else []

@@ -247,7 +247,7 @@ def pick_tree(
     temperatures: Sequence[float],
     sampling: Sampling,
     progress: Progress | None = None,
-    duration: Callable[[Tree], float] = lambda tree: 1.0,
+    duration: Callable[[TokenTree | LevelTree], float] = lambda tree: 1.0,
 ) -> tuple[TokenTree | LevelTree, float]:
     """Simulate trees with one rule.
 
