@@ -53,7 +53,8 @@ def default_schedule_on_cuda(experts: int, chosen: int) -> TreeSchedule:
     schedule = TreeSchedule.parse(DEFAULT_SCHEDULE_ON_CUDA, DEFAULT_RULE)
     if not experts or not chosen:
         return schedule
-    ranges = schedule_for_experts(experts, chosen, schedule.trees, shipped_rates(DEFAULT_RULE))
+    trees = [tree for tree in schedule.trees if isinstance(tree, TokenTree)]
+    ranges = schedule_for_experts(experts, chosen, trees, shipped_rates(DEFAULT_RULE))
     return TreeSchedule(tuple(BatchRange(*each) for each in ranges))
 
 
