@@ -50,7 +50,6 @@ DECISIONS: dict[str, dict[str, str]] = {
         ),
         # what is written so that it holds for both
         f"{_SPECULATOR}.max_model_len": _MAX_MODEL_LEN,
-        f"{_STANDALONE}.max_model_len": _MAX_MODEL_LEN,
         f"{_SPECULATOR}.__init__": _MAX_MODEL_LEN,
         "vllm.v1.worker.gpu_worker.Worker.__init__": (
             "refuses the V2 runner without Triton, as the configuration did before: "

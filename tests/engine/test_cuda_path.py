@@ -170,7 +170,8 @@ def test_graphs_replay_what_a_step_needs(tree, draft, replays):
                 capture_graphs(llm)
             outputs = llm.generate(PROMPTS, params(), use_tqdm=False)
             for options in ({}, {"top_p": 0.9}):  # the latter pass by pass
-                sampled = params(temperature=1.0, seed=3, **options)
+                # the first request last, so that others end before it and it is padded
+                sampled = params(temperature=1.0, seed=3, **options)[::-1]
                 outputs += llm.generate(PROMPTS, sampled, use_tqdm=False)
             metrics.append(spec_metrics(llm))
         answers.append(token_ids(outputs))
@@ -393,12 +394,16 @@ def test_nothing_is_compiled_in_service(specialisations):
         at_start = set(specialisations)
         specialisations.clear()
         for options in (
-            {},
-            {"temperature": 1.0, "seed": 1},
             {"temperature": 1.0, "top_p": 0.9},
+            {"temperature": 1.0, "seed": 1},
             {"repetition_penalty": 1.2, "logprobs": 2},
         ):
             llm.generate(PROMPTS, params(**options), use_tqdm=False)
     assert {name for name, _ in specialisations} == {name for name, _ in at_start}
     assert len(at_start) > 20
     assert not specialisations - at_start
+    # what differs from batch to batch, of which this engine has no large ones
+    counts = ("num_reqs", "num_tokens", "most_reqs", "rows_per_req")
+    assert {what for _, key in at_start for name, what in key if name in counts} == {
+        str(("i32", None))
+    }

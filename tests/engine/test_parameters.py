@@ -337,7 +337,7 @@ def test_rows_that_are_processed_part_by_part(llm, monkeypatch):
     monkeypatch.setattr(sampler.TreeRejectionSampler, "process", count_parts)
     outcomes = []
     for rows in (10_000, 40):
-        monkeypatch.setattr(sampler, "get_max_chunk_logits", lambda _vocab_size, rows=rows: rows)
+        monkeypatch.setattr(sampler, "most_processed_rows", lambda _vocab_size, rows=rows: rows)
         parts.clear()
         outputs = llm.generate(TEXTS, list(CASES.values()), use_tqdm=False)
         outcomes.append((answers(outputs), [logprob_rows(output) for output in outputs]))

@@ -6,7 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.engines import engine, greedy_params, plain_greedy, token_ids
+from helpers.metrics import spec_metrics, spechub_metrics
+from helpers.pair import PROMPTS
 from vllm_spechub.engine.request_trees import RequestTrees
+from vllm_spechub.proposers.draft_model import DraftModelProposer
 from vllm_spechub.trees.schedule import TreeSchedule
 
 NUM_REQS = 8
@@ -17,6 +21,29 @@ BATCHES = st.lists(
     ),
     max_size=12,
 )
+
+
+def test_a_lost_draft_is_no_tree(monkeypatch):
+    """A request whose draft others have replaced decodes as without a tree, and counts as such."""
+    propose, lost = DraftModelProposer.propose, []
+
+    def propose_and_lose(self, batch, *args, **kwargs):
+        drafted = propose(self, batch, *args, **kwargs)
+        if batch.num_reqs == 2 and not kwargs.get("dummy_run"):
+            last = batch.idx_mapping_np[-1:]
+            self.request_trees._release(last)
+            lost.append(last)
+        return drafted
+
+    monkeypatch.setattr(DraftModelProposer, "propose", propose_and_lose)
+    with engine([[1, 2, "binary:3"], [3, None, "chain:2"]], max_num_seqs=4) as llm:
+        answers = token_ids(llm.generate(PROMPTS[:2], greedy_params(), use_tqdm=False))
+        metrics, ours = spec_metrics(llm), spechub_metrics(llm)
+    assert answers == plain_greedy()[:2]
+    assert 0 < ours["fallback_steps"]["lost"] <= len(lost)
+    # the other request's trees alone
+    assert metrics["num_drafts"] + ours["fallback_steps"]["lost"] < 2 * 40
+    assert metrics["num_drafts"] < 40
 
 
 @given(BATCHES)

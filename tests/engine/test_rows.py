@@ -115,7 +115,7 @@ def test_processors_see_each_nodes_own_history(recorded, monkeypatch, options):
     from vllm_spechub.engine import sampler
 
     nodes, _, _ = recorded
-    monkeypatch.setattr(sampler, "get_max_chunk_logits", lambda vocab_size: 40)
+    monkeypatch.setattr(sampler, "most_processed_rows", lambda vocab_size: 40)
     penalties = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3}
     params = [
         SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),

@@ -3,8 +3,8 @@
 same tensors.
 
 As with a graph, whatever Python computed meanwhile is not computed again, so a value that changes
-from step to step and does not come from a tensor is stale in a replay. Reading a tensor on the host
-is an error.
+from step to step and does not come from a tensor is stale in a replay. Reading a number from a
+tensor is an error. (`tolist` and `numpy` are not seen: arrays of the host are tensors here, too.)
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from vllm.forward_context import (
     override_forward_context,
 )
 
-READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}
+READS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero"}
 
 
 class RecordedGraph(TorchDispatchMode):

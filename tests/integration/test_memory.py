@@ -16,8 +16,9 @@ def test_what_is_added_is_known_before_the_cache_is_sized(monkeypatch):
     with engine("binary:3", max_num_seqs=4) as llm:
         worker = engine_worker(llm)
         speculator = worker.model_runner.speculator
-        # 4 requests, 7 nodes with children, 2048 tokens in fp32; 14 int64 tokens; 7 int32 slots
-        assert speculator.draft_logits.num_bytes == 4 * (7 * 2048 * 4 + 14 * 8 + 7 * 4)
+        # 4 requests and a row that is nobody's; 7 nodes with children, 2048 tokens in fp32; 14
+        # int64 tokens; 7 int32 slots
+        assert speculator.draft_logits.num_bytes == 5 * (7 * 2048 * 4 + 14 * 8 + 7 * 4)
         assert weight_bytes(speculator.model, speculator.draft_model_config.dtype) > 4 * 300_000
 
         monkeypatch.setattr(worker_module, "verification_bytes", lambda _config: 1 << 30)

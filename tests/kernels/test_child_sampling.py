@@ -11,6 +11,7 @@ from scipy import stats
 
 from helpers.drafting import huge_rows
 from helpers.enumeration import DRAFTING, drafts, normalised
+from helpers.written import first_arguments
 from vllm_spechub.cpu.tree_kernels import sampling as numba_kernels
 from vllm_spechub.measure.doctor.odd_rows import ODD_ROWS
 from vllm_spechub.triton_kernels import lanes_device, rng
@@ -172,6 +173,28 @@ def test_whole_lanes(monkeypatch, device, rule, vocab_size, splits):
     options = {"rule": rule, "max_children": 4}
     found = implementations(device)["triton"](*rows, **options)
     assert_same(found, sample_children(*rows, **options))
+
+
+@pytest.mark.parametrize("rule", ["traversal", "rrsw"])
+def test_alone_as_in_a_batch(monkeypatch, device, rule):
+    """A row's children do not depend on other rows, nor do its lanes' sums, to the last bit."""
+    monkeypatch.setattr(rng, "LANES", 128)
+    monkeypatch.setattr(torch, "empty", torch.zeros)  # what is not written can be compared
+    logits, nodes, counts, requests = make_rows(10, 500, 3, torch.bfloat16)
+    sums = first_arguments(monkeypatch, kernel, "_lane_sums_kernel")
+
+    def drafted(implementation, own: slice) -> list[torch.Tensor]:
+        sums.clear()
+        of_rows = requests.rows(torch.arange(10)[own])
+        options = {"rule": rule, "max_children": 3}
+        return [*implementation(logits[own], nodes[own], counts[own], of_rows, **options), *sums]
+
+    for implementation in implementations(device).values():
+        together = drafted(implementation, slice(10))
+        for row in range(10):
+            own = slice(row, row + 1)
+            for alone, value in zip(drafted(implementation, own), together, strict=True):
+                assert torch.equal(alone, value[own])
 
 
 @pytest.mark.parametrize("max_children", [1, 2, 3])

@@ -13,6 +13,7 @@ from scipy import stats
 from helpers import enumeration
 from helpers.drafting import BINARY, CHAIN, UNEQUAL, WIDE, Draft, Tree, draft_tree, huge_rows
 from helpers.enumeration import DRAFTING, Grown, Model, accepted
+from helpers.written import first_arguments
 from vllm_spechub.cpu.tree_kernels import sampling as numba_kernels
 from vllm_spechub.measure.doctor.odd_rows import ODD_ROWS
 from vllm_spechub.triton_kernels import lanes_device, rng
@@ -206,6 +207,36 @@ def test_numba_equals_the_reference(rule, vocab_size, dtype):
             expected = verify_tree(*arguments, **options)
             assert_equal(numba_kernels.verify_tree(*arguments, **options), expected)
             assert_paths(expected, arguments, vocab_size)
+
+
+def test_alone_as_in_a_batch(monkeypatch, device):
+    """A request's outcome does not depend on the others', nor do the sums that it comes from, to
+    the last bit: so all ranks and all batches decide alike."""
+    monkeypatch.setattr(rng, "LANES", 16)
+    monkeypatch.setattr(lanes_device, "SPLITS", 4)
+    monkeypatch.setattr(torch, "empty", torch.zeros)  # what is not written can be compared
+    arguments, options = make_case(TREES["chain"], 63, "traversal", torch.bfloat16, num_reqs=8)
+    target, drafts, requests, tables = arguments
+    sums = first_arguments(monkeypatch, kernel, "_statistics_kernel", "_outcome_kernel")
+
+    def verified(implementation, own: slice) -> list[torch.Tensor]:
+        sums.clear()
+        paths = implementation(
+            target._replace(row_start=target.row_start[own], num_nodes=target.num_nodes[own]),
+            drafts,
+            requests._replace(
+                req_idx=requests.req_idx[own], root_positions=requests.root_positions[own]
+            ),
+            tables,
+            **options,
+        )
+        return [*paths, *sums]
+
+    for implementation in (triton_on(device), numba_kernels.verify_tree):
+        together = verified(implementation, slice(8))
+        for request in (0, 2):
+            own = slice(request, request + 1)
+            assert_equal(verified(implementation, own), [value[own] for value in together])
 
 
 @pytest.mark.parametrize("rule", ["traversal", "mixed", "rrs"])

@@ -10,6 +10,7 @@ from vllm_spechub.measure.doctor import examination, kernels
 from vllm_spechub.measure.doctor.engines import check_engines
 from vllm_spechub.measure.doctor.finding import FAULT, OK, WARNING, Finding
 from vllm_spechub.measure.doctor.machine import check_machine
+from vllm_spechub.triton_kernels import step_inputs
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,17 @@ def test_tokens_outside_the_vocabulary_are_a_fault():
     none_wrong = torch.zeros(3, dtype=torch.bool)
     assert kernels._compared("verification", none_wrong).outcome == OK
     assert kernels._compared("verification", none_wrong, inside=False).outcome == FAULT
+
+
+def test_inputs(monkeypatch):
+    assert kernels._inputs(CPU).outcome == OK
+
+    def wrong(inputs, *arguments):
+        step_inputs.prepare_drafts_reference(inputs, *arguments)
+        inputs.root_positions[0] += 1
+
+    monkeypatch.setattr(step_inputs, "prepare_drafts", wrong)
+    assert kernels._inputs(CPU).outcome == FAULT
 
 
 def test_attention_and_compaction():

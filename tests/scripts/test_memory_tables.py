@@ -15,3 +15,8 @@ def test_the_default_adds_a_twentieth_at_most(engine):
     rows = (9 * 7 + 21 * 3 + 129 * 2) * memory.VOCAB_SIZE * 2
     assert rows <= draft < 1.001 * rows
     assert draft + kept <= memory.GPU_BYTES / 20
+
+
+def test_a_tree_for_every_request_of_a_server_adds_a_twentieth_at_most():
+    draft, _, kept = memory.added_bytes(((1, None, "binary:3"),), *memory.ENGINES["`vllm serve`"])
+    assert draft + kept <= memory.GPU_BYTES / 20

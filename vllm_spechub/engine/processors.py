@@ -17,6 +17,15 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from vllm_spechub.trees.tree import TokenTree, Tree
 
+PROCESSED_BYTES = 256 * 2**20
+"""Of the fp32 rows that are processed at once. vLLM's processors allocate several times what they
+are given, and this memory is kept free of KV cache."""
+
+
+def most_processed_rows(vocab_size: int) -> int:
+    """The most rows of logits that are processed at once, or those of one request."""
+    return max(1, PROCESSED_BYTES // (vocab_size * np.dtype(np.float32).itemsize))
+
 
 class HistoryProcessors(LogitsProcessor):
     """All of vLLM's logits processors as one, which remembers what requests use.

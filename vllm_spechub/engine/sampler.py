@@ -21,12 +21,16 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
     RejectionSampler,
     _iter_request_chunks,
-    get_max_chunk_logits,
 )
 
 from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.layout import TreeLayout
-from vllm_spechub.engine.processors import HistoryProcessors, UnrolledRows, unroll
+from vllm_spechub.engine.processors import (
+    HistoryProcessors,
+    UnrolledRows,
+    most_processed_rows,
+    unroll,
+)
 from vllm_spechub.engine.request_trees import RequestTrees
 from vllm_spechub.engine.truncation import truncates
 from vllm_spechub.rules.base import VerificationRule
@@ -38,7 +42,8 @@ from vllm_spechub.triton_kernels.arguments import Requests, TargetRows, Verified
 class TreeSamplerOutput(SamplerOutput):
     """vLLM's sampler output, with the accepted nodes."""
 
-    # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end
+    # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end, and
+    # everywhere if the request had lost its draft
     accepted_paths: torch.Tensor = field(kw_only=True)
     # [num_reqs, depth] int32, the place of each accepted node among its siblings, if some tree is
     # decided by each step
@@ -144,6 +149,11 @@ class TreeRejectionSampler(RejectionSampler):
         paths, logprobs = self._in_order(verified, batch)
         self.compactor(root_positions, paths.path)
         self.request_trees.record_accepted(paths.path)
+        assert batch.num_draft_tokens_per_req is not None  # else vLLM's own sampler runs
+        lost = self.request_trees.draft_rows_for(batch.idx_mapping_np) < 0
+        lost &= (batch.num_draft_tokens_per_req > 0) & ~batch.is_prefilling_np
+        if lost.any():
+            paths.path[async_tensor_h2d(lost.nonzero()[0], device=logits.device), 0] = -1
 
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             paths.num_emitted, batch.seq_lens, batch.cu_num_logits, batch.idx_mapping, prefill_len
@@ -346,8 +356,7 @@ class TreeRejectionSampler(RejectionSampler):
         )
         # A temperature above 0 has been divided by.
         remaining = (temperature > 0).to(temperature.dtype)
-        # vLLM's cap on rows: its processors allocate several times what they are given.
-        for start, end in _iter_request_chunks(rows.bounds, get_max_chunk_logits(logits.shape[1])):
+        for start, end in _iter_request_chunks(rows.bounds, most_processed_rows(logits.shape[1])):
             part = rows.for_requests(start, end)
             own_start = np.cumsum([0, *(num_nodes[start : end - 1] + 1)])
             yield ProcessedRows(

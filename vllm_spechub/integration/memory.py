@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
 from vllm_spechub.config import spechub_config
+from vllm_spechub.engine.processors import most_processed_rows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -76,7 +76,7 @@ def verification_bytes(vllm_config: "VllmConfig") -> int:
     model = vllm_config.model_config
     vocab_size, size = model.get_vocab_size(), model.dtype.itemsize
     rows = most_rows(vllm_config)
-    in_fp32 = min(rows, get_max_chunk_logits(vocab_size))
+    in_fp32 = min(rows, most_processed_rows(vocab_size))
     hidden = vllm_config.scheduler_config.max_num_batched_tokens * model.get_hidden_size() * size
     logits = rows * vocab_size * size
     return hidden + logits + in_fp32 * vocab_size * (size + torch.float32.itemsize)

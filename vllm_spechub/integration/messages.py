@@ -93,7 +93,8 @@ class ScheduledDrafts(dict[str, list[int]]):
 class TreeRunnerOutput(ModelRunnerOutput):
     """A worker's output in a step that verified trees."""
 
-    # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end
+    # [num_reqs, depth + 1] int32, the accepted node of each depth, 0 first; -1 past the end, and
+    # everywhere if the request had lost its draft
     accepted_paths: np.ndarray = field(kw_only=True)
     # [num_reqs, depth] int32, each accepted node's place among its siblings; None if all trees are
     # static

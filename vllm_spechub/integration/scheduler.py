@@ -175,17 +175,19 @@ class TreeScheduler(Scheduler):
             return spec_decoding_stats
         with reporting("statistics of verified trees"):
             assert isinstance(self.step_output, TreeRunnerOutput)
-            row, slots = (
-                self.step_output.req_id_to_index[request_id],
-                self.step_output.accepted_slots,
-            )
+            place = self.step_output.req_id_to_index[request_id]
+            slots = self.step_output.accepted_slots
+            path = self.step_output.accepted_paths[place]
+            if path[0] < 0:
+                self.fallbacks["lost"] += 1
+                return spec_decoding_stats
             return self.observer.add_tree(
                 spec_decoding_stats,
                 self.step_drafts.drafted_index(request_id),
                 num_draft_tokens,
                 num_accepted_tokens,
-                self.step_output.accepted_paths[row],
-                None if slots is None else slots[row],
+                path,
+                None if slots is None else slots[place],
             )
         return spec_decoding_stats
 

@@ -26,6 +26,7 @@ FALLBACKS = {
     "max_model_len": "it had reached the end of its context",
     "budget": "max_num_batched_tokens or the KV cache had no room for drafts",
     "load": "tree_by_batch_size chose no tree in its last step",
+    "lost": "others drafted in the place of its draft while it missed steps",
     "nothing_found": "the proposer found nothing to draft",
 }
 """The reasons why a decoding request had no tree in a step, by the value of the label `reason`."""

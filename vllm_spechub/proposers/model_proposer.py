@@ -73,6 +73,13 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
     shift: ClassVar[int] = 0
     fed_size: int = 0
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # What a subclass changes may need the host, unless it says that it does not.
+        own = vars(cls).keys()
+        if own & {"read", "level_logits"} and "captures_steps" not in own:
+            cls.captures_steps = False
+
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, rule: VerificationRule
     ) -> None:

@@ -56,6 +56,7 @@ def _findings(full: bool) -> Iterator[Finding]:
     device = torch.device("cpu" if current_platform.is_cpu() else "cuda")
     if device.type == "cuda":
         yield from _device(torch.cuda.current_device())
+    yield _inputs(device)
     dtypes = (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16)
     for dtype in dtypes:
         for rule in RULES:
@@ -301,6 +302,51 @@ def _compaction(dtype: "torch.dtype", device: "torch.device") -> Finding:
     what = f"compaction, {str(dtype).partition('.')[2]}"
     text = f"{wrong} of {found.numel()} entries differ"
     return Finding(what, OK, text) if wrong == 0 else Finding(what, FAULT, text, REPORT)
+
+
+def _inputs(device: "torch.device") -> Finding:
+    """What a step reads, as the kernels and as their references fill it."""
+    import torch
+
+    from vllm_spechub.triton_kernels import step_inputs
+
+    def integers(*values: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    offsets = integers(0, 0, -1), integers(1, 0, -1), integers(0, 1, 3)
+    tokens = torch.arange(3000, device=device)
+    # two requests and one that pads
+    requests = integers(1, 0, -1, 0, 1, 2, 1, 0, 0).view(3, 3)
+    verified = step_inputs.Verified(
+        tokens + 50,
+        integers(0, 4, 5, dtype=torch.int32),
+        integers(1, 0, dtype=torch.int32),
+        integers(0, 2, 3, 0, -1, -1, dtype=torch.int32).view(2, 3),
+        torch.tensor([0.5, 1.5], device=device),
+        integers(2**40, -7),
+    )
+    outcomes = []
+    for lay_out, prepare_drafts in (
+        (step_inputs.lay_out, step_inputs.prepare_drafts),
+        (step_inputs.lay_out_reference, step_inputs.prepare_drafts_reference),
+    ):
+        until = torch.zeros_like(tokens, dtype=torch.int32)
+        layout = step_inputs.Layout(torch.zeros_like(tokens), until, torch.zeros_like(tokens))
+        lay_out(layout, tokens + 7, (tokens % 3).int(), *offsets)
+        inputs = step_inputs.DraftInputs(
+            idx_mapping=integers(0, 0, 0),
+            draft_rows=integers(0, 0, 0),
+            first_positions=integers(0, 0, 0),
+            root_positions=integers(0, 0, 0),
+            sources=integers(*[0] * 9),
+            temperature=torch.zeros(3, device=device),
+            seeds=integers(0, 0, 0),
+        )
+        prepare_drafts(inputs, requests, verified, 3)
+        outcomes.append([*layout, *inputs])
+    wrong = sum(int((one != other).sum()) for one, other in zip(*outcomes, strict=True))
+    text = f"{wrong} of {sum(map(len, outcomes[0]))} entries differ"
+    return Finding("inputs", OK, text) if wrong == 0 else Finding("inputs", FAULT, text, REPORT)
 
 
 def _seconds(run: Callable[[], object], device: "torch.device") -> float:
