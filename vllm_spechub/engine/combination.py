@@ -15,6 +15,7 @@ import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_spechub.engine.processors import HistoryProcessors
@@ -184,5 +185,14 @@ class CombiningSampler(Sampler):
             expanded_idx_mapping,
             idx_mapping_np,
         )
-        tokens_of = self._sample_random
-        return tokens_of(processed, expanded_idx_mapping, idx_mapping_np, pos, None, None, False)
+        tokens = gumbel_sample(
+            processed,
+            expanded_idx_mapping,
+            self.sampling_states.temperature.gpu,
+            self.sampling_states.seeds.gpu,
+            pos,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=self.use_fp64_gumbel,
+        )
+        return tokens, processed

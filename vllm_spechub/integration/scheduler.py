@@ -175,11 +175,9 @@ class TreeScheduler(Scheduler):
             return spec_decoding_stats
         with reporting("statistics of verified trees"):
             assert isinstance(self.step_output, TreeRunnerOutput)
-            row, slots = (
-                self.step_output.req_id_to_index[request_id],
-                self.step_output.accepted_slots,
-            )
-            path = self.step_output.accepted_paths[row]
+            place = self.step_output.req_id_to_index[request_id]
+            slots = self.step_output.accepted_slots
+            path = self.step_output.accepted_paths[place]
             if path[0] < 0:
                 self.fallbacks["lost"] += 1
                 return spec_decoding_stats
@@ -189,7 +187,7 @@ class TreeScheduler(Scheduler):
                 num_draft_tokens,
                 num_accepted_tokens,
                 path,
-                None if slots is None else slots[row],
+                None if slots is None else slots[place],
             )
         return spec_decoding_stats
 
