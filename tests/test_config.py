@@ -548,7 +548,7 @@ def test_the_default_on_cuda_follows_the_load(monkeypatch, spec, ranks, experts,
         get_num_experts=lambda: experts[0],
         get_num_experts_per_tok=lambda: experts[1],
     )
-    schedule = schedule_of(given, target, parallel)
+    schedule = schedule_of(given, {}, target, parallel)
     assert schedule.nodes_by_batch_size() == ranges
     if ranges is None:
         assert str(schedule.trees[0]) == "binary:3"
