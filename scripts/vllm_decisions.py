@@ -141,6 +141,10 @@ DECISIONS: dict[str, dict[str, str]] = {
             "may quantize a copy of the target's output matrix for the head, by an option that we "
             "do not take"
         ),
+        f"{_GPU}.sample.sampler.Sampler.sample": (
+            "passes on whether rows have top-p only, for a faster kernel; where we replace it, "
+            "top-k and top-p have been applied before"
+        ),
         f"{_GPU}.spec_decode.rejection_sampler.RejectionSampler._verify": (
             "passes on the options of FLy; our sampler verifies by itself"
         ),

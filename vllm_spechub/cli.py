@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from vllm_spechub.offline.simulation.drafts import Variant
     from vllm_spechub.offline.simulation.study import Sampling
     from vllm_spechub.offline.simulation.texts import ModelPair
+    from vllm_spechub.trees.best_tree import Rates
     from vllm_spechub.trees.level_tree import LevelTree
     from vllm_spechub.trees.tree import TokenTree
-    from vllm_spechub.trees.best_tree import Rates
 
 app = typer.Typer(
     no_args_is_help=True,
