@@ -63,8 +63,8 @@ class LevelTree(Tree):
 
     @classmethod
     def parse(cls, spec: str) -> "LevelTree":
-        """Parse "levels:WIDTH,WIDTH,...", or "levels:auto[:NODES[:DEPTH]]" for the widths that did
-        best on the demo pair: at most 4 nodes on the first level, and then equal levels.
+        """Parse "levels:WIDTH,WIDTH,...", or "levels:auto[:NODES[:DEPTH]]" for widths by a rule of
+        thumb: at most 4 nodes on the first level, and then equal levels.
 
         Raises:
             ValueError: another form, or anything the constructor refuses.
