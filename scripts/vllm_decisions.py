@@ -141,6 +141,9 @@ DECISIONS: dict[str, dict[str, str]] = {
             "may quantize a copy of the target's output matrix for the head, by an option that we "
             "do not take"
         ),
+        "vllm.v1.worker.gpu_worker.warmup_kernels": (
+            "warms up with greedy requests, too, within what our replacement wraps"
+        ),
         f"{_GPU}.sample.sampler.Sampler.sample": (
             "passes on whether rows have top-p only, for a faster kernel; where we replace it, "
             "top-k and top-p have been applied before"

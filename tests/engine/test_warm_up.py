@@ -2,13 +2,14 @@
 """Start-up runs whatever a kernel is compiled for, here noted by what a launch depends on."""
 
 import pytest
-from vllm.v1.worker.gpu.warmup import warmup_kernels
+from vllm.v1.worker import gpu_worker
 
 from helpers.engines import engine, model_runner, worker
 from helpers.pair import PROMPTS
 from helpers.schedules import SCHEDULE, params
 from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.integration.warm_up import warm_up_trees
+from vllm_spechub.proposers.model_proposer import ModelProposer
 from vllm_spechub.rules.kernel_rule import KernelRule
 
 
@@ -39,7 +40,7 @@ def test_nothing_new_is_launched_in_service(launched):
     with engine(SCHEDULE, verification="traversal", dtype="bfloat16") as llm:
         launched.clear()
         runner, ours = model_runner(llm), worker(llm)
-        for warm_up in (warm_up_trees, warmup_kernels):  # as on a GPU
+        for warm_up in (warm_up_trees, gpu_worker.warmup_kernels):  # as on a GPU
             warm_up(runner, ours.execute_model, ours.sample_tokens)
         at_start = set(launched)
         launched.clear()
@@ -48,3 +49,20 @@ def test_nothing_new_is_launched_in_service(launched):
     # each tree's children, rows as they are and edited, and paths
     assert len(launched) == 8
     assert launched <= at_start
+
+
+def test_warm_up_keeps_to_the_budget(monkeypatch):
+    """The draft reads a row more per request than the target, whose rows fill it."""
+    widths = []
+    run_pass = ModelProposer.run_pass
+
+    def recorded(self, step, tokens, *args):
+        widths.append(len(tokens))
+        return run_pass(self, step, tokens, *args)
+
+    with engine("binary:2", max_num_batched_tokens=32, max_num_seqs=4) as llm:
+        monkeypatch.setattr(ModelProposer, "run_pass", recorded)
+        runner, ours = model_runner(llm), worker(llm)
+        gpu_worker.warmup_kernels(runner, ours.execute_model, ours.sample_tokens)
+        assert runner.scheduler_config.max_num_seqs == 4
+    assert 3 * 9 <= max(widths) <= 32

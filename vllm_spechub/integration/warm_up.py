@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.v1.worker.gpu.warmup import warmup_kernels
+from vllm.v1.worker import gpu_worker
 
 from vllm_spechub.config import spechub_config
 
@@ -34,7 +34,7 @@ def warm_up_trees(
         for tree in others:
             runner.num_speculative_steps = tree.num_nodes
             runner.decode_query_len = 1 + tree.num_nodes
-            warmup_kernels(runner, execute_model, sample)
+            gpu_worker.warmup_kernels(runner, execute_model, sample)
     finally:
         runner.num_speculative_steps, runner.decode_query_len = largest
     with torch.inference_mode():

@@ -62,6 +62,27 @@ def _get_pp_indices(original):
     return get_pp_indices
 
 
+def _warmup_kernels(original):
+    @functools.wraps(original)
+    def warmup_kernels(model_runner, worker_execute_model, worker_sample_tokens):
+        from vllm_spechub.config import is_spechub
+
+        config = model_runner.vllm_config
+        if not is_spechub(config):
+            return original(model_runner, worker_execute_model, worker_sample_tokens)
+        scheduler = model_runner.scheduler_config
+        requests = scheduler.max_num_seqs
+        # of each request the draft reads the tokens of the prompt, and the one that is sampled
+        rows = model_runner.decode_query_len + 2
+        try:
+            scheduler.max_num_seqs = min(requests, scheduler.max_num_batched_tokens // rows)
+            original(model_runner, worker_execute_model, worker_sample_tokens)
+        finally:
+            scheduler.max_num_seqs = requests
+
+    return warmup_kernels
+
+
 PATCHES = (
     Patch(
         symbol="vllm.distributed.utils:get_pp_indices",
@@ -92,5 +113,17 @@ PATCHES = (
         upstream="none yet",
         until="vLLM lets plugins choose the model state",
         replace=_init_model_state,
+    ),
+    Patch(
+        symbol="vllm.v1.worker.gpu_worker:warmup_kernels",
+        parameters=("model_runner", "worker_execute_model", "worker_sample_tokens"),
+        why="Its prompts may fill `max_num_batched_tokens`. The scheduler leaves room for a row of "
+        "the draft per request, but the warm-up does not ask the scheduler, and a wider pass stops "
+        "the engine.",
+        how="Lowers `max_num_seqs` while it runs to the requests whose rows fit; otherwise calls "
+        "the original.",
+        upstream="none yet",
+        until="vLLM's warm-up keeps to `max_num_scheduled_tokens`",
+        replace=_warmup_kernels,
     ),
 )
