@@ -41,7 +41,8 @@ def recorded(monkeypatch):
         return custom_sampler(self, sampler)
 
     monkeypatch.setattr(TreeModelState, "custom_sampler", keep_layout)
-    with recorded_nodes() as nodes:
+    # what is replaced last is put back first
+    with recorded_nodes() as nodes, pytest.MonkeyPatch.context() as patch:
         process = TreeRejectionSampler.process
 
         def spy(self, logits, batch):
@@ -63,7 +64,7 @@ def recorded(monkeypatch):
                 )
             return process(self, logits, batch)
 
-        monkeypatch.setattr(TreeRejectionSampler, "process", spy)
+        patch.setattr(TreeRejectionSampler, "process", spy)
         yield nodes, positions, caches
 
 
