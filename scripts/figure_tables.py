@@ -232,7 +232,9 @@ def combined() -> str:
         cells = f"{_acceptance_length(repetitions):.2f}", f"{median(speeds):.1f}"
         rows.setdefault(name, []).append(" / ".join(cells))
     targets = dict.fromkeys(method.split(", ")[0] for method in by_method)
-    return table(["tree", *(f"`{target}`" for target in targets)], [[n, *c] for n, c in rows.items()])
+    return table(
+        ["tree", *(f"`{target}`" for target in targets)], [[n, *c] for n, c in rows.items()]
+    )
 
 
 def ngrams() -> str:

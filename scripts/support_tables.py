@@ -423,7 +423,6 @@ FEATURES = (
             "proposers/test_ngram.py::test_options_are_checked",
             "proposers/test_ngram.py::test_schedules_are_checked",
             "proposers/test_ngram.py::test_rules_that_may_draw_are_refused",
-            "integration/test_parallel.py::test_tensor_parallelism_of_ngrams",
             "measure/test_preflight.py::test_a_proposer_is_no_draft",
         ),
     ),

@@ -59,7 +59,8 @@ def test_the_reference_has_every_option_and_name():
     part = page.partition("## The options\n")[2].partition("\n## ")[0]
     lists = re.findall(r"^(?:### |\| )(`\w+`(?:, `\w+`)*)", part, re.MULTILINE)
     listed = [name.strip("`") for names in lists for name in names.split(", ")]
-    assert sorted(listed) == sorted(Options.model_fields)
+    declared = {key for name in PROPOSERS._builtin for key in PROPOSERS.load(name).options}
+    assert sorted(listed) == sorted({*Options.model_fields, *declared})
     for registry in (RULES, PROPOSERS, TARGETS):
         assert all(f"`{name}`" in part for name in registry._builtin)
 
@@ -373,6 +374,7 @@ def test_flags_that_contradict_the_json():
 
 
 THEIRS = '''
+from vllm_spechub.proposers.base import TreeProposer
 from vllm_spechub.rules.base import VerificationRule
 from vllm_spechub.targets.base import Number, TargetDistribution
 
@@ -387,8 +389,10 @@ class Rule(VerificationRule):
 
     sample_children = verify = None
 
-class Repeats:
+class Repeats(TreeProposer):
     """Drafts without a model."""
+
+    read = None
     vllm_method = "ngram"
     needs_model = False
     options = frozenset({"longest", "shortest"})

@@ -207,7 +207,7 @@ def test_graphs_of_a_target_with_images_and_mrope(tmp_path, replays):
     assert answers[0] == answers[1]
     kinds = Counter(kind for kind, _, _ in replays.elements())
     assert kinds["target"] > 4
-    assert kinds["draft"] > 8
+    assert kinds["step"] > 4
 
 
 @pytest.mark.usefixtures("attention_of_gpus")
@@ -231,7 +231,7 @@ def test_the_targets_first_layers_through_graphs(replays):
             answers.append(token_ids(llm.generate(PROMPTS, params(), use_tqdm=False)))
     assert answers[0] == answers[1]
     sizes = {(kind, rows) for kind, _, rows in replays}
-    assert sizes == {("target", 15), ("draft", 1), ("draft", 2), ("draft", 4)}
+    assert sizes == {("target", 15), ("pass", 1), ("pass", 2), ("pass", 4)}
 
 
 @pytest.mark.usefixtures("attention_of_gpus", "replays")
@@ -388,6 +388,7 @@ def specialisations(monkeypatch, replays):
         noted(child_sampling.sample_children, host.sample_children),
         noted(verification.verify_tree, host.verify_tree),
         DraftState.write_tokens,
+        noted(level_allocation.allocate_children, host.allocate_children),
     )
 
     class Compactor(HostKVCompactor):
@@ -419,7 +420,8 @@ def specialisations(monkeypatch, replays):
 def test_nothing_is_compiled_in_service(specialisations):
     """Whatever vLLM's monitor of compilation would stop the engine for (`--jit-monitor-mode=error`)
     was launched at start-up."""
-    with engine(SCHEDULE, verification="traversal", dtype="bfloat16") as llm:
+    schedule = [[1, 2, LEVELS], *SCHEDULE[1:]]
+    with engine(schedule, verification="traversal", dtype="bfloat16") as llm:
         runner, ours = model_runner(llm), worker(llm)
         for warm_up in (warm_up_trees, warmup_kernels):  # as on a GPU
             warm_up(runner, ours.execute_model, ours.sample_tokens)

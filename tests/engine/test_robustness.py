@@ -81,7 +81,9 @@ def test_sleep_and_wake(llm):
     """The CPU platform has no sleep mode; what it would lose on a GPU is lost here by hand."""
     state = model_runner(llm).model_state
     llm.sleep()
-    for table in (state.layout._rope_offset, state.layout._until_offset, state.layout._mask):
+    layout = state.layout
+    masks = layout.nodes.flat("ancestor_masks")
+    for table in (layout._rope_offset, layout._until_offset, masks):
         table.fill_(-1)
     state.compactor.compactors.clear()
     llm.wake_up()

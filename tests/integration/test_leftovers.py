@@ -16,6 +16,8 @@ HARMLESS = (
     # the V2 runner's kernels and hooks: without Triton vLLM refuses that runner to anyone else,
     # and the hooks hand every other configuration to the original
     "vllm.v1.worker.gpu.",
+    "vllm.v1.worker.gpu_worker:warmup_kernels",
+    "vllm.distributed.utils:get_pp_indices",
     # what those kernels' launchers compute block sizes with
     "vllm.triton_utils.importing:TritonPlaceholder.next_power_of_2",
 )

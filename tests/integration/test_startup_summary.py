@@ -7,8 +7,8 @@ import torch
 
 from vllm_spechub.config import SpecHubConfig
 from vllm_spechub.integration.memory import kv_cache_share, verification_bytes
-from vllm_spechub.integration.startup_summary import draw
 from vllm_spechub.targets.base import parse_target
+from vllm_spechub.trees.drawing import draw
 from vllm_spechub.trees.schedule import TreeSchedule
 from vllm_spechub.trees.tree import TokenTree
 
