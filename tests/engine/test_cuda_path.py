@@ -17,13 +17,13 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
+from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import (
     CudaGraphManager,
     ModelCudaGraphManager,
     profile_cudagraph_memory,
 )
-from vllm.v1.worker.gpu.warmup import warmup_kernels
 
 from helpers import multimodal
 from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids, worker
@@ -423,7 +423,7 @@ def test_nothing_is_compiled_in_service(specialisations):
     schedule = [[1, 2, LEVELS], *SCHEDULE[1:]]
     with engine(schedule, verification="traversal", dtype="bfloat16") as llm:
         runner, ours = model_runner(llm), worker(llm)
-        for warm_up in (warm_up_trees, warmup_kernels):  # as on a GPU
+        for warm_up in (warm_up_trees, gpu_worker.warmup_kernels):  # as on a GPU
             warm_up(runner, ours.execute_model, ours.sample_tokens)
         capture_graphs(llm)
         at_start = set(specialisations)

@@ -181,7 +181,7 @@ def test_alone_as_in_a_batch(monkeypatch, device, rule):
     monkeypatch.setattr(rng, "LANES", 128)
     monkeypatch.setattr(torch, "empty", torch.zeros)  # what is not written can be compared
     logits, nodes, counts, requests = make_rows(10, 500, 3, torch.bfloat16)
-    sums = first_arguments(monkeypatch, kernel, "_lane_sums_kernel")
+    sums = first_arguments(monkeypatch, kernel, "lane_sums_kernel")
 
     def drafted(implementation, own: slice) -> list[torch.Tensor]:
         sums.clear()

@@ -33,6 +33,8 @@ from vllm_spechub.attention.visibility import TreeVisibility
 from vllm_spechub.triton_kernels.tree_attention import CAUSAL, MAX_HEAD_SIZE, tree_attention
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
+BLOCK_LENGTHS = (1, 2, 4, 8, 16, 32, 64)
+"""Lengths of requests that between them need every size of block (`launch_config`)."""
 
 
 class PlainRequests(NamedTuple):
@@ -217,9 +219,15 @@ class TritonTreeMetadataBuilder(TritonAttentionMetadataBuilder):
 class TritonTreeImpl(TritonAttentionImpl):
     """vLLM's Triton attention of one layer, with tree masks.
 
+    Attributes:
+        every_block: whether each call also launches the kernels with the larger blocks of longer
+            requests, so that none is compiled when such a request comes; set while vLLM warms up.
+
     Raises:
         ValueError: on construction, for a layer with a feature that the kernel lacks.
     """
+
+    every_block: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -326,24 +334,28 @@ class TritonTreeImpl(TritonAttentionImpl):
             max_query_len = plain.max_query_len_before
         if num_tokens == 0:
             return output
-        tree_attention(
-            query[:num_tokens],
-            key_cache,
-            value_cache,
-            output[:num_tokens],
-            attn_metadata.query_start_loc[: num_reqs + 1],
-            attn_metadata.seq_lens[:num_reqs],
-            attn_metadata.block_table[:num_reqs],
-            attn_metadata.visible_until,
-            attn_metadata.tree_mask,
-            self.scale,
-            max_query_len,
-            self.logits_soft_cap,
-            self.window,
-            key_scale,
-            value_scale,
-            self.sinks,
-        )
+        lengths = [max_query_len]
+        if self.every_block:
+            lengths += [most for most in BLOCK_LENGTHS if most > max_query_len]
+        for most in lengths:
+            tree_attention(
+                query[:num_tokens],
+                key_cache,
+                value_cache,
+                output[:num_tokens],
+                attn_metadata.query_start_loc[: num_reqs + 1],
+                attn_metadata.seq_lens[:num_reqs],
+                attn_metadata.block_table[:num_reqs],
+                attn_metadata.visible_until,
+                attn_metadata.tree_mask,
+                self.scale,
+                most,
+                self.logits_soft_cap,
+                self.window,
+                key_scale,
+                value_scale,
+                self.sinks,
+            )
         return output
 
     def _attend_plain(

@@ -65,10 +65,10 @@ def _get_pp_indices(original):
 def _warmup_kernels(original):
     @functools.wraps(original)
     def warmup_kernels(model_runner, worker_execute_model, worker_sample_tokens):
+        from vllm_spechub.attention.triton_backend import TritonTreeImpl
         from vllm_spechub.config import is_spechub
 
-        config = model_runner.vllm_config
-        if not is_spechub(config):
+        if not is_spechub(model_runner.vllm_config):
             return original(model_runner, worker_execute_model, worker_sample_tokens)
         scheduler = model_runner.scheduler_config
         requests = scheduler.max_num_seqs
@@ -76,9 +76,11 @@ def _warmup_kernels(original):
         rows = model_runner.decode_query_len + 2
         try:
             scheduler.max_num_seqs = min(requests, scheduler.max_num_batched_tokens // rows)
+            TritonTreeImpl.every_block = True
             original(model_runner, worker_execute_model, worker_sample_tokens)
         finally:
             scheduler.max_num_seqs = requests
+            TritonTreeImpl.every_block = False
 
     return warmup_kernels
 
@@ -120,8 +122,8 @@ PATCHES = (
         why="Its prompts may fill `max_num_batched_tokens`. The scheduler leaves room for a row of "
         "the draft per request, but the warm-up does not ask the scheduler, and a wider pass stops "
         "the engine.",
-        how="Lowers `max_num_seqs` while it runs to the requests whose rows fit; otherwise calls "
-        "the original.",
+        how="While it runs, lowers `max_num_seqs` to the requests whose rows fit, and lets attention "
+        "launch the blocks of longer requests, too; otherwise calls the original.",
         upstream="none yet",
         until="vLLM's warm-up keeps to `max_num_scheduled_tokens`",
         replace=_warmup_kernels,
