@@ -20,11 +20,8 @@ LEVELS = "levels:3,4,4"
 @pytest.mark.parametrize(
     ("tree", "verification", "params"),
     [
-        ("binary:3", "ordered", {"temperature": 1.0}),
         ("binary:3", "unordered", {"temperature": 0.7}),
         ("kary:3:2", "ordered", {"temperature": 0.6, "top_k": 20, "top_p": 0.9}),
-        (WIDE, "unordered", {"temperature": 0.8, "top_k": 5}),
-        (WIDE, "ordered", {"temperature": 0.8, "top_p": 0.8}),
         ("chain:3", "ordered", {"temperature": 0.7, "min_p": 0.0}),
     ],
 )

@@ -14,7 +14,6 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from helpers import heads
 from helpers.engines import engine, greedy_params, plain_greedy, token_ids
 from helpers.ensembles import greedy_ensemble
 from helpers.heads import Oracle
@@ -23,10 +22,13 @@ from helpers.oracle import tokens_of
 from helpers.pair import DRAFT, EAGLE3, PROMPTS, TARGET
 
 TREE = "binary:2"
-SEEDED = [
-    SamplingParams(temperature=1.0, top_p=0.95, seed=seed, max_tokens=12, ignore_eos=True)
-    for seed in range(len(PROMPTS))
-]
+COMBINED = {"type": "contrastive", "beta": 0.5, "alpha": 0.1}
+OFF = {"extra_args": {"target_distribution": "off"}}
+
+
+def seeded_params(**others):
+    sampled = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 12, "ignore_eos": True, **others}
+    return [SamplingParams(seed=seed, **sampled) for seed in range(len(PROMPTS))]
 
 
 @pytest.fixture
@@ -40,13 +42,12 @@ def one_core_each(monkeypatch):
 
 
 @contextmanager
-def two_workers(tree=TREE, like_one=True, **options):
+def two_workers(tree=TREE, asked=None, **options):
     """An engine of two workers that draws the same tokens on both of them: greedily those of plain
-    vLLM, and with seeds those of one worker."""
-    expected = plain_greedy()
-    if like_one:
-        with engine(tree, **options) as llm:
-            seeded = token_ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False))
+    vLLM, and with seeds those of one worker. Requests have the sampling parameters `asked`, too."""
+    expected, asked = plain_greedy(), asked or {}
+    with engine(tree, **options) as llm:
+        seeded = token_ids(llm.generate(PROMPTS, seeded_params(**asked), use_tqdm=False))
 
     options |= {
         "tensor_parallel_size": 2,
@@ -56,13 +57,13 @@ def two_workers(tree=TREE, like_one=True, **options):
     with engine(tree, **options) as llm:
         llm.collective_rpc("record_decisions")
         llm.collective_rpc("record_draft_rows")
-        if like_one:
-            assert token_ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False)) == seeded
-        answers = token_ids(llm.generate(PROMPTS[:4], greedy_params(16), use_tqdm=False))
+        assert token_ids(llm.generate(PROMPTS, seeded_params(**asked), use_tqdm=False)) == seeded
+        greedy = greedy_params(16, **asked)
+        answers = token_ids(llm.generate(PROMPTS[:4], greedy, use_tqdm=False))
         assert answers == [answer[:16] for answer in expected[:4]]
-        assert spec_metrics(llm)["num_accepted_tokens"] > (20 if like_one else 0)
+        assert spec_metrics(llm)["num_accepted_tokens"] > 20
         first, second = llm.collective_rpc("recorded_decisions")
-        assert len(first) > (10 if like_one else 5)
+        assert len(first) > 10
         assert first == second
         yield llm
 
@@ -76,7 +77,11 @@ def assert_rows_of_both_workers(llm, oracle):
 
 
 def test_tensor_parallelism(one_core_each):
-    with two_workers(draft=DRAFT) as llm:
+    """Both ranks hold a half of both models, and combine gathered rows if a request asks for it."""
+    spec, prompts = {"target_distribution": COMBINED}, PROMPTS[:3]
+    with two_workers(asked=OFF, draft=DRAFT, spec=spec) as llm:
+        answers = token_ids(llm.generate(prompts, greedy_params(16), use_tqdm=False))
+        assert answers == [greedy_ensemble(tokens_of(each), COMBINED, 16)[0] for each in prompts]
         workers = llm.llm_engine.engine_core.engine_core.model_executor.workers
         os.kill(workers[1].proc.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match=r"[Ee]xecutor|[Ww]orker|cancelled"):
@@ -88,23 +93,6 @@ def test_tensor_parallelism_of_a_head(one_core_each):
     decides the same trees."""
     with two_workers("levels:3,2", draft=EAGLE3) as llm:
         assert_rows_of_both_workers(llm, Oracle("eagle3", EAGLE3))
-
-
-def test_tensor_parallelism_of_an_mtp_layer(one_core_each, tmp_path):
-    model = heads.mimo(tmp_path / "mimo")
-    with two_workers(like_one=False, model=model, draft=None, tokenizer=TARGET) as llm:
-        assert_rows_of_both_workers(llm, Oracle("mtp", model))
-
-
-def test_tensor_parallelism_of_a_combined_target(one_core_each):
-    """Both ranks hold a half of both members, and combine gathered rows."""
-    spec = {"type": "contrastive", "beta": 0.5, "alpha": 0.1}
-    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    prompts = PROMPTS[:3]
-    with engine(TREE, spec={"target_distribution": spec}, **options) as llm:
-        answers = token_ids(llm.generate(prompts, greedy_params(16), use_tqdm=False))
-        assert spec_metrics(llm)["num_accepted_tokens"] > 10
-    assert answers == [greedy_ensemble(tokens_of(prompt), spec, 16)[0] for prompt in prompts]
 
 
 def test_data_parallelism(one_core_each, monkeypatch):
