@@ -122,8 +122,8 @@ PATCHES = (
         why="Its prompts may fill `max_num_batched_tokens`. The scheduler leaves room for a row of "
         "the draft per request, but the warm-up does not ask the scheduler, and a wider pass stops "
         "the engine.",
-        how="While it runs, lowers `max_num_seqs` to the requests whose rows fit, and lets attention"
-        " launch the blocks of longer requests, too; otherwise calls the original.",
+        how="While it runs, lowers `max_num_seqs` to the requests whose rows fit, and lets "
+        "attention launch the blocks of longer requests, too; otherwise calls the original.",
         upstream="none yet",
         until="vLLM's warm-up keeps to `max_num_scheduled_tokens`",
         replace=_warmup_kernels,
