@@ -68,10 +68,6 @@ DECISIONS: dict[str, dict[str, str]] = {
         "vllm.v1.worker.cpu_worker.CPUWorker.__init__": (
             "checks the free memory later, and binds memory by the worker's own device"
         ),
-        f"{_GPU}.warmup.warmup_kernels": (
-            "warms up once more, with greedy requests, and masks as many rows as the largest tree "
-            "has nodes: our steps of smaller trees go without masks"
-        ),
         # read, and of no consequence
         "vllm.engine.arg_utils.EngineArgs.add_cli_args": "new flags, none of speculation",
         "vllm.platforms.cpu.CpuPlatform.check_and_update_config": (
@@ -142,7 +138,9 @@ DECISIONS: dict[str, dict[str, str]] = {
             "do not take"
         ),
         "vllm.v1.worker.gpu_worker.warmup_kernels": (
-            "warms up with greedy requests, too, within what our replacement wraps"
+            "warms up once more, with greedy requests, within what our replacement wraps, and "
+            "masks as many rows as the largest tree has nodes: our steps of smaller trees go "
+            "without masks"
         ),
         f"{_GPU}.sample.sampler.Sampler.sample": (
             "passes on whether rows have top-p only, for a faster kernel; where we replace it, "

@@ -497,7 +497,7 @@ def test_a_proposer_without_a_model(install, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no schedule was measured .*; give the ranges"):
         repeats(tree_by_batch_size="auto")
     ranges = [[1, 4, "chain:2"], [5, None, None]]
-    keep(TARGET, None, "repeats", "traversal", ranges)
+    keep(TARGET, None, "repeats", "traversal", ranges, {"longest": 5})
     found = repeats(tree_by_batch_size="auto").schedule
     assert found == TreeSchedule.parse(ranges, "traversal")
 

@@ -21,7 +21,7 @@ LEVELS = "levels:3,4,4"
     ("tree", "verification", "params"),
     [
         ("binary:3", "unordered", {"temperature": 0.7}),
-        ("kary:3:2", "ordered", {"temperature": 0.6, "top_k": 20, "top_p": 0.9}),
+        ("binary:3", "ordered", {"temperature": 0.6, "top_k": 20, "top_p": 0.9}),
         ("chain:3", "ordered", {"temperature": 0.7, "min_p": 0.0}),
     ],
 )

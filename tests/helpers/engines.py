@@ -30,6 +30,7 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
     """
     from vllm import LLM
     from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+    from vllm.distributed.parallel_state import model_parallel_is_initialized
 
     settings = DEFAULTS | {"model": model}
     if tree is not None:
@@ -40,17 +41,18 @@ def engine(tree=None, *, model=TARGET, draft=DRAFT, verification="ordered", spec
             "verification": verification,
         } | (spec or {})
     with settled_heap():
-        llm = None
+        llm, others = None, model_parallel_is_initialized()
         try:
             llm = LLM(**(settings | options))
             started.add(llm)
             yield llm
         finally:
-            if llm is not None:  # it may fail after it has made its groups of workers
+            if llm is not None:
                 llm.llm_engine.engine_core.shutdown()
-                del llm
-            destroy_model_parallel()
-            destroy_distributed_environment()
+            if llm is not None or not others:  # it may fail after it has made its groups
+                destroy_model_parallel()
+                destroy_distributed_environment()
+            del llm
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def test_bytes_to_verify():
         )
         return verification_bytes(config) - hidden
 
-    in_fp32 = 2**30 // (128256 * 4)
+    in_fp32 = 2**28 // (128256 * 4)
     assert size(16384, (1, None, "binary:3")) == 128256 * (1024 * 15 * 2 + in_fp32 * 6)
     assert size(8192, (1, None, "binary:3")) == 128256 * (8192 * 2 + in_fp32 * 6)
     assert size(8192, (1, None, "binary:3"), max_num_seqs=8) == 128256 * 120 * 8

@@ -150,7 +150,7 @@ def _check_travels(field: str, value: Any) -> None:
     checks `extra_args` itself."""
     if isinstance(value, int):
         if not INT64.min <= value <= UINT64_MAX:
-            raise _refusal(field, value, f"integers of {INT64.min} to {UINT64_MAX}")
+            raise _refusal(field, value, "integers of 64 bits")
     elif isinstance(value, Mapping):
         _check_travels(field, [*value, *value.values()])
     elif isinstance(value, list | tuple | set):
