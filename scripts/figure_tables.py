@@ -208,28 +208,16 @@ def heads() -> str:
 
 
 def combined() -> str:
-    """Combined targets of the demo pair: tokens per step, and tokens per second against decoding
-    with the same ensemble plainly."""
-    measured = _by(read(DOCS / "benchmarks" / "combined" / "measurements.csv"))
-    by_method = {method: rows for (_, _, method), rows in measured.items() if ", " in method}
+    """Tokens per step of the demo pair with combined targets."""
     rows: dict[str, list[str]] = {}
-    for method, repetitions in by_method.items():
-        target, how = method.split(", ")
-        if how == "plainly":
-            continue
-        plainly = by_method[f"{target}, plainly"]
-        speeds = [
-            float(row["tokens_per_s"]) / float(one["tokens_per_s"])
-            for row, one in zip(repetitions, plainly, strict=True)
-        ]
-        tree, _, sharpened = how.partition(" ")
-        name = f"`{tree}`" + (", `sharpening` 2" if sharpened else "")
-        cells = f"{_acceptance_length(repetitions):.2f}", f"{median(speeds):.1f}"
-        rows.setdefault(name, []).append(" / ".join(cells))
-    targets = dict.fromkeys(method.split(", ")[0] for method in by_method)
-    return table(
-        ["tree", *(f"`{target}`" for target in targets)], [[n, *c] for n, c in rows.items()]
-    )
+    measured = read(DOCS / "benchmarks" / "combined" / "tokens.csv")
+    for row in measured:
+        sharpened = "" if row["sharpening"] == "1" else f", `sharpening` {row['sharpening']}"
+        cell = f"{float(row['tokens_per_step']):.2f}"
+        rows.setdefault(f"`{row['tree']}`{sharpened}", []).append(cell)
+    targets = dict.fromkeys(row["target"] for row in measured)
+    columns = ["tree", *(f"`{target}`" for target in targets)]
+    return table(columns, [[name, *cells] for name, cells in rows.items()])
 
 
 def ngrams() -> str:
