@@ -28,13 +28,15 @@ def warm_up_trees(
         """Without masks, of which there may be as many as the largest tree needs in any step."""
         return sample_tokens(None)
 
+    # as the worker finds it, with our patch
+    warmup_kernels: Callable[..., None] = vars(gpu_worker)["warmup_kernels"]
     _, *others = spechub_config(runner.vllm_config).schedule.trees
     largest = runner.num_speculative_steps, runner.decode_query_len
     try:
         for tree in others:
             runner.num_speculative_steps = tree.num_nodes
             runner.decode_query_len = 1 + tree.num_nodes
-            gpu_worker.warmup_kernels(runner, execute_model, sample)
+            warmup_kernels(runner, execute_model, sample)
     finally:
         runner.num_speculative_steps, runner.decode_query_len = largest
     with torch.inference_mode():
