@@ -49,6 +49,10 @@ CONFIDENT = f32(constants.CONFIDENT)
 FIRST_SAMPLE_LOSS = f32(constants.FIRST_SAMPLE_LOSS)
 SAMPLE_SHARES = np.array(constants.SAMPLE_SHARES, f32)
 
+LANES = rng.LANES
+"""A constant of the compiled code, which is kept on disk. Whoever replaces that of `rng` replaces it
+for other kernels only."""
+
 
 class Scratch(NamedTuple):
     """Rows to work in. [size] each; `noise_bits` and `spare_bits` are their rows' memory as
@@ -104,7 +108,7 @@ def _draw(
 ):
     """`rng.draw`: a token drawn from the weights."""
     size = weights.shape[0]
-    lanes = min(size, rng.LANES)
+    lanes = min(size, LANES)
     depth = (size + lanes - 1) // lanes
     first = number * rng.DRAW_STRIDE
     masses = weights
@@ -120,7 +124,7 @@ def _draw(
     if depth == 1:
         return lane
     places = (size - lane + lanes - 1) // lanes
-    _exponentials(key, first + rng.LANES, places, work)
+    _exponentials(key, first + LANES, places, work)
     for place in range(places):
         work.noise[place] = weights[lane + place * lanes] / work.noise[place]
     return lane + lanes * argmax(work.noise[:places])
@@ -133,7 +137,7 @@ def _best(
 ):
     """`rng.best`: the largest element, of a tie the first lane's, and its first."""
     size = row.shape[0]
-    lanes = min(size, rng.LANES)
+    lanes = min(size, LANES)
     top = row[argmax(row)]
     for lane in range(lanes):
         for i in range(lane, size, lanes):
