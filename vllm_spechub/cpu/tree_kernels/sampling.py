@@ -50,8 +50,8 @@ FIRST_SAMPLE_LOSS = f32(constants.FIRST_SAMPLE_LOSS)
 SAMPLE_SHARES = np.array(constants.SAMPLE_SHARES, f32)
 
 LANES = rng.LANES
-"""A constant of the compiled code, which is kept on disk. Whoever replaces that of `rng` replaces it
-for other kernels only."""
+"""A constant of the compiled code, which is kept on disk: whoever replaces that of `rng` replaces
+it for other kernels only."""
 
 
 class Scratch(NamedTuple):
