@@ -8,19 +8,17 @@ trees of `traversal` and `mixed`. Writes FOLDER/levels.csv.
 """
 
 import csv
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
+from study_pair import load_study
 
 from vllm_spechub.offline.simulation.drafts import Plan, Variant
-from vllm_spechub.offline.simulation.load import load
-from vllm_spechub.offline.simulation.report import ROWS_CSV, STUDY_JSON, read_csv
-from vllm_spechub.offline.simulation.study import Row, Sampling, mean_and_ci, measure
+from vllm_spechub.offline.simulation.report import ROWS_CSV, read_csv
+from vllm_spechub.offline.simulation.study import Row, mean_and_ci, measure
 from vllm_spechub.trees.level_tree import width_candidates
 from vllm_spechub.trees.tree import TokenTree
 
@@ -43,17 +41,7 @@ def main(
     texts: Annotated[int, typer.Option(help="Texts for each prompt.")] = 6,
 ) -> None:
     """Measure level widths against static trees."""
-    settings = json.loads((folder / STUDY_JSON).read_text(encoding="utf-8"))["settings"]
-    sampling = Sampling(
-        texts=texts,
-        tokens=settings["tokens"],
-        roots=settings["roots_per_text"],
-        seed=settings["seed"],
-    )
-    torch.set_num_threads(1)
-    pair, encoded = load(
-        settings["target"], settings["draft"], prompts, limit, sampling, max(depth), None, "float32"
-    )
+    pair, encoded, sampling = load_study(folder, prompts, limit, texts, max(depth))
     best: dict[tuple[float, int, int], dict[str, Plan]] = {}
     for row in read_csv(Row, folder / ROWS_CSV):
         for most in depth:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from vllm_spechub.drafts.sources import Sources
 from vllm_spechub.measure.benchmark.decoding import acceptance_length, counters
 from vllm_spechub.measure.benchmark.engine import EngineFailed, EngineProcess, close_all
 from vllm_spechub.measure.benchmark.methods import chain_config
@@ -73,7 +74,7 @@ def methods(tree: str, num_nodes: int) -> dict[str, dict | None]:
     draft, head = str(PAIR / "draft"), str(PAIR / "eagle3")
     return {
         "no speculation": None,
-        f"vLLM chain of {num_nodes}": chain_config(draft, num_nodes),
+        f"vLLM chain of {num_nodes}": chain_config(Sources(str(PAIR / "target"), draft), num_nodes),
         f"SpecHub {tree}": {"method": "spechub", "model": draft, "tree": tree},
         f"SpecHub {tree}, EAGLE-3": {"method": "spechub", "model": head, "tree": tree},
     }

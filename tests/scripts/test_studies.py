@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts that measure the trees of a stored study again, on one prompt."""
+
+import csv
+import shutil
+
+import pytest
+
+from helpers.pair import ROOT, SCRIPTS
+
+STUDY = ROOT / "docs" / "verification"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.chdir(ROOT)
+    for name in ("study.json", "tokens_per_step.csv"):
+        shutil.copy(STUDY / name, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    lines = (SCRIPTS / "demo_pair" / "study_prompts.jsonl").read_text().splitlines()
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines[:2]))
+    return tmp_path / "prompts.jsonl"
+
+
+def rows(file):
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_level_widths(folder, prompts):
+    from level_widths import main
+
+    main(folder, [1.0], [14], [4], prompts, None, 1)
+    found = rows(folder / "levels.csv")
+    assert {row["baseline"] for row in found} == {"traversal", "mixed"}
+    assert all(1 < float(row["tokens_per_step"]) < 5 for row in found)
+
+
+def test_pooled_differences(folder, prompts):
+    from pooled_differences import main
+
+    main(folder, 1.0, [14], prompts, 1)
+    pooled = [row for row in rows(folder / "pooled.csv") if row["kind"] == "pooled"]
+    by_pair = {(row["rule"], row["baseline"]): float(row["difference"]) for row in pooled}
+    assert by_pair["traversal", "rrs"] == -by_pair["rrs", "traversal"]
