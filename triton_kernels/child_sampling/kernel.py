@@ -40,7 +40,7 @@ _CHILDREN = tl.constexpr(constants.MAX_CHILDREN)
 
 
 @triton.jit
-def _sample_acceptance(off_hubs, number):
+def sample_acceptance(off_hubs, number):
     """What a sample is expected to be accepted with, by how many were drawn before."""
     share = tl.where(number == 1, _SHARE1, tl.where(number == 2, _SHARE2, _SHARE3))
     return off_hubs * tl.where(number == 0, 1.0 - _FIRST_LOSS * off_hubs, share)
@@ -222,7 +222,7 @@ def _sample_children_kernel(
                 peak = tl.minimum(tl.max(values, axis=0), highest)
                 weights = power(values, peak, draw_scale)
                 token = lane + LANES * draw_place(weights, key, first, PLACES, LANES)
-                prob = _sample_acceptance(off_hubs, place - num_hubs)
+                prob = sample_acceptance(off_hubs, place - num_hubs)
             num_hubs += hub.to(tl.int32)
             tokens = tl.where(places == place, token, tokens)
             sampled = sampled | ((places == place) & drawn)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .. import constants, lanes_device, rng
 from ..arguments import GrownTrees, Requests
-from ..child_sampling.kernel import NUM_WARPS, lane_sums_kernel, scales
+from ..child_sampling.kernel import NUM_WARPS, lane_sums_kernel, sample_acceptance, scales
 from ..lanes_device import (
     ABSENT,
     LOWEST,
@@ -89,13 +89,6 @@ def _top_shares_kernel(
 
 
 @triton.jit
-def _sample_share(off_hubs, number):
-    """What a sample is expected to be accepted with, by how many were drawn before."""
-    share = tl.where(number == 1, _SHARE1, tl.where(number == 2, _SHARE2, _SHARE3))
-    return off_hubs * tl.where(number == 0, 1.0 - _FIRST_LOSS * off_hubs, share)
-
-
-@triton.jit
 def _expected(
     # [WIDTH, _CHILDREN], by rank
     shares,
@@ -115,7 +108,7 @@ def _expected(
     num_hubs = tl.where(greedy, num_children, num_hubs)
     is_hub = places < num_hubs[:, None]
     off_hubs = tl.maximum(1.0 - tl.sum(tl.where(is_hub, shares, 0.0), axis=1), 0.0)
-    expected = _sample_share(off_hubs[:, None], places - num_hubs[:, None])
+    expected = sample_acceptance(off_hubs[:, None], places - num_hubs[:, None])
     best = tl.sum(tl.where(places == 0, shares, 0.0), axis=1)
     lone = (num_children == 1) & (num_hubs == 0)
     lone_share = best * best * (1.0 - _LONE) + _LONE

@@ -5,10 +5,6 @@ It reads every batch of the target's in the member pass, before sampling. So its
 the target's, whatever is drafted, and moves with it; to draft, it needs to read the new roots only.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
-import numpy as np
 import torch
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 
@@ -16,26 +12,17 @@ from vllm_spechub.engine.combination import MemberBatch
 from vllm_spechub.engine.model_state import TreeModelState
 from vllm_spechub.proposers.base import DraftStep
 from vllm_spechub.proposers.draft_model import DraftModelProposer
-from vllm_spechub.trees.tree import Tree
+from vllm_spechub.proposers.root_feed import RootFed
 
 
-class DraftMember(DraftModelProposer):
+class DraftMember(RootFed, DraftModelProposer):
     """Drafts with a smaller model of the same vocabulary, whose rows are combined with the
     target's."""
-
-    captures_steps = False  # a captured step reads whole paths
 
     def bind(self, model_state: TreeModelState) -> None:
         super().bind(model_state)
         assert model_state.combination is not None  # else nothing chooses this proposer
         model_state.combination.bind(self)
-
-    def may_pause(self, batch: Any) -> bool:
-        """Always: only roots are read here."""
-        return True
-
-    def rows_of(self, tree: Tree) -> Iterator[int]:
-        yield from map(len, tree.internal_levels())
 
     @torch.inference_mode()
     def member_rows(self, batch: MemberBatch) -> torch.Tensor:
@@ -59,7 +46,4 @@ class DraftMember(DraftModelProposer):
         Returns:
             Their hidden states, [num_reqs, hidden_size].
         """
-        if step.dummy_run:
-            return super().read(step)
-        rows = self.fed_rows(np.ones(step.num_reqs, dtype=np.int64))
-        return self.feed(step, rows, step.root_positions)
+        return (DraftModelProposer if step.dummy_run else RootFed).read(self, step)

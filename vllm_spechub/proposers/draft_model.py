@@ -29,7 +29,6 @@ from vllm_spechub.drafts.vocabulary import check_vocabularies, first_line
 from vllm_spechub.proposers import first_layers
 from vllm_spechub.proposers.base import DraftStep
 from vllm_spechub.proposers.model_proposer import ModelProposer
-from vllm_spechub.rules.draft_state import DraftLevel, DraftState
 from vllm_spechub.trees.measured_schedule import measured_layers
 
 DRAFT_LAYERS = "draft_layers"
@@ -240,15 +239,3 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
         # The rows that this step leaves free are for the requests that lag.
         room = int(self.max_num_tokens - counts.sum())
         return lag > 0, skipped, counts + trees.catch_up(reqs, room)
-
-    def level_logits(
-        self,
-        step: DraftStep,
-        depth: int,
-        level: DraftLevel,
-        state: DraftState,
-        # [num_reqs, hidden_size] of the roots, where depth is 0
-        carried: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = carried if depth == 0 else self.run_level(step, depth, level, state)
-        return self.compute_draft_logits(hidden, depth), hidden

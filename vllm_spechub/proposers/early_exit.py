@@ -7,27 +7,21 @@ but the new roots, and then the nodes. Both go to the slots of the next step's t
 verification writes again: what the target has computed below a root is never touched.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import CUDAGraphMode, ModelConfig
-from vllm.forward_context import BatchDescriptor, set_forward_context
-from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.config import ModelConfig
 
 from vllm_spechub.attention.visibility import TreeVisibility
 from vllm_spechub.proposers import first_layers
 from vllm_spechub.proposers.base import DraftStep
-from vllm_spechub.proposers.model_proposer import ModelProposer
-from vllm_spechub.rules.draft_state import DraftLevel, DraftState
-from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.proposers.root_feed import RootFed
 
 EXIT_LAYER = "exit_layer"
 
 
-class EarlyExitProposer(ModelProposer[torch.Tensor]):
+class EarlyExitProposer(RootFed):
     """Drafts with the target's first layers.
 
     From level to level it carries hidden states, [num_reqs * num_expanded, hidden_size].
@@ -72,14 +66,6 @@ class EarlyExitProposer(ModelProposer[torch.Tensor]):
     ) -> torch.nn.Module:
         raise AssertionError("nothing is loaded")
 
-    def rows_of(self, tree: TokenTree) -> Iterator[int]:
-        """The root's one row is that of `read`."""
-        yield from map(len, tree.internal_levels())
-
-    def may_pause(self, batch: InputBatch) -> bool:
-        """Always: the target itself keeps the cache up to date."""
-        return True
-
     def run_model(
         self,
         # [num_tokens] int32
@@ -90,28 +76,8 @@ class EarlyExitProposer(ModelProposer[torch.Tensor]):
         slot_mappings: dict[str, torch.Tensor] | None,
         fed: torch.Tensor | None,
     ) -> torch.Tensor:
-        with set_forward_context(
-            attn_metadata,
-            self.vllm_config,
-            num_tokens=len(tokens),
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            slot_mapping=slot_mappings,
-            batch_descriptor=BatchDescriptor(num_tokens=len(tokens)),
-        ):
+        with self.forward_context(tokens, attn_metadata, slot_mappings):
             return self.model(input_ids=tokens, positions=positions)
-
-    def read(self, step: DraftStep) -> torch.Tensor:
-        """Feed the roots. Returns their hidden states, [num_reqs, hidden_size]."""
-        num_reqs = step.num_reqs
-        starts_np = np.arange(num_reqs + 1, dtype=np.int32)
-        root = step.root_positions
-        if step.dummy_run:
-            tokens = torch.zeros_like(root)
-        else:
-            last = self.max_model_len - 1
-            tokens = self.req_states.all_token_ids.gpu[step.batch.idx_mapping, root.clamp(max=last)]
-        starts = async_tensor_h2d(starts_np, device=self.device)
-        return self.run_pass(step, tokens, root, root, starts, starts_np, root + 1, None, None)
 
     def run_pass(
         self,
@@ -145,15 +111,3 @@ class EarlyExitProposer(ModelProposer[torch.Tensor]):
         return super().run_pass(
             step, tokens, positions, slots, starts, starts_np, seq_lens, unused, tree, fed
         )
-
-    def level_logits(
-        self,
-        step: DraftStep,
-        depth: int,
-        level: DraftLevel,
-        state: DraftState,
-        # [num_reqs, hidden_size] of the roots, where depth is 0
-        carried: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = carried if depth == 0 else self.run_level(step, depth, level, state)
-        return self.compute_draft_logits(hidden, depth), hidden

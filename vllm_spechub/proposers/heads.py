@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
-from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.model_executor.models.interfaces import supports_any_eagle, supports_eagle3
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -125,14 +124,7 @@ class HeadProposer(ModelProposer[torch.Tensor]):
         # [num_tokens, hidden_size]
         fed: torch.Tensor | None,
     ) -> torch.Tensor:
-        with set_forward_context(
-            attn_metadata,
-            self.vllm_config,
-            num_tokens=len(tokens),
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            slot_mapping=slot_mappings,
-            batch_descriptor=BatchDescriptor(num_tokens=len(tokens)),
-        ):
+        with self.forward_context(tokens, attn_metadata, slot_mappings):
             given = self.model(input_ids=tokens, positions=positions, hidden_states=fed)
         if not isinstance(given, tuple):
             return given.unsqueeze(1)
