@@ -4,7 +4,6 @@
 with and without sharpening. `scripts/bench_e2e.py --config` measures their speed.
 """
 
-import csv
 from pathlib import Path
 
 import typer
@@ -12,6 +11,7 @@ from bench_exits import measure
 from rich.console import Console
 
 from vllm_spechub.measure.benchmark.machine import provenance
+from vllm_spechub.measure.benchmark.report import write_table
 
 TARGETS = (
     {"type": "mixture", "weight": 0.3},
@@ -35,15 +35,13 @@ def main(
                 options = {"model": "draft", "target_distribution": target}
                 options["sharpening"] = sharpening
                 runs = measure("target", options, tree, batch, tokens, repetitions)[1.0]
-                drafts = [run.drafts for run in runs]
                 each = [1 + sum(run.accepted_by_depth) / run.drafts for run in runs]
-                emitted = sum(n * x for n, x in zip(drafts, each, strict=True)) / sum(drafts)
+                accepted = sum(sum(run.accepted_by_depth) for run in runs)
+                emitted = 1 + accepted / sum(run.drafts for run in runs)
                 spread = f"{min(each):.3f}", f"{max(each):.3f}"
                 rows.append([target["type"], tree, sharpening, f"{emitted:.3f}", *spread])
     header = ["target", "tree", "sharpening", "tokens_per_step", "lowest", "highest"]
-    with out.open("w", newline="", encoding="utf-8") as file:
-        file.writelines(f"# {line}\n" for line in about)
-        csv.writer(file).writerows([header, *rows])
+    write_table(out, about, header, rows)
     console.print(out.read_text(), markup=False)
 
 

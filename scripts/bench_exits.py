@@ -4,7 +4,6 @@
 early exits: tokens per step. `scripts/bench_e2e.py` measures their speed.
 """
 
-import csv
 import gc
 import json
 import os
@@ -18,6 +17,7 @@ from rich.console import Console
 
 from vllm_spechub.measure.benchmark.decoding import Decoded, decode
 from vllm_spechub.measure.benchmark.machine import provenance
+from vllm_spechub.measure.benchmark.report import write_table
 
 PAIR = Path(__file__).parent / "demo_pair"
 NESTED = {f"nested draft, {k} layers": {"model": "nested", "draft_layers": k} for k in (3, 6, 12)}
@@ -81,9 +81,7 @@ def main(
                 emitted = 1 + accepted / sum(run.drafts for run in runs)
                 rows.append([target, name, f"{temperature:g}", f"{emitted:.3f}"])
     header = ["target", "draft", "temperature", "tokens_per_step"]
-    with out.open("w", newline="", encoding="utf-8") as file:
-        file.writelines(f"# {line}\n" for line in about)
-        csv.writer(file).writerows([header, *rows])
+    write_table(out, about, header, rows)
     console.print(out.read_text(), markup=False)
 
 

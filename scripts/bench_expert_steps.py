@@ -8,7 +8,6 @@ number of requests, of which each is a row of the step. What a tree's rows cost 
 for attention.
 """
 
-import csv
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from vllm_spechub.measure.benchmark.decoding import decode
 from vllm_spechub.measure.benchmark.machine import provenance
+from vllm_spechub.measure.benchmark.report import write_table
 from vllm_spechub.measure.preflight import check_output_file
 from vllm_spechub.measure.terminal import one_line_errors
 from vllm_spechub.trees.expert_cost import experts_read
@@ -101,14 +101,11 @@ def main(
         with tempfile.TemporaryDirectory() as folder:
             make(count, chosen, Path(folder))
             times[name] = step_times(Path(folder), rows, tokens, repetitions)
-    with out.open("w", newline="", encoding="utf-8") as file:
-        file.writelines(f"# {line}\n" for line in about)
-        writer = csv.writer(file)
-        writer.writerow(["rows", "experts_read", "experts_ms", "dense_ms"])
-        for count in rows:
-            read = experts_read(experts, chosen, count)
-            ms = [f"{times[name][count]:.3f}" for name in models]
-            writer.writerow([count, f"{read:.1f}", *ms])
+    lines = []
+    for count in rows:
+        read = experts_read(experts, chosen, count)
+        lines.append([count, f"{read:.1f}", *(f"{times[name][count]:.3f}" for name in models)])
+    write_table(out, about, ["rows", "experts_read", "experts_ms", "dense_ms"], lines)
     console.print(out.read_text(), markup=False)
 
 

@@ -8,7 +8,6 @@ confidence is compared with the fixed exits' line at the same mean number of lay
 token skips cost nothing here, though a tree's level runs as deep as its least confident node.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from train_nested_draft import CONTEXT, PAIR, ROWS, exit_logits, load
 from transformers import AutoTokenizer
 
 from vllm_spechub.measure.benchmark.machine import provenance
+from vllm_spechub.measure.benchmark.report import write_table
 
 console = Console()
 
@@ -80,9 +80,7 @@ def main(
         "overlap_above_line",
         "agreement_above_line",
     ]
-    with out.open("w", newline="", encoding="utf-8") as file:
-        file.writelines(f"# {line}\n" for line in about)
-        csv.writer(file).writerows([header, *rows])
+    write_table(out, about, header, rows)
     console.print(out.read_text(), markup=False)
 
 

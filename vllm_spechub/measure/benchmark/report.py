@@ -3,10 +3,11 @@
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from rich.table import Table
 
@@ -123,16 +124,24 @@ def table(summaries: dict[Point, dict[str, Summary]]) -> Table:
 def write_csv(rows: Sequence[Row], path: Path, provenance: Sequence[str]) -> None:
     """Write one line per measurement, below comment lines with the provenance."""
     names = [field.name for field in fields(Row)]
+
+    def cells(row: Row) -> Iterator[Any]:
+        for value in (getattr(row, name) for name in names):
+            if isinstance(value, tuple):
+                yield json.dumps(value)
+            else:
+                yield f"{value:.5g}" if type(value) is float else value
+
+    write_table(path, provenance, names, map(cells, rows))
+
+
+def write_table(
+    path: Path, provenance: Sequence[str], names: Sequence[str], rows: Iterable[Iterable[Any]]
+) -> None:
+    """Write a CSV file: comment lines with the provenance, the columns' names, the rows."""
     with path.open("w", newline="", encoding="utf-8") as file:
         file.writelines(f"# {line}\n" for line in provenance)
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(names)
-        for row in rows:
-            values = [getattr(row, name) for name in names]
-            writer.writerow(
-                json.dumps(v) if isinstance(v, tuple) else f"{v:.5g}" if type(v) is float else v
-                for v in values
-            )
+        csv.writer(file, lineterminator="\n").writerows([names, *rows])
 
 
 def plot(summaries: dict[Point, dict[str, Summary]], path: Path) -> None:
