@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 from vllm import SamplingParams
+from vllm.plugins import load_general_plugins
 
 from helpers.distributions import LENGTHS, SAMPLES, assert_prefixes_follow
 from helpers.engines import engine
@@ -25,7 +26,9 @@ CHAIN = {
 
 @pytest.fixture(autouse=True)
 def _not_yet_imported(monkeypatch):
-    """It registers its kernel when a worker imports it, which must be after vLLM's own."""
+    """It registers its kernel when a worker imports it, which must be after vLLM's own, and after
+    the plugin: vLLM alone cannot register kernels where Numba has been imported."""
+    load_general_plugins()
     monkeypatch.delitem(sys.modules, FIXED_CHAIN, raising=False)
 
 
