@@ -6,7 +6,7 @@ import torch
 from typer.testing import CliRunner
 
 from vllm_spechub import cli
-from vllm_spechub.measure.doctor import examination, kernels
+from vllm_spechub.measure.doctor import examination, kernels, machine
 from vllm_spechub.measure.doctor.engines import check_engines
 from vllm_spechub.measure.doctor.finding import FAULT, OK, WARNING, Finding
 from vllm_spechub.measure.doctor.machine import check_machine
@@ -86,6 +86,13 @@ def test_machine(monkeypatch, plugins, outcome):
     found = {finding.what: finding for finding in check_machine()}
     assert found["vLLM"].outcome == OK
     assert found["plugin"].outcome == outcome
+
+
+def test_a_vllm_between_supported_versions_is_a_fault(monkeypatch):
+    monkeypatch.setattr(machine, "version", lambda package: "0.32.1+cpu")
+    found = next(iter(check_machine()))
+    assert (found.outcome, found.found) == (FAULT, "vllm 0.32.1+cpu")
+    assert found.remedy == "supported are 0.32.0 and 0.33.0; install one"
 
 
 @pytest.mark.parametrize(("last", "status"), [(WARNING, 0), (FAULT, 1)])

