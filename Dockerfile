@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # vLLM for CUDA with vllm-spechub.
 #
-#     docker build --tag vllm-spechub .
+#     docker build --tag vllm-spechub .   # for vLLM 0.33.0: --build-arg VLLM=0.33.0
 #     docker run --gpus all --ipc host --publish 8000:8000 \
 #         --volume ~/.cache/huggingface:/root/.cache/huggingface vllm-spechub \
 #         TARGET --speculative-config spechub --spec-model DRAFT
@@ -10,10 +10,12 @@
 #
 #     docker run --gpus all --entrypoint vllm-spechub vllm-spechub tune --help
 #
-# Not tried: this file has never been built, and the plugin has never run on a GPU. Tried without
-# Docker, beside vLLM 0.32.0 for the CPU: the same `uv pip install` of the same files, as a dry run. It
-# would add this package and change nothing else. hadolint finds nothing in this file.
-FROM vllm/vllm-openai:v0.32.0
+# Not tried: this file has never been built, and the plugin has never run on a GPU. The name of the base
+# follows vLLM's for all its releases; those of these two have not been pulled. Tried without Docker,
+# beside vLLM 0.32.0 for the CPU: the same `uv pip install` of the same files, as a dry run. It would add
+# this package and change nothing else.
+ARG VLLM=0.32.0
+FROM vllm/vllm-openai:v${VLLM}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 WORKDIR /opt/vllm-spechub
