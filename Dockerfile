@@ -13,7 +13,7 @@
 # Not tried: this file has never been built, and the plugin has never run on a GPU. The name of the base
 # follows vLLM's for all its releases; those of these two have not been pulled. Tried without Docker,
 # beside vLLM 0.32.0 for the CPU: the same `uv pip install` of the same files, as a dry run. It would add
-# this package and change nothing else.
+# this package and change nothing else. hadolint finds nothing in this file.
 ARG VLLM=0.32.0
 FROM vllm/vllm-openai:v${VLLM}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
