@@ -419,7 +419,9 @@ def tune(
         ),
     ] = None,
     engine: Annotated[str, typer.Option(help="The options of your engine, as JSON.")] = "{}",
-    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("spechub-tuned.json"),
+    out: Annotated[Path, typer.Option(help="The JSON file to write, FILE.json.")] = Path(
+        "spechub-tuned.json"
+    ),
 ) -> None:
     """Find the best tree for each number of running requests, on this machine and your prompts.
 
@@ -428,7 +430,10 @@ def tune(
     """
     with one_line_errors(notes):
         preflight.check_modules("transformers", PLOT_MODULE)
-        preflight.check_output_file("--out", out)
+        if out.suffix != ".json":
+            raise ValueError(f"--out must end in .json, got {out.name!r}")
+        for suffix in (".json", ".csv", ".png"):
+            preflight.check_output_file("--out", out.with_suffix(suffix))
         from vllm_spechub.drafts.kinds import MODEL
         from vllm_spechub.drafts.sources import Sources
         from vllm_spechub.measure.benchmark.methods import proposer_of

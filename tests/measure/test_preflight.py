@@ -108,6 +108,12 @@ def test_an_output_file_has_a_folder(arguments, option, file):
     assert_refused([*arguments, option, f"missing/{file}"], f"{option} missing/{file} cannot")
 
 
+def test_all_that_tune_writes_can_be_written(tmp_path):
+    assert_refused([*TUNE, "--out", "tuned.csv"], "--out must end in .json, got 'tuned.csv'")
+    (tmp_path / "tuned.png").mkdir()
+    assert_refused([*TUNE, "--out", "tuned.json"], "--out tuned.png cannot be written: it is a")
+
+
 @COMMANDS
 def test_models_exist(tmp_path, arguments):
     no_model = [str(tmp_path) if argument == DRAFT else argument for argument in arguments]
