@@ -122,6 +122,14 @@ def test_models_exist(tmp_path, arguments):
     assert_refused(no_folder, "TARGET './gone' has no model: there is no such folder")
 
 
+@pytest.mark.parametrize("config", ["[1]", '{"model_type": "llama", "vocab_size": "x"}'])
+@pytest.mark.parametrize("role", [TARGET, DRAFT], ids=["target", "draft"])
+def test_configurations_that_cannot_be_read(tmp_path, config, role):
+    (tmp_path / "config.json").write_text(config)
+    asked = [str(tmp_path) if argument == role else argument for argument in SHAPE]
+    assert_refused(asked, f"{str(tmp_path)!r} has no model: ")
+
+
 @COMMANDS
 def test_heads_that_cannot_draft_trees(tmp_path, arguments):
     head = edited(tmp_path / "head", TARGET, architectures=["DFlashDraftModel"])

@@ -126,9 +126,9 @@ def _unknown_head(draft: str, revision: str | None) -> Head | None:
     """A head whose configuration vLLM cannot read: from 0.33 on, Medusa's and MLP speculators'."""
     try:
         raw, _ = PretrainedConfig.get_config_dict(draft, revision=revision)
+        model_type = raw.get("model_type")
     except Exception:
         return None
-    model_type = raw.get("model_type")
     if model_type in _MODEL_TYPES:
         return Head(_MODEL_TYPES[model_type], f"its configuration has {model_type=}")
     if "medusa_num_heads" in raw:  # as published first, without a type

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllm_spechub.drafts.sources import OPTIONS, Sources
+from vllm_spechub.drafts.vocabulary import first_line
 from vllm_spechub.registry import PROPOSERS
 
 GIVEN_BY_COMMANDS = {"model", "speculative_config"}
@@ -53,9 +54,8 @@ def _check_model(option: str, model: str, options: Mapping[str, Any]) -> None:
     _check_name(option, model)
     try:
         AutoConfig.from_pretrained(model, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{option} {model!r} has no model: {reason}") from error
+    except Exception as error:  # each configuration has its own
+        raise ValueError(f"{option} {model!r} has no model: {first_line(error)}") from error
 
 
 def _check_name(option: str, model: str) -> None:
