@@ -99,6 +99,8 @@ def test_data_parallelism(one_core_each, monkeypatch):
     """Dense models run as engines of their own, which know nothing of each other."""
     expected = plain_greedy()
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    # else vLLM 0.33 wants a memory node for each rank, and many machines have one
+    monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "0")
     args = AsyncEngineArgs(
         model=TARGET,
         dtype="float32",
