@@ -13,10 +13,16 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# The same examples in every run; `--hypothesis-profile default` looks for others.
-settings.register_profile("repeatable", derandomize=True)
+# The same examples in every run, however slow the machine is; `--hypothesis-profile default` looks
+# for others.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("repeatable")
 
 TESTS = Path(__file__).parent

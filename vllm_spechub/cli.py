@@ -346,7 +346,7 @@ def explain(
         from vllm_spechub.offline.simulation.texts import PairDescription
         from vllm_spechub.trees.best_tree import parse_tree
 
-        parsed = parse_tree(json.loads(tree) if tree.startswith("[") else tree, rule)
+        parsed = parse_tree(_read_tree(tree), rule)
         where = placement(device, dtype)
         description = PairDescription.read(sources)
         limit = description.max_positions
@@ -563,6 +563,14 @@ def _parse_tree_rules(texts: Sequence[str] | None) -> tuple[str, ...]:
     if texts:
         return tuple(dict.fromkeys(texts))
     return tuple(name for name in allowed if not RULES.load(name).reads_draws)
+
+
+def _read_tree(text: str) -> Any:
+    """A list from JSON; whatever else it is, `parse_tree` knows it or says what is allowed."""
+    try:
+        return json.loads(text) if text.startswith("[") else text
+    except (ValueError, RecursionError):
+        return text
 
 
 def _check_picture(out: Path) -> None:

@@ -287,6 +287,7 @@ def test_prompts_and_engine_options_are_read(tmp_path, arguments):
     for engine, message in (
         ("dtype=float32", "--engine must be a JSON object"),
         ("[1]", "--engine must be a JSON object"),
+        ("[" * 10000, "--engine must be a JSON object"),
         ('{"dtipe": "float32"}', "--engine has 'dtipe', which vLLM does not know"),
         ('{"model": "x"}', "--engine has 'model', which the command gives itself; leave it out"),
     ):
@@ -309,6 +310,11 @@ def test_options_of_engines_that_do_not_run(arguments):
 )
 def test_rules_to_tune_draft_trees(rule, message):
     assert_refused([*TUNE, "--rule", rule], message)
+
+
+@pytest.mark.parametrize("tree", ["[0, 0", "[" * 10000])
+def test_a_tree_that_is_no_json(tree):
+    assert_refused([*EXPLAIN, "--tree", tree], f"{tree!r} is not a tree, allowed: binary:DEPTH")
 
 
 def test_match_is_tuned_only_if_it_is_named():

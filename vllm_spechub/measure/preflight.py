@@ -182,7 +182,7 @@ def parse_object(option: str, text: str) -> dict[str, Any]:
     """
     try:
         options = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{option} must be a JSON object, got {text!r}: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{option} must be a JSON object, got {text!r}")
