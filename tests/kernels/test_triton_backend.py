@@ -53,7 +53,9 @@ def make_builder():
         scheduler_config=SimpleNamespace(
             max_num_batched_tokens=MAX_NUM_TOKENS, max_num_seqs=MAX_NUM_REQS
         ),
-        speculative_config=SimpleNamespace(num_speculative_tokens=NUM_NODES),
+        speculative_config=SimpleNamespace(
+            num_speculative_tokens=NUM_NODES, parallel_drafting=False
+        ),
     )
     spec = FullAttentionSpec(
         block_size=BLOCK_SIZE,
