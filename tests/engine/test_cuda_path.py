@@ -30,7 +30,7 @@ from helpers.engines import engine, greedy_params, model_runner, plain_greedy, t
 from helpers.graphs import RecordedGraph, as_one
 from helpers.launches import Launches
 from helpers.metrics import spec_metrics
-from helpers.pair import DRAFT, EAGLE3, EXIT_TARGET, PROMPTS, TARGET
+from helpers.pair import DRAFT, EAGLE3, EXIT_TARGET, NESTED, PROMPTS, TARGET
 from helpers.schedules import SCHEDULE, params
 from helpers.specialisations import Specialisations
 from vllm_spechub.attention import triton_backend
@@ -220,18 +220,28 @@ def test_a_draft_equal_to_the_target_through_graphs(replays):
     assert metrics["num_accepted_tokens"] > 0.98 * metrics["num_draft_tokens"]
 
 
+PASSES = {("pass", rows) for rows in (1, 2, 4)}
+
+
 @pytest.mark.usefixtures("attention_of_gpus")
-def test_the_targets_first_layers_through_graphs(replays):
-    """One row for the root, since the target has read all others."""
-    spec, answers = {"proposer": "early_exit", "exit_layer": 2}, []
+@pytest.mark.parametrize(
+    ("draft", "spec", "drafting"),
+    [
+        # one row for the root, since the target has read all others
+        pytest.param(None, {"proposer": "early_exit", "exit_layer": 2}, PASSES, id="early exit"),
+        pytest.param(NESTED, {"draft_layers": 6}, {("step", 0)}, id="nested draft"),
+    ],
+)
+def test_first_layers_through_graphs(replays, draft, spec, drafting):
+    answers = []
     for graphs in (False, True):
-        with engine("binary:3", model=EXIT_TARGET, draft=None, spec=spec) as llm:
+        with engine("binary:3", model=EXIT_TARGET, draft=draft, spec=spec) as llm:
             if graphs:
                 capture_graphs(llm)
             answers.append(token_ids(llm.generate(PROMPTS, params(), use_tqdm=False)))
     assert answers[0] == answers[1]
     sizes = {(kind, rows) for kind, _, rows in replays}
-    assert sizes == {("target", 15), ("pass", 1), ("pass", 2), ("pass", 4)}
+    assert sizes == {("target", 15), *drafting}
 
 
 @pytest.mark.usefixtures("attention_of_gpus", "replays")
