@@ -52,8 +52,8 @@ def main(
     out: Path = typer.Option(Path("exits"), help="The folder for a CSV file for each target."),
     tree: str = typer.Option("binary:3", help="The tree."),
     batch: int = typer.Option(4, min=1, help="Requests."),
-    tokens: int = typer.Option(64, min=4, help="Tokens to time for each request."),
-    repetitions: int = typer.Option(3, min=1, help="Repetitions, each with other prompts."),
+    tokens: int = typer.Option(96, min=4, help="Tokens to time for each request."),
+    repetitions: int = typer.Option(6, min=1, help="Repetitions, each with other prompts."),
     resident: int = typer.Option(3, min=2, help="Engines that run at once, plain vLLM's included."),
 ) -> None:
     """Measure both demo targets with drafts of several depths."""

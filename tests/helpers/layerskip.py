@@ -117,6 +117,7 @@ STORED = {
 def store(name: str, folder: Path) -> str:
     """Make a folder like one of `STORED`. Returns it."""
     how = STORED[name]
+    folder.mkdir()
     (folder / "config.json").write_text(json.dumps(how.config))
     generation = {"bos_token_id": 0, "do_sample": True, "eos_token_id": 0, "temperature": 0.6}
     (folder / "generation_config.json").write_text(json.dumps(generation | {"top_p": 0.9}))
