@@ -31,10 +31,10 @@ def early_exit(tree="binary:3", model=EXIT_TARGET, exit_layer=EXIT, **options):
     return engine(tree, model=model, draft=None, spec=spec, verification="traversal", **options)
 
 
-def assert_first_layers(nodes, outputs, model):
+def assert_first_layers(nodes, outputs, model, exit_layer=EXIT):
     """The draft's rows are those of transformers' first layers."""
     texts = {o.request_id: [*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs}
-    reference = reference_exit(model, EXIT)
+    reference = reference_exit(model, exit_layer)
     for node in nodes:
         text = texts[request_of(node.req_id)][: node.root_position + 1]
         row = reference(input_ids=torch.tensor([[*text, *node.path_tokens]])).logits[0, -1]
@@ -137,16 +137,19 @@ def test_rows_and_distribution():
     ],
 )
 def test_families(family, tmp_path):
-    """A layer of two, in sliding windows, too."""
+    """A layer of two, in sliding windows and with experts, too."""
     target, _ = models.pair(family, tmp_path)
     params = greedy_params(20, ignore_eos=True)
-    with early_exit(model=target, exit_layer=1) as llm:
-        answers = token_ids(llm.generate(PROMPTS[2:], params, use_tqdm=False))
+    with early_exit(model=target, exit_layer=1) as llm, recorded_nodes() as nodes:
+        outputs = llm.generate(PROMPTS[2:], params, use_tqdm=False)
         runner = model_runner(llm)
         early = runner.speculator.draft_attn_layer_names
     assert len(early) == 1
     with engine(model=target) as llm:
-        assert answers == token_ids(llm.generate(PROMPTS[2:], params, use_tqdm=False))
+        assert token_ids(outputs) == token_ids(llm.generate(PROMPTS[2:], params, use_tqdm=False))
+    if family.weights == "float32":  # transformers does not run the others
+        inner = [node for node in nodes if node.draft_logits is not None]
+        assert_first_layers(inner[::40], outputs, target, 1)
 
 
 @pytest.mark.parametrize("stored", layerskip.STORED)

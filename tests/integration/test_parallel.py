@@ -3,6 +3,7 @@
 engines behind one front end."""
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import sys
@@ -29,6 +30,14 @@ OFF = {"extra_args": {"target_distribution": "off"}}
 def seeded_params(**others):
     sampled = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 12, "ignore_eos": True, **others}
     return [SamplingParams(seed=seed, **sampled) for seed in range(len(PROMPTS))]
+
+
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Workers with all that this process has imported, where vLLM would let each import it anew,
+    which takes most of a test's time. Nothing here has started threads that a fork would lack."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr("vllm.v1.executor.multiproc_executor.get_mp_context", lambda: fork)
 
 
 @pytest.fixture
@@ -103,7 +112,8 @@ def test_tensor_parallelism_of_a_head(one_core_each):
         pytest.param(NESTED, {"draft_layers": 6}, id="nested draft"),
     ],
 )
-def test_tensor_parallelism_of_first_layers(one_core_each, draft, spec):
+@pytest.mark.usefixtures("one_core_each", "forked_workers")
+def test_tensor_parallelism_of_first_layers(draft, spec):
     """The target's, whose cache is split, and a draft's. Both ranks decide the same trees."""
     with two_workers(model=EXIT_TARGET, draft=draft, spec=spec):
         pass
