@@ -143,9 +143,10 @@ def exits(target: str) -> str:
                 median(float(row["ms_per_step"]) for row in found)
                 for found in (own, measured[*at, "plain"])
             )
-            # of a longer step, what drafting takes: levels that are a share of the target each
-            share = LEVELS * int(name.split()[2]) / config["num_hidden_layers"]
-            longer = (step - emitted * plain) / (emitted - 1 - share * name.startswith("early"))
+            # an exit's levels become longer with the target, each by its share of the layers
+            share = int(name.split()[2]) / config["num_hidden_layers"]
+            levels = LEVELS * share if name.startswith("early") else 0
+            longer = (step - emitted * plain) / (emitted - 1 - levels)
             tokens.append(f"{emitted:.2f}")
             speed.append(f"{median(float(row['against_plain']) for row in own):.2f}")
             pays.append(f"{plain + max(longer, 0):.0f} ms")

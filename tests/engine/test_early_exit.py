@@ -147,7 +147,8 @@ def test_families(family, tmp_path):
     assert len(early) == 1
     with engine(model=target) as llm:
         assert token_ids(outputs) == token_ids(llm.generate(PROMPTS[2:], params, use_tqdm=False))
-    if family.weights == "float32":  # transformers does not run the others
+    # transformers runs no W8A8 here, and beyond a window even its whole Cohere 2 gives other rows
+    if family.weights == "float32" and family.made_by != "Cohere2":
         inner = [node for node in nodes if node.draft_logits is not None]
         assert_first_layers(inner[::40], outputs, target, 1)
 

@@ -33,14 +33,6 @@ def seeded_params(**others):
 
 
 @pytest.fixture
-def forked_workers(monkeypatch):
-    """Workers with all that this process has imported, where vLLM would let each import it anew,
-    which takes most of a test's time. Nothing here has started threads that a fork would lack."""
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr("vllm.v1.executor.multiproc_executor.get_mp_context", lambda: fork)
-
-
-@pytest.fixture
 def one_core_each(monkeypatch):
     """For workers that are processes of their own."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -48,6 +40,10 @@ def one_core_each(monkeypatch):
     # they import `helpers.decisions`
     path = os.pathsep.join(sys.path)
     monkeypatch.setenv("PYTHONPATH", path)
+    # Workers of an engine in this process have what it has imported. vLLM would let each import it
+    # anew, which takes most of a test's time. No thread is running that a fork would lack.
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr("vllm.v1.executor.multiproc_executor.get_mp_context", lambda: fork)
 
 
 @contextmanager
@@ -112,8 +108,7 @@ def test_tensor_parallelism_of_a_head(one_core_each):
         pytest.param(NESTED, {"draft_layers": 6}, id="nested draft"),
     ],
 )
-@pytest.mark.usefixtures("one_core_each", "forked_workers")
-def test_tensor_parallelism_of_first_layers(draft, spec):
+def test_tensor_parallelism_of_first_layers(one_core_each, draft, spec):
     """The target's, whose cache is split, and a draft's. Both ranks decide the same trees."""
     with two_workers(model=EXIT_TARGET, draft=draft, spec=spec):
         pass
