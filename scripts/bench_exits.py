@@ -1,88 +1,85 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """Measure both demo targets with the nested draft at several depths, with the plain draft, and with
-early exits: tokens per step. `scripts/bench_e2e.py` measures their speed.
+early exits: tokens per step, and speed beside plain vLLM's. Engines take turns, so compare figures
+within one run, as ratios. What was measured is written as it is measured.
 """
 
-import gc
-import json
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before vLLM is imported
 
 import typer
 from rich.console import Console
 
-from vllm_spechub.measure.benchmark.decoding import Decoded, decode
+from vllm_spechub.drafts.sources import Sources
+from vllm_spechub.measure import preflight
+from vllm_spechub.measure.benchmark.interleaved import (
+    Failure,
+    Interleaved,
+    Point,
+    Row,
+    Setup,
+    encode,
+)
 from vllm_spechub.measure.benchmark.machine import provenance
-from vllm_spechub.measure.benchmark.report import write_table
+from vllm_spechub.measure.benchmark.methods import Method, plain
+from vllm_spechub.measure.benchmark.report import summarize, table, write_csv
+from vllm_spechub.measure.terminal import one_line_errors
+from vllm_spechub.offline.simulation.texts import read_prompts
 
 PAIR = Path(__file__).parent / "demo_pair"
 NESTED = {f"nested draft, {k} layers": {"model": "nested", "draft_layers": k} for k in (3, 6, 12)}
 DRAFTS = NESTED | {"plain draft, 12 layers": {"model": "draft"}}
 EXITS = {f"early exit, {k} layers": {"proposer": "early_exit", "exit_layer": k} for k in (2, 4)}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {"target": DRAFTS, "exit_target": EXITS | DRAFTS}
-console = Console()
+console = Console(width=None if os.environ.get("COLUMNS") else 120, highlight=False)
 
 
-def measure(
-    target: str, options: dict[str, Any], tree: str, batch: int, tokens: int, times: int
-) -> dict[float, list[Decoded]]:
-    """By temperature, the repetitions with one engine."""
-    from vllm import LLM
-    from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
-
-    config = {"method": "spechub", "tree": tree} | options
-    if "model" in options:
-        config["model"] = str(PAIR / options["model"])
-    llm = LLM(
-        str(PAIR / target),
-        dtype="float32",
-        max_model_len=512,
-        max_num_seqs=batch,
-        kv_cache_memory_bytes=128 << 20,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-        speculative_config=config,
-        worker_extension_cls="vllm_spechub.measure.benchmark.worker.Observed",
-    )
-    tokenizer = llm.get_tokenizer()
-    lines = (PAIR / "prompts.jsonl").read_text().splitlines()
-    prompts = [tokenizer(json.loads(line)["turns"][0])["input_ids"] for line in lines]
-    found = {}
-    for temperature in (0.0, 1.0):
-        runs = [prompts[i::times] for i in range(times)]
-        found[temperature] = [decode(llm, run, batch, temperature, tokens) for run in runs]
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    destroy_model_parallel()
-    destroy_distributed_environment()
-    gc.collect()
+def compared(target: str, tree: str) -> list[Method]:
+    """Plain vLLM and everything that drafts for a target."""
+    found = [plain()]
+    for name, options in METHODS[target].items():
+        config = {"method": "spechub", "tree": tree} | options
+        if "model" in options:
+            config["model"] = str(PAIR / options["model"])
+        found.append(Method(name, config))
     return found
 
 
 def main(
-    out: Path = typer.Option(Path("exits.csv"), help="The CSV file to write."),
+    out: Path = typer.Option(Path("exits"), help="The folder for a CSV file for each target."),
     tree: str = typer.Option("binary:3", help="The tree."),
     batch: int = typer.Option(4, min=1, help="Requests."),
-    tokens: int = typer.Option(40, min=4, help="Tokens to count for each request."),
-    repetitions: int = typer.Option(3, min=1, help="Repetitions, each with other prompts."),
+    tokens: int = typer.Option(96, min=4, help="Tokens to time for each request."),
+    repetitions: int = typer.Option(6, min=1, help="Repetitions, each with other prompts."),
+    resident: int = typer.Option(3, min=2, help="Engines that run at once, plain vLLM's included."),
 ) -> None:
     """Measure both demo targets with drafts of several depths."""
-    about, rows = provenance(), []
-    for target, methods in METHODS.items():
-        arguments = tree, batch, tokens, repetitions
-        for name, options in methods.items():
-            for temperature, runs in measure(target, options, *arguments).items():
-                accepted = sum(sum(run.accepted_by_depth) for run in runs)
-                emitted = 1 + accepted / sum(run.drafts for run in runs)
-                rows.append([target, name, f"{temperature:g}", f"{emitted:.3f}"])
-    header = ["target", "draft", "temperature", "tokens_per_step"]
-    write_table(out, about, header, rows)
-    console.print(out.read_text(), markup=False)
+    with one_line_errors(console):
+        preflight.check_output_folder("--out", out)
+        about = provenance()
+        for target in METHODS:
+            # every engine has room for the largest draft
+            sources = Sources(str(PAIR / target), str(PAIR / "nested"), {"dtype": "float32"})
+            prompts = encode(sources, read_prompts(PAIR / "prompts.jsonl"))
+            points = [Point(batch, temperature) for temperature in (0.0, 1.0)]
+            interleaved = Interleaved(
+                Setup(sources, prompts, tokens, resident),
+                compared(target, tree),
+                points,
+                range(repetitions),
+                report=console.print,
+            )
+            rows: list[Row] = []
+            with closing(interleaved.measure()) as results:
+                for result in results:
+                    if isinstance(result, Failure):
+                        raise ValueError(f"{result.method} failed:\n{result.log}")
+                    rows.append(result)
+                    write_csv(rows, out / f"{target}.csv", about)
+            console.print(table(summarize(rows)))
 
 
 if __name__ == "__main__":

@@ -257,6 +257,10 @@ CUTTABLE = (
     "Command R7B, Command A",
     "GLM-4",
     "EXAONE 4",
+    "Qwen 2 MoE",
+    "Qwen 3 MoE",
+    "Mixtral",
+    "gpt-oss",
     "W8A8",
 )
 """The families whose first layers are tried as the draft (`tests/engine/test_early_exit.py`)."""

@@ -447,16 +447,22 @@ FEATURES = (
     Row(
         ("the target's own first layers as the draft (`early_exit`)",),
         "works",
-        "for dense targets whose layers vLLM can cut; with every rule, schedules, prefix caching, "
-        "compilation and CUDA graphs; refused with LoRA, with experts and in the Transformers "
-        "backend ([early exits](early-exit.md))",
+        "for targets whose layers vLLM can cut, with experts, too; with every rule, schedules, "
+        "level widths, prefix caching, tensor parallelism, compilation and CUDA graphs; refused "
+        "with LoRA, with M-RoPE and in the Transformers backend ([early exits](early-exit.md))",
         (
             "engine/test_early_exit.py::test_nothing_below_the_roots_is_written",
             "engine/test_early_exit.py::test_rows_and_distribution",
             "engine/test_early_exit.py::test_families",
             "engine/test_early_exit.py::test_refusals",
-            "engine/test_early_exit.py::test_targets_that_are_not_cut",
-            "engine/test_cuda_path.py::test_the_targets_first_layers_through_graphs",
+            "engine/test_early_exit.py::test_layerskips_checkpoints",
+            "engine/test_early_exit.py::test_a_target_that_is_not_cut",
+            "engine/test_cuda_path.py::test_first_layers_through_graphs",
+            "engine/test_pass_widths.py::test_the_targets_first_layers_are_compiled_by_themselves",
+            "engine/test_level_trees.py::test_requests_of_a_batch_have_trees_of_their_own",
+            "engine/test_match.py::test_whatever_the_draft_is",
+            "engine/test_multimodal.py::test_the_targets_first_layers_draft",
+            "integration/test_parallel.py::test_tensor_parallelism_of_first_layers",
         ),
     ),
     Row(
@@ -468,6 +474,8 @@ FEATURES = (
             "engine/test_nested_drafts.py::test_rows_cache_and_distribution",
             "engine/test_nested_drafts.py::test_auto_is_what_was_measured_for_the_target",
             "engine/test_nested_drafts.py::test_compiled_code_of_another_depth_is_not_taken",
+            "engine/test_cuda_path.py::test_first_layers_through_graphs",
+            "integration/test_parallel.py::test_tensor_parallelism_of_first_layers",
             "engine/test_nested_drafts.py::test_refusals",
         ),
     ),

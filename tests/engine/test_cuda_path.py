@@ -30,7 +30,7 @@ from helpers.engines import engine, greedy_params, model_runner, plain_greedy, t
 from helpers.graphs import RecordedGraph, as_one
 from helpers.launches import Launches
 from helpers.metrics import spec_metrics
-from helpers.pair import DRAFT, EAGLE3, EXIT_TARGET, PROMPTS, TARGET
+from helpers.pair import DRAFT, EAGLE3, EXIT_TARGET, NESTED, PROMPTS, TARGET
 from helpers.schedules import SCHEDULE, params
 from helpers.specialisations import Specialisations
 from vllm_spechub.attention import triton_backend
@@ -221,17 +221,31 @@ def test_a_draft_equal_to_the_target_through_graphs(replays):
 
 
 @pytest.mark.usefixtures("attention_of_gpus")
-def test_the_targets_first_layers_through_graphs(replays):
-    """One row for the root, since the target has read all others."""
-    spec, answers = {"proposer": "early_exit", "exit_layer": 2}, []
+@pytest.mark.parametrize(
+    ("draft", "spec", "kinds"),
+    [
+        # one row for the root, since the target has read all others
+        pytest.param(
+            None,
+            {"proposer": "early_exit", "exit_layer": 2},
+            {("pass", 1), ("pass", 2), ("pass", 4)},
+            id="the target's",
+        ),
+        pytest.param(
+            NESTED, {"draft_layers": 6}, {("step", 0), ("pass", 2), ("pass", 4)}, id="a draft's"
+        ),
+    ],
+)
+def test_first_layers_through_graphs(replays, draft, spec, kinds):
+    answers = []
     for graphs in (False, True):
-        with engine("binary:3", model=EXIT_TARGET, draft=None, spec=spec) as llm:
+        with engine("binary:3", model=EXIT_TARGET, draft=draft, spec=spec) as llm:
             if graphs:
                 capture_graphs(llm)
             answers.append(token_ids(llm.generate(PROMPTS, params(), use_tqdm=False)))
     assert answers[0] == answers[1]
     sizes = {(kind, rows) for kind, _, rows in replays}
-    assert sizes == {("target", 15), ("pass", 1), ("pass", 2), ("pass", 4)}
+    assert sizes == {("target", 15), *kinds}
 
 
 @pytest.mark.usefixtures("attention_of_gpus", "replays")

@@ -10,11 +10,11 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
-from helpers import models
+from helpers import layerskip, models
 from helpers.distributions import LENGTHS, assert_prefixes_follow, next_token
 from helpers.engines import engine, greedy_params, model_runner, token_ids
 from helpers.metrics import spec_metrics
-from helpers.oracle import reference_exit, tokens_of
+from helpers.oracle import reference_exit, reference_model, tokens_of
 from helpers.pair import EXIT_TARGET, PROMPTS
 from helpers.recording import recorded_nodes, request_of
 from vllm_spechub.attention.cpu_backend import cache_views
@@ -22,12 +22,23 @@ from vllm_spechub.integration.refusals import Unsupported
 from vllm_spechub.proposers.early_exit import EarlyExitProposer
 
 EXIT = 2
+ALWAYS = ("Gemma 3", "Mixtral")
 SPEC = {"proposer": "early_exit", "exit_layer": EXIT}
 
 
 def early_exit(tree="binary:3", model=EXIT_TARGET, exit_layer=EXIT, **options):
     spec = SPEC | {"exit_layer": exit_layer}
     return engine(tree, model=model, draft=None, spec=spec, verification="traversal", **options)
+
+
+def assert_first_layers(nodes, outputs, model, exit_layer=EXIT):
+    """The draft's rows are those of transformers' first layers."""
+    texts = {o.request_id: [*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs}
+    reference = reference_exit(model, exit_layer)
+    for node in nodes:
+        text = texts[request_of(node.req_id)][: node.root_position + 1]
+        row = reference(input_ids=torch.tensor([[*text, *node.path_tokens]])).logits[0, -1]
+        torch.testing.assert_close(node.draft_logits, row, atol=2e-4, rtol=1e-4)
 
 
 @pytest.fixture
@@ -112,36 +123,54 @@ def test_rows_and_distribution():
     assert accepted > drafts
     assert_prefixes_follow(output, prompt, params, partial(next_token, model=EXIT_TARGET))
 
-    texts = {o.request_id: [*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs}
     inner = [node for node in nodes if node.draft_logits is not None]
     assert {len(node.path_tokens) for node in inner} == {0, 1, 2}
-    for node in inner[::5]:
-        text = texts[request_of(node.req_id)][: node.root_position + 1]
-        row = reference_exit(EXIT_TARGET, EXIT)(
-            input_ids=torch.tensor([[*text, *node.path_tokens]])
-        ).logits[0, -1]
-        torch.testing.assert_close(node.draft_logits, row, atol=2e-4, rtol=1e-4)
+    assert_first_layers(inner[::5], outputs, EXIT_TARGET)
 
 
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(f, id=f.name, marks=() if f.name == "Gemma 3" else pytest.mark.all_families)
+        pytest.param(f, id=f.name, marks=() if f.name in ALWAYS else pytest.mark.all_families)
         for f in FAMILIES
         if f.name in CUTTABLE
     ],
 )
 def test_families(family, tmp_path):
-    """A layer of two, in sliding windows, too."""
+    """A layer of two, in sliding windows and with experts, too."""
     target, _ = models.pair(family, tmp_path)
     params = greedy_params(20, ignore_eos=True)
-    with early_exit(model=target, exit_layer=1) as llm:
-        answers = token_ids(llm.generate(PROMPTS[2:], params, use_tqdm=False))
+    with early_exit(model=target, exit_layer=1) as llm, recorded_nodes() as nodes:
+        outputs = llm.generate(PROMPTS[2:], params, use_tqdm=False)
         runner = model_runner(llm)
         early = runner.speculator.draft_attn_layer_names
     assert len(early) == 1
     with engine(model=target) as llm:
-        assert answers == token_ids(llm.generate(PROMPTS[2:], params, use_tqdm=False))
+        assert token_ids(outputs) == token_ids(llm.generate(PROMPTS[2:], params, use_tqdm=False))
+    # transformers runs no W8A8 here, and beyond a window even its whole Cohere 2 gives other rows
+    if family.weights == "float32" and family.made_by != "Cohere2":
+        inner = [node for node in nodes if node.draft_logits is not None]
+        assert_first_layers(inner[::40], outputs, target, 1)
+
+
+@pytest.mark.parametrize("stored", layerskip.STORED)
+def test_layerskips_checkpoints(stored, tmp_path):
+    """As they are published and as training recipes write them, through vLLM's own loading: the
+    rows of transformers' first layers, and the tokens of the whole."""
+    params = greedy_params(12, ignore_eos=True)
+    target = layerskip.store(stored, tmp_path / "target")
+    with early_exit("binary:2", model=target) as llm, recorded_nodes() as nodes:
+        outputs = llm.generate(PROMPTS[3:], params, use_tqdm=False)
+    if not list(tmp_path.glob("target/model*")):  # a format that transformers does not load
+        target = layerskip.store("llama2-7B", tmp_path / "same weights")
+    for output in outputs:
+        (answer,) = token_ids([output])
+        text = torch.tensor([[*output.prompt_token_ids, *answer[:-1]]])
+        rows = reference_model(target)(input_ids=text).logits[0, -len(answer) :]
+        assert rows.argmax(-1).tolist() == answer
+    inner = [node for node in nodes if node.draft_logits is not None]
+    assert len(inner) > 40
+    assert_first_layers(inner[::5], outputs, target)
 
 
 @pytest.mark.parametrize(
@@ -171,12 +200,8 @@ def test_refusals(spec, options, message):
     assert line
 
 
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [("Qwen 3 MoE", "has experts, and models"), ("OLMo 2", "cannot cut Olmo2ForCausalLM")],
-)
-def test_targets_that_are_not_cut(name, why, tmp_path):
-    (family,) = (family for family in FAMILIES if family.name == name)
+def test_a_target_that_is_not_cut(tmp_path):
+    (family,) = (family for family in FAMILIES if family.name == "OLMo 2")
     models.configured(family, tmp_path)
     load_general_plugins()
     spec = {"method": "spechub", "proposer": "early_exit", "exit_layer": 1}
@@ -184,4 +209,5 @@ def test_targets_that_are_not_cut(name, why, tmp_path):
         EngineArgs(
             model=str(tmp_path), dtype="float32", speculative_config=spec
         ).create_engine_config()
+    why = "cannot cut Olmo2ForCausalLM after some of its layers"
     assert [line for line in str(error.value).splitlines() if why in line]

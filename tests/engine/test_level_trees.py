@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees that each request's step decides: what only they can get wrong in an engine."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -9,8 +10,8 @@ from vllm import SamplingParams
 
 from helpers.engines import engine, token_ids
 from helpers.metrics import spec_metrics
-from helpers.oracle import reference_model
-from helpers.pair import DRAFT, PROMPTS
+from helpers.oracle import reference_exit, reference_model
+from helpers.pair import DRAFT, PROMPTS, TARGET
 from helpers.recording import recorded_nodes, request_of
 from vllm_spechub.engine.sampler import TreeRejectionSampler
 from vllm_spechub.proposers.base import TreeProposer
@@ -33,9 +34,20 @@ def test_a_seed_gives_the_same_tokens_in_any_batch():
     assert together[2:3] == alone
 
 
-def test_requests_of_a_batch_have_trees_of_their_own():
+@pytest.mark.parametrize(
+    ("options", "reference"),
+    [
+        pytest.param({}, partial(reference_model, DRAFT), id="draft model"),
+        pytest.param(
+            {"draft": None, "spec": {"proposer": "early_exit", "exit_layer": 1}},
+            partial(reference_exit, TARGET, 1),
+            id="early exit",
+        ),
+    ],
+)
+def test_requests_of_a_batch_have_trees_of_their_own(options, reference):
     """And the draft reads each node after its own path."""
-    with recorded_nodes() as nodes, engine(LEVELS, verification="mixed") as llm:
+    with recorded_nodes() as nodes, engine(LEVELS, verification="mixed", **options) as llm:
         outputs = llm.generate(PROMPTS, SEEDED, use_tqdm=False)
     by_step: dict[tuple[str, int], set] = {}
     for node in nodes:
@@ -52,7 +64,7 @@ def test_requests_of_a_batch_have_trees_of_their_own():
     for node in inner[::23]:
         text = texts[request_of(node.req_id)][: node.root_position + 1]
         tokens = torch.tensor([[*text, *node.path_tokens]])
-        expected = reference_model(DRAFT)(input_ids=tokens).logits[0, -1]
+        expected = reference()(input_ids=tokens).logits[0, -1]
         torch.testing.assert_close(node.draft_logits, expected, atol=2e-4, rtol=1e-4)
 
 

@@ -9,7 +9,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from helpers.engines import engine, plain_engine, token_ids
 from helpers.metrics import spec_metrics, spechub_metrics
-from helpers.pair import PROMPTS, TARGET
+from helpers.pair import NESTED, PROMPTS, TARGET
 from helpers.schedules import SCHEDULE
 from vllm_spechub.engine.sampler import TreeRejectionSampler
 
@@ -81,9 +81,17 @@ def test_static_trees(tree, plain):
     assert metrics["num_accepted_tokens"] > 0.5 * metrics["num_drafts"]
 
 
-def test_whatever_the_draft_is(plain):
-    """The target as its own draft guesses otherwise, and the text stays."""
-    with match("kary:3:2", draft=TARGET, async_scheduling=True) as llm:
+@pytest.mark.parametrize(
+    ("draft", "spec"),
+    [
+        pytest.param(TARGET, {}, id="the target"),
+        pytest.param(None, {"proposer": "early_exit", "exit_layer": 1}, id="its first layer"),
+        pytest.param(NESTED, {"draft_layers": 6}, id="first layers of a draft"),
+    ],
+)
+def test_whatever_the_draft_is(plain, draft, spec):
+    """It guesses otherwise, and the text stays."""
+    with match("kary:3:2", draft=draft, spec=spec, async_scheduling=True) as llm:
         assert ask(llm) == plain
 
 

@@ -12,8 +12,8 @@ from helpers import multimodal
 from helpers.engines import engine, greedy_params, model_runner, plain_engine, token_ids
 from helpers.metrics import spec_metrics
 from helpers.multimodal import SIZES
-from helpers.oracle import reference_model
-from helpers.pair import DRAFT, PROMPTS
+from helpers.oracle import reference_exit, reference_model
+from helpers.pair import DRAFT, PROMPTS, TARGET
 from helpers.recording import Node, recorded_nodes, request_of
 from vllm_spechub.engine.model_state import TreeModelState
 
@@ -162,3 +162,34 @@ def test_drafts_from_the_text_itself(target, plain):
         metrics = spec_metrics(llm)
     assert answers == plain
     assert metrics["num_accepted_tokens"] > 0
+
+
+def test_the_targets_first_layers_draft(target, plain):
+    """Of a target whose positions have one dimension; with others, one line says why not."""
+    spec = {"proposer": "early_exit", "exit_layer": 1}
+    options = {"max_num_batched_tokens": 64, "block_size": 32, "num_gpu_blocks_override": 9}
+    early_exit = engine("binary:3", draft=None, spec=spec, **options | target.options)
+    if target.has_mrope:
+        with (
+            pytest.raises(ValueError, match=r"\(M-RoPE\).*use a text draft as 'model'"),
+            early_exit,
+        ):
+            pass
+        return
+    with recorded_nodes() as nodes, early_exit as llm:
+        outputs = llm.generate(target.prompts(), GREEDY, use_tqdm=False)
+        assert spec_metrics(llm)["num_accepted_tokens"] > 10
+    assert token_ids(outputs) == plain
+    texts = {
+        output.request_id: [*output.prompt_token_ids, *output.outputs[0].token_ids]
+        for i, output in enumerate(outputs)
+        if i not in SIZES
+    }
+    inner = [node for node in nodes if node.draft_logits is not None]
+    blind = [node for node in inner if request_of(node.req_id) in texts]
+    assert len(inner) > len(blind) > 40
+    for node in blind[::5]:
+        text = texts[request_of(node.req_id)][: node.root_position + 1]
+        tokens = torch.tensor([[*text, *node.path_tokens]]).clamp(max=2047)
+        row = reference_exit(TARGET, 1)(input_ids=tokens).logits[0, -1]
+        torch.testing.assert_close(node.draft_logits[:2048], row, atol=2e-4, rtol=1e-4)

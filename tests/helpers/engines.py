@@ -128,7 +128,7 @@ def logprob_rows(output) -> list[dict[int, float]]:
 
 
 @cache
-def plain_greedy(max_tokens=40):
+def plain_greedy(max_tokens=40, model=TARGET):
     """What plain vLLM answers to PROMPTS at temperature 0, with its default runner."""
-    with engine() as llm:
+    with engine(model=model) as llm:
         return token_ids(llm.generate(PROMPTS, greedy_params(max_tokens), use_tqdm=False))

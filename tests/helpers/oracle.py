@@ -35,12 +35,13 @@ def reference_model(model: str = TARGET):
 def reference_exit(model: str, layers: int):
     """A model's first layers, with its own norm and output matrix, in transformers."""
     cut = deepcopy(reference_model(model))
-    inner = next(
-        part
+    inner, name = next(
+        (part, name)
         for part in cut.modules()
-        if isinstance(getattr(part, "layers", None), torch.nn.ModuleList)
+        for name in ("layers", "h")
+        if isinstance(getattr(part, name, None), torch.nn.ModuleList)
     )
-    inner.layers = inner.layers[:layers]
+    setattr(inner, name, getattr(inner, name)[:layers])
     cut.config.num_hidden_layers = inner.config.num_hidden_layers = layers
     return cut
 

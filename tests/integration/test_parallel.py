@@ -3,6 +3,7 @@
 engines behind one front end."""
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from helpers.ensembles import greedy_ensemble
 from helpers.heads import Oracle
 from helpers.metrics import spec_metrics
 from helpers.oracle import tokens_of
-from helpers.pair import DRAFT, EAGLE3, PROMPTS, TARGET
+from helpers.pair import DRAFT, EAGLE3, EXIT_TARGET, NESTED, PROMPTS, TARGET
 
 TREE = "binary:2"
 COMBINED = {"type": "contrastive", "beta": 0.5, "alpha": 0.1}
@@ -39,13 +40,18 @@ def one_core_each(monkeypatch):
     # they import `helpers.decisions`
     path = os.pathsep.join(sys.path)
     monkeypatch.setenv("PYTHONPATH", path)
+    # Workers of an engine in this process have what it has imported. vLLM would let each import it
+    # anew, which takes most of a test's time. No thread is running that a fork would lack.
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr("vllm.v1.executor.multiproc_executor.get_mp_context", lambda: fork)
 
 
 @contextmanager
 def two_workers(tree=TREE, asked=None, **options):
     """An engine of two workers that draws the same tokens on both of them: greedily those of plain
     vLLM, and with seeds those of one worker. Requests have the sampling parameters `asked`, too."""
-    expected, asked = plain_greedy(), asked or {}
+    expected = plain_greedy(**{key: options[key] for key in options.keys() & {"model"}})
+    asked = asked or {}
     with engine(tree, **options) as llm:
         seeded = token_ids(llm.generate(PROMPTS, seeded_params(**asked), use_tqdm=False))
 
@@ -93,6 +99,19 @@ def test_tensor_parallelism_of_a_head(one_core_each):
     decides the same trees."""
     with two_workers("levels:3,2", draft=EAGLE3) as llm:
         assert_rows_of_both_workers(llm, Oracle("eagle3", EAGLE3))
+
+
+@pytest.mark.parametrize(
+    ("draft", "spec"),
+    [
+        pytest.param(None, {"proposer": "early_exit", "exit_layer": 2}, id="early exit"),
+        pytest.param(NESTED, {"draft_layers": 6}, id="nested draft"),
+    ],
+)
+def test_tensor_parallelism_of_first_layers(one_core_each, draft, spec):
+    """The target's, whose cache is split, and a draft's. Both ranks decide the same trees."""
+    with two_workers(model=EXIT_TARGET, draft=draft, spec=spec):
+        pass
 
 
 def test_data_parallelism(one_core_each, monkeypatch):

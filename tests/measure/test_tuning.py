@@ -213,6 +213,19 @@ def test_plain_vllm_takes_turns_with_every_group(fake):
     assert all(r.against_plain == (1.0 if r.method == "plain" else 2.0) for r in rows)
 
 
+def test_each_repetition_goes_on_with_other_prompts(fake, monkeypatch):
+    first, call = [], fake.call
+
+    def spy(self, function, prompts, *arguments):
+        first.append(prompts[0][0])
+        return call(self, function, prompts, *arguments)
+
+    monkeypatch.setattr(fake, "call", spy)
+    setup = replace(SETUP, prompts=[[1], [2], [3]])
+    deque(Interleaved(setup, METHODS[:2], [Point(2, 1.0)], range(3)).measure())
+    assert first == [1, 1, 3, 3, 2, 2]
+
+
 def test_an_engine_that_fails_is_reported_and_the_others_go_on(fake):
     fake.broken = "b"
     found = list(interleaved_runs().measure())

@@ -22,6 +22,7 @@ from vllm_spechub.integration.refusals import (
     pair_refusals,
     raise_first,
 )
+from vllm_spechub.registry import PROPOSERS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,8 +52,8 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
     raise_first(engine_refusals(vllm_config, ours))
     spechub = spechub_config(vllm_config)
     target, draft = vllm_config.model_config, spechub.draft_model_config
-    if draft is spechub.target_model_config:
-        draft = None  # vLLM names the target where a proposer loads no model
+    if not PROPOSERS.load(spechub.proposer).needs_model:
+        draft = None  # vLLM reads the target a second time
     raise_first(model_refusals(target, ours))
     raise_first(model_refusals(draft, ours))
     raise_first(multimodal_refusals(target, draft))

@@ -39,6 +39,12 @@ class EarlyExitProposer(RootFed):
                 "layers the draft's distribution is read"
             )
         first_layers.check_cut(EXIT_LAYER, options[EXIT_LAYER], target_model_config, 1)
+        if target_model_config.uses_mrope:
+            raise ValueError(
+                f"speculative_config['proposer'] is 'early_exit', but the positions of "
+                f"{target_model_config.architecture} have several dimensions (M-RoPE), and a "
+                "draft's have one; use a text draft as 'model'"
+            )
 
     @classmethod
     def vllm_options(cls, target_model_config: ModelConfig) -> dict[str, Any]:

@@ -50,11 +50,6 @@ def check_cut(option: str, layers: Any, model: ModelConfig, least_left: int) -> 
             f"{where}: vLLM cannot cut {model.architecture} after some of its layers; use the "
             "whole of a smaller draft as 'model'"
         )
-    if model.is_moe:
-        raise ValueError(
-            f"{where}: {model.architecture} has experts, and models with experts are not cut; use "
-            "the whole of a smaller draft as 'model'"
-        )
 
 
 def marked(model: ModelConfig, layers: int) -> ModelConfig:

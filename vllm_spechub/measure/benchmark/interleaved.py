@@ -261,7 +261,10 @@ class Interleaved:
     def _measure(self, run: Run, engine: EngineProcess) -> Row:
         name, (batch, temperature), repetition = run
         self.report(f"{name}: batch {batch}, T = {temperature:g}, repetition {repetition + 1}")
-        decoded = engine.call(decode, self.setup.prompts, batch, temperature, self.setup.tokens)
+        # each repetition goes on where the one before it stopped
+        first = repetition * batch % len(self.setup.prompts)
+        prompts = [*self.setup.prompts[first:], *self.setup.prompts[:first]]
+        decoded = engine.call(decode, prompts, batch, temperature, self.setup.tokens)
         if name == PLAIN:
             self.plain[run.point, repetition] = decoded.tokens_per_s
         return Row(
