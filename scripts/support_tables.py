@@ -556,13 +556,15 @@ FEATURES = (
     Row(
         ("[multimodal targets](multimodal.md)", "M-RoPE"),
         "works",
-        "with a text draft or `ngram`; tried with images for a tiny LLaVA and a tiny Qwen2-VL",
+        "with a text draft or `ngram`; tried with images for a tiny LLaVA, Qwen2-VL and Qwen2.5-VL",
         (
             "engine/test_multimodal.py::test_greedy",
             "engine/test_multimodal.py::test_every_node_equals_its_path_decoded_plainly",
+            "engine/test_multimodal.py::test_what_is_emitted_follows_a_target_that_has_seen_images",
             "engine/test_multimodal.py::test_a_seed_gives_plain_decodings_text",
             "engine/test_multimodal.py::test_without_images",
             "engine/test_multimodal.py::test_drafts_from_the_text_itself",
+            "engine/test_multimodal.py::test_the_commands_read_its_texts",
             "engine/test_cuda_path.py::test_graphs_of_a_target_with_images_and_mrope",
         ),
     ),
