@@ -180,6 +180,15 @@ SYSTEMS = {
     "images (LLaVA)": System(
         "binary:3", serve=reading_images("llava"), options={"async_scheduling": True}, images=True
     ),
+    "mixture with images (LLaVA)": System(
+        "binary:3",
+        "match",
+        spec={"target_distribution": {"type": "mixture", "weight": 0.4}},
+        options=PROCESSED,
+        serve=reading_images("llava"),
+        images=True,
+        extra_args=OFF,
+    ),
     "images (Qwen2-VL)": System(
         UP_AND_DOWN, "match", serve=reading_images("qwen2_vl"), images=True
     ),

@@ -556,7 +556,8 @@ FEATURES = (
     Row(
         ("[multimodal targets](multimodal.md)", "M-RoPE"),
         "works",
-        "with a text draft or `ngram`; tried with images for a tiny LLaVA, Qwen2-VL and Qwen2.5-VL",
+        "with a text draft or `ngram`, [combined](combined-targets.md), too; tried with "
+        "images for a tiny LLaVA, Qwen2-VL and Qwen2.5-VL",
         (
             "engine/test_multimodal.py::test_greedy",
             "engine/test_multimodal.py::test_every_node_equals_its_path_decoded_plainly",
@@ -565,6 +566,7 @@ FEATURES = (
             "engine/test_multimodal.py::test_without_images",
             "engine/test_multimodal.py::test_drafts_from_the_text_itself",
             "engine/test_multimodal.py::test_the_commands_read_its_texts",
+            "engine/test_multimodal.py::test_combined_with_a_draft_that_reads_text",
             "engine/test_cuda_path.py::test_graphs_of_a_target_with_images_and_mrope",
         ),
     ),
@@ -572,7 +574,7 @@ FEATURES = (
         (
             "image tokens that see each other in both directions",
             "multimodal drafts",
-            "heads on multimodal targets",
+            "heads and early exits on multimodal targets",
             "pruned videos",
             "audio while decoding",
         ),
@@ -582,6 +584,7 @@ FEATURES = (
             "integration/test_refusals.py::test_multimodal_models",
             "integration/test_refusals.py::test_multimodal_drafts",
             "integration/test_refusals.py::test_heads_on_multimodal_targets",
+            "integration/test_refusals.py::test_multimodal_models_are_not_cut",
         ),
     ),
     Row(

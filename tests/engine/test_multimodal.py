@@ -95,7 +95,7 @@ def images(monkeypatch) -> Counter:
 def test_greedy(target, plain, scheduling, images):
     """In chunks that end within images, with little memory for the cache and for images, then
     again from the prefix cache."""
-    options = {"max_num_batched_tokens": 40, "block_size": 32, "num_gpu_blocks_override": 9}
+    options = {"max_num_batched_tokens": 40, "block_size": 32, "num_gpu_blocks_override": 7}
     options |= target.options | {"async_scheduling": scheduling}
     with engine("binary:3", **options) as llm:
         first = token_ids(llm.generate(target.prompts(), GREEDY, use_tqdm=False))
@@ -187,6 +187,11 @@ def test_every_node_equals_its_path_decoded_plainly(target, monkeypatch):
 SAMPLES = 600
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["llava", pytest.param("qwen2_vl", marks=pytest.mark.all_families)],
+    indirect=True,
+)
 def test_what_is_emitted_follows_a_target_that_has_seen_images(target):
     """By chi-square, against the most probable tokens of plain vLLM."""
     kept = 5
@@ -226,6 +231,20 @@ def test_a_seed_gives_plain_decodings_text(target):
     with engine("binary:3", **target.options, verification="match") as llm:
         answers = token_ids(llm.generate(prompts, SEEDED, use_tqdm=False))
     assert answers == expected
+
+
+@pytest.mark.parametrize("target", ["qwen2_vl"], indirect=True)
+def test_combined_with_a_draft_that_reads_text(target, plain):
+    """The tokens of steps without trees; and the target's alone where a request asks for it."""
+    spec = {"target_distribution": {"type": "mixture", "weight": 0.4}}
+    params = [GREEDY.clone() for _ in PROMPTS]
+    params[1].extra_args = {"target_distribution": "off"}
+    answers = []
+    for tree in ([[1, 512, None], [513, None, "chain:1"]], "binary:3"):
+        with engine(tree, spec=spec, **target.options) as llm:
+            answers.append(token_ids(llm.generate(target.prompts(), params, use_tqdm=False)))
+    assert answers[0] == answers[1]
+    assert [i for i in SIZES if answers[0][i] == plain[i]] == [1]
 
 
 def test_without_images(target):
@@ -280,7 +299,9 @@ PROGRAM = """
 from helpers.multimodal import importable
 from vllm.entrypoints.cli.main import main
 
-with importable():
+within = importable()
+within.__enter__()  # also in the processes that this one spawns, which read this file again
+if __name__ == "__main__":
     main()
 """
 
@@ -311,16 +332,13 @@ def test_a_server_with_images_beside_texts(target, tmp_path):
     options = {"dtype": "float32", "max-model-len": 256, "max-num-seqs": 8}
     options |= {"kv-cache-memory-bytes": 64 << 20, "served-model-name": "images"}
     spec = {"method": "spechub", "model": DRAFT, "tree": "binary:3"}
-    command = [sys.executable, "-c", PROGRAM, "serve", target.folder, "--enforce-eager"]
+    (tmp_path / "serve.py").write_text(PROGRAM)
+    command = [sys.executable, tmp_path / "serve.py", "serve", target.folder, "--enforce-eager"]
     command += [f"--{name}={value}" for name, value in options.items()]
     command += ["--limit-mm-per-prompt", json.dumps({"image": 2, "video": 0})]
     command += ["--speculative-config", json.dumps(spec)]
-    variables = {
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
     with (
-        serving(command, tmp_path / "log", **variables) as address,
+        serving(command, tmp_path / "log", PYTHONPATH=os.pathsep.join(sys.path)) as address,
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=120) as client,
         ThreadPoolExecutor(len(asked)) as pool,
     ):

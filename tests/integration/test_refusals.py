@@ -19,6 +19,7 @@ from vllm_spechub.integration.platforms import PLATFORMS
 from vllm_spechub.integration.refusals import Unsupported
 from vllm_spechub.integration.select import attention_backend, prepare_engine
 from vllm_spechub.integration.versions import running
+from vllm_spechub.proposers.early_exit import EarlyExitProposer
 from vllm_spechub.proposers.heads import Eagle3Proposer
 
 
@@ -292,6 +293,13 @@ def test_multimodal_drafts(accepted, monkeypatch):
     with pytest.raises(Unsupported) as error:
         prepare_engine(accepted)
     assert_one_line(error, "speculative_config['model'] is multimodal (LlamaForCausalLM), but a")
+
+
+def test_multimodal_models_are_not_cut(accepted, monkeypatch):
+    monkeypatch.setattr(ModelConfig, "is_multimodal_model", property(lambda self: True))
+    with pytest.raises(ValueError) as error:
+        EarlyExitProposer.check_options({"exit_layer": 1}, accepted.model_config)
+    assert_one_line(error, "['exit_layer']: LlamaForCausalLM is multimodal, and only text models")
 
 
 def test_heads_on_multimodal_targets(accepted, monkeypatch):

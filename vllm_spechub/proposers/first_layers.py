@@ -44,6 +44,11 @@ def check_cut(option: str, layers: Any, model: ModelConfig, least_left: int) -> 
             f"{where} is {layers!r}, allowed: a whole number from 1 to {most}{or_auto}, as "
             f"{model.model!r} has {most + least_left} layers"
         )
+    if model.is_multimodal_model:
+        raise ValueError(
+            f"{where}: {model.architecture} is multimodal, and only text models are cut; use the "
+            "whole of a smaller draft as 'model'"
+        )
     cuttable = model.registry.is_pp_supported_model(model.architectures, model)
     if not cuttable or model.using_transformers_backend():
         raise ValueError(
