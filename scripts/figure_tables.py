@@ -123,6 +123,18 @@ def expert_steps() -> str:
     return table(["rows", "experts read, expected", "experts, ms", "dense, ms"], rows)
 
 
+def soak() -> str:
+    """Each system's engine in random requests."""
+    names = ("requests", "compared", "logprob_rows", "preemptions", "cached_tokens", "tokens")
+    rows = []
+    for row in read(DOCS / "benchmarks" / "soak" / "soak.csv"):
+        quality = f"{row['accepted_when_new']}, {row['accepted_at_the_end']}"
+        cells = [row["system"], *(row[name] for name in names), quality]
+        rows.append([*cells, f"{row['mib_early']}, {row['mib_late']}", row["faults"]])
+    heads = ["system", *(name.replace("_", " ") for name in names)]
+    return table([*heads, "accepted per tree, new and at the end", "MiB", "faults"], rows)
+
+
 LEVELS = 3
 """Of the tree that `scripts/bench_exits.py` drafts."""
 

@@ -124,7 +124,7 @@ FAMILIES = (
         "experts",
         always=True,
     ),
-    Family("Mixtral", "Mixtral", HEADS | {"num_local_experts": 4}, "experts"),
+    Family("Mixtral", "Mixtral", HEADS | {"num_local_experts": 4}, "experts", always=True),
     Family("Gemma 2", "Gemma2", HEADS | ALTERNATING, "soft caps, windows in every other layer"),
     Family(
         "Gemma 3",

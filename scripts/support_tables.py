@@ -564,13 +564,17 @@ FEATURES = (
     Row(
         ("[multimodal targets](multimodal.md)", "M-RoPE"),
         "works",
-        "with a text draft or `ngram`; tried with images for a tiny LLaVA and a tiny Qwen2-VL",
+        "with a text draft or `ngram`, [combined](combined-targets.md), too; tried with "
+        "images for a tiny LLaVA, Qwen2-VL and Qwen2.5-VL",
         (
             "engine/test_multimodal.py::test_greedy",
             "engine/test_multimodal.py::test_every_node_equals_its_path_decoded_plainly",
+            "engine/test_multimodal.py::test_what_is_emitted_follows_a_target_that_has_seen_images",
             "engine/test_multimodal.py::test_a_seed_gives_plain_decodings_text",
             "engine/test_multimodal.py::test_without_images",
             "engine/test_multimodal.py::test_drafts_from_the_text_itself",
+            "engine/test_multimodal.py::test_the_commands_read_its_texts",
+            "engine/test_multimodal.py::test_combined_with_a_draft_that_reads_text",
             "engine/test_cuda_path.py::test_graphs_of_a_target_with_images_and_mrope",
         ),
     ),
@@ -578,7 +582,7 @@ FEATURES = (
         (
             "image tokens that see each other in both directions",
             "multimodal drafts",
-            "heads on multimodal targets",
+            "heads on multimodal targets, early exits with M-RoPE",
             "pruned videos",
             "audio while decoding",
         ),
@@ -588,6 +592,7 @@ FEATURES = (
             "integration/test_refusals.py::test_multimodal_models",
             "integration/test_refusals.py::test_multimodal_drafts",
             "integration/test_refusals.py::test_heads_on_multimodal_targets",
+            "engine/test_multimodal.py::test_the_targets_first_layers_draft",
         ),
     ),
     Row(

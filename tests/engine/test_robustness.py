@@ -9,7 +9,8 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from helpers.engines import engine, greedy_params, model_runner, plain_greedy, token_ids
-from helpers.pair import DRAFT, PROMPTS, SCRIPTS
+from helpers.pair import DRAFT, PROMPTS
+from helpers.soak import GREEDY, known_answers, soak
 from vllm_spechub.engine.sampler import TreeRejectionSampler
 from vllm_spechub.proposers.draft_model import DraftModelProposer
 
@@ -22,7 +23,14 @@ def draft(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def llm(draft):
+def known():
+    """What plain vLLM answers to each of PROMPTS, in all greedy ways."""
+    with engine() as llm:
+        return known_answers(llm, PROMPTS, GREEDY)
+
+
+@pytest.fixture(scope="module")
+def llm(draft, known):
     plain_greedy()  # one engine at a time
     options = {"block_size": 32, "num_gpu_blocks_override": 14, "scheduling_policy": "priority"}
     with engine("binary:3", draft=str(draft), **options) as llm:
@@ -64,15 +72,12 @@ def test_priorities(llm, monkeypatch):
     assert max(preempted) < len(PROMPTS) // 2
 
 
-def test_soak(llm, monkeypatch):
+def test_soak(llm, known):
     """The short version of `scripts/soak.py`."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    from soak import soak
-
-    report = soak(llm, PROMPTS, 60, kinds=("plain",))
-    reference = {(i, "plain"): answer for i, answer in enumerate(plain_greedy())}
-    assert report.faults(reference) == []
-    assert len(report.greedy) > 10
+    report = soak(llm, PROMPTS, known, GREEDY, more=lambda sent: sent < 60)
+    assert report.faults() == []
+    assert report.compared.keys() == GREEDY.keys()
+    assert report.rows_compared > 50
     assert report.preemptions > 0
     assert report.aborted
 

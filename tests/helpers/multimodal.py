@@ -26,6 +26,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
@@ -133,9 +135,33 @@ def llava(folder: Path) -> str:
     return str(folder)
 
 
+QWEN = {
+    "qwen2_vl": (
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        lambda size: {"embed_dim": 32, "hidden_size": size, "mlp_ratio": 2},
+    ),
+    # windows of two by two patches after merging in the first of two layers
+    "qwen2_5_vl": (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        lambda size: {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": size,
+            "fullatt_block_indexes": [1],
+            "window_size": 2 * PATCH * MERGE,
+        },
+    ),
+}
+"""Of each version of Qwen-VL: its configuration, its model, and its vision tower's options by the
+size of hidden states."""
+
+
 @torch.no_grad()
-def qwen2_vl(folder: Path, source: Path) -> str:
-    """A Qwen2-VL around the demo target as Qwen 2, which is made in `source`."""
+def qwen_vl(kind: str, folder: Path, source: Path) -> str:
+    """A Qwen-VL around the demo target as Qwen 2, which is made in `source`."""
+    configuration, model_class, vision = QWEN[kind]
     torch.manual_seed(0)
     qwen2 = models.qwen2(source, TARGET)
     shape = json.loads((Path(qwen2) / "config.json").read_text())
@@ -143,7 +169,7 @@ def qwen2_vl(folder: Path, source: Path) -> str:
     added = [*(f"<|vision_{name}|>" for name in names), "<|image_pad|>", "<|video_pad|>"]
     tokenizer = _tokenizer(folder, *added)
     start, end, image_token, video_token = map(tokenizer.convert_tokens_to_ids, added)
-    config = Qwen2VLConfig(
+    config = configuration(
         text_config={
             "vocab_size": ROWS,
             "rope_parameters": {
@@ -166,13 +192,7 @@ def qwen2_vl(folder: Path, source: Path) -> str:
                 )
             },
         },
-        vision_config={
-            "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": shape["hidden_size"],
-            "num_heads": 2,
-            "mlp_ratio": 2,
-        },
+        vision_config={"depth": 2, "num_heads": 2, **vision(shape["hidden_size"])},
         image_token_id=image_token,
         video_token_id=video_token,
         vision_start_token_id=start,
@@ -182,7 +202,7 @@ def qwen2_vl(folder: Path, source: Path) -> str:
     side = PATCH * MERGE
     images = Qwen2VLImageProcessorPil(min_pixels=side * side, max_pixels=36 * side * side)
     images.save_pretrained(folder)
-    model = Qwen2VLForConditionalGeneration(config).float()
+    model = model_class(config).float()
     inputs = images([image(0)], return_tensors="pt")
 
     def features(model):
@@ -239,7 +259,7 @@ def target(kind: str, folder: Path) -> Target:
     if kind == "llava":
         return Target(llava(folder), False, "<image>")
     mark = "<|vision_start|><|image_pad|><|vision_end|>"
-    return Target(qwen2_vl(folder, folder / "qwen2"), True, mark)
+    return Target(qwen_vl(kind, folder, folder / "qwen2"), True, mark)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def let_models_be_imported() -> None:
     """Put empty modules in torchvision's place, unless it is installed."""
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision"):
         return
-    from transformers import Qwen2VLConfig, processing_utils
+    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, processing_utils
     from transformers.models.auto.video_processing_auto import AutoVideoProcessor
     from transformers.utils import is_torchvision_available
 
@@ -37,5 +37,6 @@ def let_models_be_imported() -> None:
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
     from transformers.video_processing_utils import VideoProcessorMixin
 
-    AutoVideoProcessor.register(Qwen2VLConfig, Qwen2VLVideoProcessor, exist_ok=True)
+    for config in (Qwen2VLConfig, Qwen2_5_VLConfig):
+        AutoVideoProcessor.register(config, Qwen2VLVideoProcessor, exist_ok=True)
     processing_utils.transformers_module.VideoProcessorMixin = VideoProcessorMixin

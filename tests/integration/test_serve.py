@@ -5,8 +5,6 @@ import json
 import os
 import re
 import runpy
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,9 +20,9 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.sampling_params import StructuredOutputsParams
 
 from helpers.pair import PAIR, ROOT, TARGET
+from helpers.serving import fetch, serving
 
 VLLM = Path(sys.executable).with_name("vllm")
-START_SECONDS = 180
 GRAMMARS = {"backend": "xgrammar", "disable_any_whitespace": True}
 PROMPTS = [
     "def parse_header(line):\n",
@@ -71,11 +69,6 @@ def plain():
     return [output.outputs[0].text for output in outputs]
 
 
-def fetch(url, timeout=10):
-    with urllib.request.urlopen(url, timeout=timeout) as answer:
-        return answer.read().decode()
-
-
 def fetch_json(url, question):
     """The answer to a question that is posted as JSON."""
     body = json.dumps(question).encode()
@@ -85,35 +78,15 @@ def fetch_json(url, question):
 
 @pytest.fixture(scope="module")
 def server(plain, tmp_path_factory):
-    """The server's address; its whole process group is gone afterwards."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """The server's address."""
     log = tmp_path_factory.mktemp("serve") / "log"
     command = ["bash", ROOT / "examples" / "serve.sh"]
     command += ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"]
     command += ["--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20)]
     command += ["--structured-outputs-config", json.dumps(GRAMMARS)]
     command += ["--enable-scale-out"]  # for /inference/v1/generate
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
-    for_tests = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
-    env = {k: v for k, v in os.environ.items() if k not in for_tests}
-    env["PATH"] = f"{VLLM.parent}:{env['PATH']}"
-    address = f"http://127.0.0.1:{port}"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
-    try:
-        give_up = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                fetch(f"{address}/health")
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()[-4000:]
-                assert time.monotonic() < give_up, log.read_text()[-4000:]
-                time.sleep(0.3)
+    command += ["--served-model-name", "demo"]
+    with serving(command, log, PATH=f"{VLLM.parent}:{os.environ['PATH']}") as address:
         started = log.read_text()
         for line in (
             "verification  traversal",
@@ -125,14 +98,6 @@ def server(plain, tmp_path_factory):
         ):
             assert line in started
         yield address
-        assert process.poll() is None, log.read_text()[-4000:]
-    finally:
-        for signum in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(process.pid, signum)
-                process.wait(30)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -58,7 +61,8 @@ class PairDescription:
 
         Raises:
             ValueError: the target has no tokenizer, the draft has another vocabulary or fewer
-                layers, or it is a head of another target or one that runs in engines only.
+                layers, it is multimodal, or a head of another target or one that runs in engines
+                only.
         """
         target = AutoConfig.from_pretrained(sources.target, **sources.target_options)
         target.update(sources.overrides)
@@ -67,6 +71,11 @@ class PairDescription:
         draft = None
         if head is None:
             draft = AutoConfig.from_pretrained(sources.draft, **sources.draft_options)
+            if _reads_images(draft):
+                raise ValueError(
+                    f"{draft_option} {sources.draft!r} is multimodal, but a draft reads text only; "
+                    "use a text model of the target's vocabulary"
+                )
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 sources.tokenizer, **sources.tokenizer_options
@@ -107,7 +116,9 @@ class PairDescription:
         """Load both models' weights."""
 
         def load(name: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            # asked without images, it is a text model
+            loader = AutoModelForImageTextToText if _reads_images(config) else AutoModelForCausalLM
+            model: PreTrainedModel = loader.from_pretrained(
                 name, config=config, dtype=dtype, **options
             )
             torch.nn.Module.to(model, device)
@@ -125,6 +136,12 @@ class PairDescription:
         if draft_size != self.vocab_size:
             _fit_vocabulary(draft, draft_size, self.vocab_size)
         return ModelPair(target, draft, self)
+
+
+def _reads_images(config: PretrainedConfig) -> bool:
+    """Whether transformers has a model only with its images' encoder."""
+    kind = type(config)
+    return kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def read_head(draft: str, **options: Any) -> "Head | None":
