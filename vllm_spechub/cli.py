@@ -8,6 +8,8 @@ runs, so that `--help` stays fast.
 import io
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -208,7 +210,11 @@ def shape(
     ] = 5,
     levels: Annotated[
         bool,
-        typer.Option("--levels", help="Choose widths of levels, which each step makes a tree of."),
+        typer.Option(
+            "--levels",
+            help="Choose widths of levels, which each step makes a tree of, and keep them for "
+            '"tree": "levels:auto:NODES:DEPTH".',
+        ),
     ] = False,
     step_cost: Annotated[
         list[str] | None,
@@ -261,8 +267,8 @@ def shape(
         def duration(tree: "TokenTree | LevelTree") -> float:
             return step_cost_of(1 + tree.num_nodes) + level_cost * tree.depth
 
-        candidates = width_candidates(nodes, depth) if levels else []
-        check_rule(variant.rule, variant.sharpening, candidates)
+        if levels:
+            check_rule(variant.rule, variant.sharpening, width_candidates(nodes, depth))
         sampling = _sampling(texts, tokens, seed)
         pair, encoded = _load(sources, prompts, limit, sampling, depth, device, dtype)
         with progress_bar(notes, "prompts") as bar:
@@ -284,12 +290,14 @@ def shape(
                 pair,
                 encoded,
                 variant,
-                candidates or trees,
+                width_candidates(nodes, depth, trees) if levels else trees,
                 temperature,
                 sampling,
                 advance,
                 duration,
             )
+        if isinstance(tree, LevelTree):
+            _keep_widths(target, draft, variant.rule, nodes, depth, tree)
         if rates_file is not None:
             settings = _settings(sources, encoded, sampling, depth)
             record = {"settings": settings, "rates": _rounded(rates)}
@@ -346,7 +354,12 @@ def explain(
         from vllm_spechub.offline.simulation.texts import PairDescription
         from vllm_spechub.trees.best_tree import parse_tree
 
-        parsed = parse_tree(json.loads(tree) if tree.startswith("[") else tree, rule)
+        measured = None
+        if find_spec("vllm") is not None:  # whose cache holds what was measured
+            from vllm_spechub.trees.measured_schedule import measured_widths
+
+            measured = partial(measured_widths, target, draft, rule)
+        parsed = parse_tree(json.loads(tree) if tree.startswith("[") else tree, rule, measured)
         where = placement(device, dtype)
         description = PairDescription.read(sources)
         limit = description.max_positions
@@ -409,6 +422,12 @@ def tune(
             show_default="all layers",
         ),
     ] = None,
+    levels: Annotated[
+        bool,
+        typer.Option(
+            "--levels", help="Also try widths of levels, with the nodes and depth of each tree."
+        ),
+    ] = False,
     texts: Texts = 10,
     tokens: Annotated[int, typer.Option(min=4, help="Tokens per text and per request.")] = 64,
     repetitions: Annotated[int, typer.Option(min=1, help="Repetitions per measurement.")] = 3,
@@ -453,6 +472,7 @@ def tune(
         from vllm_spechub.measure.tuning.run import Tuning
         from vllm_spechub.measure.tuning.state import State
         from vllm_spechub.trees import measured_schedule
+        from vllm_spechub.trees.level_tree import LevelTree
 
         preflight.check_output_folder("VLLM_CACHE_ROOT:", measured_schedule.folder())
         about = provenance()
@@ -471,6 +491,7 @@ def tune(
                 tokens,
                 repetitions,
                 layers,
+                levels,
             )
             suffix = ".state.json" if layers is None else f".state-{layers}.json"
             state = State.load(out.with_suffix(suffix), request.settings)
@@ -490,6 +511,17 @@ def tune(
             measured_schedule.keep(
                 target, draft, proposer, each.rule, each.schedule, of_depth.proposer_options
             )
+            for tree in each.trees.values():
+                if isinstance(tree, LevelTree):
+                    measured_schedule.keep_widths(
+                        target,
+                        draft,
+                        each.rule,
+                        tree.num_nodes,
+                        tree.depth,
+                        tree,
+                        of_depth.proposer_options,
+                    )
         if request.draft_layers is not None:
             measured_schedule.keep_layers(target, draft, request.draft_layers)
         if tuned.speculates:
@@ -529,6 +561,20 @@ def doctor(
         if faults:
             notes.print(f"{faults} at fault", style="red")
             raise typer.Exit(1)
+
+
+def _keep_widths(
+    target: str, draft: str, rule: str, nodes: int, depth: int, tree: "LevelTree"
+) -> None:
+    """Keep the best widths of so many nodes and levels where engines look for them, if vLLM is
+    installed."""
+    if find_spec("vllm") is None:
+        return
+    from vllm_spechub.trees import measured_schedule
+
+    preflight.check_output_folder("VLLM_CACHE_ROOT:", measured_schedule.folder())
+    measured_schedule.keep_widths(target, draft, rule, nodes, depth, tree)
+    notes.print(f'"levels:auto:{nodes}:{depth}" stands for these widths here')
 
 
 def _parse_rules(texts: Sequence[str] | None) -> "list[Variant]":

@@ -30,6 +30,7 @@ from vllm_spechub.measure.tuning.choose import (
     chain_curves,
     choose,
     curve,
+    distinct_sizes,
     draft_costs,
     measured_prices,
 )
@@ -37,6 +38,7 @@ from vllm_spechub.measure.tuning.request import TuningRequest
 from vllm_spechub.measure.tuning.run import Tuned, tree_spec
 from vllm_spechub.measure.tuning.state import State
 from vllm_spechub.trees import measured_schedule as store
+from vllm_spechub.trees.level_tree import LevelTree
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.rules import rates_of
 
@@ -116,6 +118,17 @@ def test_a_mixture_of_experts_drafts_nothing_for_few_requests():
     assert nothing[2] is None
     assert wide[1:] == (64, "wide")
     assert end == (65, None, None)
+
+
+def test_of_two_trees_of_one_size_the_faster_is_kept():
+    """A schedule cannot hold both."""
+    trees = {"static": TokenTree.complete(2, 3), "levels": LevelTree((3, 5, 6))}
+    trees |= {"narrow": TokenTree.chain(2)}
+    curves = {"static": at(3.0, b1=1.5, b8=2.0), "narrow": at(2.0, b1=1.2, b8=1.4)}
+    assert set(distinct_sizes(trees, curves)) == {"static", "narrow"}
+    faster, slower = at(3.2, b1=1.5, b8=2.1), at(3.2, b1=1.5, b8=2.4)
+    assert set(distinct_sizes(trees, curves | {"levels": faster})) == {"levels", "narrow"}
+    assert set(distinct_sizes(trees, curves | {"levels": slower})) == {"static", "narrow"}
 
 
 def at(tokens_per_step, **step_time):
@@ -365,7 +378,7 @@ def test_tune_from_end_to_end(draft, kind, fake, monkeypatch, tmp_path):
     arguments = ["tune", TARGET, "--draft", draft, "--prompts", str(PAIR / "prompts.jsonl")]
     arguments += ["--limit", "2", "--texts", "2", "--tokens", "8", "-n", "2", "-n", "4"]
     arguments += ["-K", "1", "-K", "2", "-b", "1", "-b", "4", "--repetitions", "1"]
-    arguments += ["--rule", "ordered", "--out", str(out)]
+    arguments += ["--rule", "ordered", "--levels", "--out", str(out)]
     fake.stop_after = 7
     stopped = CliRunner().invoke(app, arguments)
     assert stopped.exit_code == 130, stopped.output
@@ -377,6 +390,13 @@ def test_tune_from_end_to_end(draft, kind, fake, monkeypatch, tmp_path):
     config = json.loads(out.read_text())
     assert config["verification"] == "ordered"
     assert config["tree_by_batch_size"] == store.measured_schedule(TARGET, draft, kind, "ordered")
+    # the widths of as many nodes and levels as the wide static trees have, which are simulated once
+    state = json.loads(out.with_suffix(".state.json").read_text())
+    (levels,) = {LevelTree.parse(spec) for spec in state["widths"].values()}
+    size = levels.num_nodes, levels.depth
+    assert store.measured_widths(TARGET, draft, "ordered", *size) == levels
+    tried = {row["method"] for row in state["rows"]}
+    assert f"{size[0]} nodes, {size[1]} deep, by levels" in tried
     # two chains at two batches, of which the better one is measured again beside the schedule
     assert [name for name, _ in first].count(kind) == 4
     assert [name for name, _ in fake.calls].count(kind) == 2

@@ -84,7 +84,11 @@ def rows_of_gpus(monkeypatch):
         ("speculators", "binary:3", {"max_num_batched_tokens": 41}),
         ("first", IRREGULAR, {"async_scheduling": True, "kv_cache_memory_bytes": 1 << 20}),
         ("speculators", SCHEDULE, {"max_num_batched_tokens": 60}),
-        ("first", "levels:3,4,3", {"max_num_batched_tokens": 41}),
+        (
+            "first",
+            "levels:3,4,3",
+            {"max_num_batched_tokens": 41, "kv_cache_memory_bytes": 1 << 20},
+        ),
     ],
     ids=["chunks", "preemption", "schedule", "levels"],
 )
