@@ -74,7 +74,7 @@ def lines_of(
     pair, encoded, temperature: float, settings: list[Setting], sampling: Sampling
 ) -> list[list[str]]:
     """What is measured at one temperature, without the name of the pair."""
-    trial = replace(sampling, texts=max(1, sampling.texts // 3))
+    trial = replace(sampling, texts=max(1, sampling.texts // 2))
     static = static_plans(pair, encoded, temperature, settings, trial)
     widths = {
         setting: [
@@ -133,14 +133,15 @@ def main(
     prompts: Annotated[Path, typer.Option(dir_okay=False, exists=True)] = (
         HERE / "study_prompts.jsonl"
     ),
-    limit: Annotated[int | None, typer.Option(help="Prompts to use.")] = None,
-    texts: Annotated[int, typer.Option(help="Texts for each prompt.")] = 6,
+    every: Annotated[int, typer.Option(help="Use every so many-th prompt.")] = 3,
+    texts: Annotated[int, typer.Option(help="Texts for each prompt.")] = 18,
 ) -> None:
     """Measure level widths against static trees."""
     torch.set_num_threads(1)
     sampling = Sampling(texts=texts, seed=1)  # other texts than those that first gave widths
     sources = Sources(str(HERE / "target"), draft)
-    pair, encoded = load(sources, prompts, limit, sampling, max(depth), None, "float32")
+    pair, encoded = load(sources, prompts, None, sampling, max(depth), None, "float32")
+    encoded = encoded[::every]
     if share:
         pair = sharpened(pair, share)
     settings = [(nodes, most) for nodes in budget for most in depth]

@@ -198,22 +198,28 @@ def paper() -> str:
     return table(["T", "nodes", *names, "demo pair: rrs / rrsw / unordered / traversal"], lines)
 
 
-def levels() -> str:
-    """The table of level widths beside the best static trees, by setting."""
-    found: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
-    with (FIGURES / "levels.csv").open(encoding="utf-8") as file:
+def levels(pair: str) -> str:
+    """The table of a pair's level widths beside the best static trees, by setting."""
+    found: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, str]]] = {}
+    with (FIGURES / "levels.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            setting = row["temperature"], row["budget"], row["depth"]
-            found.setdefault(setting, {})[row["baseline"]] = row
+            if row["pair"] == pair:
+                setting = row["temperature"], row["budget"], row["depth"]
+                found.setdefault(setting, {})[row["rule"], row["baseline"]] = row
     lines = []
     for (temperature, budget, depth), rows in found.items():
+        compared = [("mixed", baseline) for baseline in ("traversal", "mixed", "best")]
+        compared.append(("mixed", "levels traversal"))
         differences = [
-            cell(float(rows[rule]["difference"]), float(rows[rule]["ci"]), "+")
-            for rule in ("traversal", "mixed")
+            cell(float(rows[each]["difference"]), float(rows[each]["ci"]), "+") for each in compared
         ]
-        row = rows["mixed"]
-        tokens = f"{float(row['tokens_per_step']):.3f}"
-        nodes = str(int(budget) + 1)
-        lines.append([temperature, nodes, depth, f"`{row['widths']}`", tokens, *differences])
-    head = ["T", "nodes", "depth", "widths", "tokens/step", "- traversal", "- mixed"]
-    return table(head, lines)
+        own = rows["mixed", "best"]
+        if own["tree"]:
+            size = [str(int(budget) + 1), depth, f"`{own['tree']}`"]
+            tokens = f"{float(own['tokens_per_step']):.3f}"
+        else:
+            size, tokens = ["all", "", ""], ""
+        lines.append([temperature, *size, tokens, *differences])
+    head = ["T", "nodes", "depth", "widths", "tokens/step"]
+    static = ["`traversal`", "`mixed`", "the better", "`traversal` by levels"]
+    return table(head + [f"- {name}" for name in static], lines)
