@@ -457,7 +457,7 @@ def tune(
         preflight.check_pair(sources, "--draft", in_engines=True)
         proposer = proposer_of(sources)
         depths = preflight.parse_layers("--draft-layers", draft_layers, sources, proposer != MODEL)
-        rules = _parse_tree_rules(rule)
+        rules = _parse_tree_rules(rule, levels)
         if len(rules) > 1 and needs_engine(sources):
             if rule is not None:
                 raise ValueError(
@@ -591,19 +591,30 @@ def _parse_rules(texts: Sequence[str] | None) -> "list[Variant]":
     return list(dict.fromkeys(variants))
 
 
-def _parse_tree_rules(texts: Sequence[str] | None) -> tuple[str, ...]:
-    """The names of rules that draft trees.
+def _parse_tree_rules(texts: Sequence[str] | None, levels: bool = False) -> tuple[str, ...]:
+    """The names of rules that draft trees, and with `levels` trees by level widths, too.
 
     Without any, all of them but those that read the target's own draws: these are for the text that
     they give, and others emit more tokens where anything is sampled.
     """
-    allowed = [name for name in RULES if name != "chain"]
+    allowed = [name for name in RULES if name != "chain" and (not levels or _follows_levels(name))]
     for name in texts or ():
         if name not in allowed:
             raise ValueError(f"--rule is {name!r}, allowed: {', '.join(allowed)}")
     if texts:
         return tuple(dict.fromkeys(texts))
     return tuple(name for name in allowed if not RULES.load(name).reads_draws)
+
+
+def _follows_levels(rule: str) -> bool:
+    from vllm_spechub.rules.base import check_rule
+    from vllm_spechub.trees.level_tree import LevelTree
+
+    try:
+        check_rule(rule, 1.0, [LevelTree((2,))])
+    except ValueError:
+        return False
+    return True
 
 
 def _check_picture(out: Path) -> None:

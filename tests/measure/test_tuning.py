@@ -376,7 +376,7 @@ def test_tune_from_end_to_end(draft, kind, fake, monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     out = tmp_path / "tuned.json"
     arguments = ["tune", TARGET, "--draft", draft, "--prompts", str(PAIR / "prompts.jsonl")]
-    arguments += ["--limit", "2", "--texts", "2", "--tokens", "8", "-n", "2", "-n", "4"]
+    arguments += ["--limit", "2", "--texts", "2", "--tokens", "8", "-n", "2", "-n", "9"]
     arguments += ["-K", "1", "-K", "2", "-b", "1", "-b", "4", "--repetitions", "1"]
     arguments += ["--rule", "ordered", "--levels", "--out", str(out)]
     fake.stop_after = 7
@@ -390,13 +390,13 @@ def test_tune_from_end_to_end(draft, kind, fake, monkeypatch, tmp_path):
     config = json.loads(out.read_text())
     assert config["verification"] == "ordered"
     assert config["tree_by_batch_size"] == store.measured_schedule(TARGET, draft, kind, "ordered")
-    # the widths of as many nodes and levels as the wide static trees have, which are simulated once
+    # the widths of as many nodes and levels as a wide static tree has
     state = json.loads(out.with_suffix(".state.json").read_text())
-    (levels,) = {LevelTree.parse(spec) for spec in state["widths"].values()}
+    (levels, *_) = map(LevelTree.parse, state["widths"].values())
     size = levels.num_nodes, levels.depth
     assert store.measured_widths(TARGET, draft, "ordered", *size) == levels
-    tried = {row["method"] for row in state["rows"]}
-    assert f"{size[0]} nodes, {size[1]} deep, by levels" in tried
+    name = f"{size[0]} nodes, {size[1]} deep, by levels"
+    assert name in {row["method"] for row in state["rows"]}
     # two chains at two batches, of which the better one is measured again beside the schedule
     assert [name for name, _ in first].count(kind) == 4
     assert [name for name, _ in fake.calls].count(kind) == 2
