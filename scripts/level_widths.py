@@ -134,7 +134,7 @@ def main(
         HERE / "study_prompts.jsonl"
     ),
     every: Annotated[int, typer.Option(help="Use every so many-th prompt.")] = 3,
-    texts: Annotated[int, typer.Option(help="Texts for each prompt.")] = 18,
+    texts: Annotated[int, typer.Option(help="Texts for each prompt.")] = 12,
 ) -> None:
     """Measure level widths against static trees."""
     torch.set_num_threads(1)

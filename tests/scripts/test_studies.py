@@ -58,3 +58,14 @@ def test_pooled_differences(folder, prompts):
     pooled = [row for row in rows(folder / "pooled.csv") if row["kind"] == "pooled"]
     by_pair = {(row["rule"], row["baseline"]): float(row["difference"]) for row in pooled}
     assert by_pair["traversal", "rrs"] == -by_pair["rrs", "traversal"]
+
+
+def test_level_steps(folder, monkeypatch):
+    import level_steps
+
+    monkeypatch.setattr(level_steps, "TREES", {"small": ([0, 0, 1], "levels:2,1")})
+    level_steps.main(folder / "steps.csv", ["draft"], "mixed", [2], 24, 1)
+    lines = (folder / "steps.csv").read_text().splitlines()
+    (row,) = csv.DictReader(line for line in lines if not line.startswith("#"))
+    assert (row["draft"], row["tree"], row["batch"]) == ("draft", "small", "2")
+    assert 0 < float(row["lowest"]) <= float(row["ratio"]) <= float(row["highest"])

@@ -21,7 +21,7 @@ LEVELS_FORM = "levels:WIDTH,WIDTH,..., levels:auto[:NODES[:DEPTH]]"
 AUTO_NODES = 15
 AUTO_DEPTH = 5
 FIRST_WIDTHS = (3, 4)
-GROWTHS = (0.8, 1.0, 1.25)
+GROWTHS = (1.0, 1.25)
 """What widths are chosen from: that of the first level, and the factor between those below."""
 _AUTO = re.compile(r"levels:auto(?::(\d+)(?::(\d+))?)?")
 _WIDTHS = re.compile(r"levels:\s*(\d+(?:\s*,\s*\d+)*)")
