@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 try:
@@ -267,8 +268,12 @@ def shape(
         def duration(tree: "TokenTree | LevelTree") -> float:
             return step_cost_of(1 + tree.num_nodes) + level_cost * tree.depth
 
+        store = None
         if levels:
             check_rule(variant.rule, variant.sharpening, width_candidates(nodes, depth))
+            store = _measured()
+            if store is not None:
+                preflight.check_output_folder("VLLM_CACHE_ROOT:", store.folder())
         sampling = _sampling(texts, tokens, seed)
         pair, encoded = _load(sources, prompts, limit, sampling, depth, device, dtype)
         with progress_bar(notes, "prompts") as bar:
@@ -296,8 +301,9 @@ def shape(
                 advance,
                 duration,
             )
-        if isinstance(tree, LevelTree):
-            _keep_widths(target, draft, variant.rule, nodes, depth, tree)
+        if store is not None and isinstance(tree, LevelTree):
+            store.keep_widths(target, draft, variant.rule, nodes, depth, tree)
+            notes.print(f'"levels:auto:{nodes}:{depth}" stands for these widths here')
         if rates_file is not None:
             settings = _settings(sources, encoded, sampling, depth)
             record = {"settings": settings, "rates": _rounded(rates)}
@@ -354,11 +360,8 @@ def explain(
         from vllm_spechub.offline.simulation.texts import PairDescription
         from vllm_spechub.trees.best_tree import parse_tree
 
-        measured = None
-        if find_spec("vllm") is not None:  # whose cache holds what was measured
-            from vllm_spechub.trees.measured_schedule import measured_widths
-
-            measured = partial(measured_widths, target, draft, rule)
+        store = _measured()
+        measured = partial(store.measured_widths, target, draft, rule) if store else None
         parsed = parse_tree(json.loads(tree) if tree.startswith("[") else tree, rule, measured)
         where = placement(device, dtype)
         description = PairDescription.read(sources)
@@ -563,18 +566,13 @@ def doctor(
             raise typer.Exit(1)
 
 
-def _keep_widths(
-    target: str, draft: str, rule: str, nodes: int, depth: int, tree: "LevelTree"
-) -> None:
-    """Keep the best widths of so many nodes and levels where engines look for them, if vLLM is
-    installed."""
+def _measured() -> ModuleType | None:
+    """The store of measurements that engines read; None without vLLM, whose cache holds it."""
     if find_spec("vllm") is None:
-        return
+        return None
     from vllm_spechub.trees import measured_schedule
 
-    preflight.check_output_folder("VLLM_CACHE_ROOT:", measured_schedule.folder())
-    measured_schedule.keep_widths(target, draft, rule, nodes, depth, tree)
-    notes.print(f'"levels:auto:{nodes}:{depth}" stands for these widths here')
+    return measured_schedule
 
 
 def _parse_rules(texts: Sequence[str] | None) -> "list[Variant]":
