@@ -34,8 +34,7 @@ COLUMNS = (
     "temperature",
     "budget",
     "depth",
-    "rule",
-    "tree",
+    "widths",
     "tokens_per_step",
     "baseline",
     "difference",
@@ -43,6 +42,8 @@ COLUMNS = (
     "places",
     "prompts",
 )
+OWN, OTHER = "levels", "levels, traversal"
+"""The level widths, verified with `mixed`, and with another rule."""
 POOLED = "all"
 """Stands for every setting of a temperature together."""
 HERE = Path("scripts/demo_pair")
@@ -91,33 +92,36 @@ def lines_of(
             rule: best([plan for plan in plans if plan.variant.rule == rule], tried)
             for rule in RULES
         }
-        tree = best(widths[setting], tried).tree
-        levels = {f"levels {rule}": Plan(Variant(rule), tree) for rule in RULES}
-        chosen[setting] = by_rule | {"best": best(plans, tried)} | levels
+        own = best(widths[setting], tried)
+        other = Plan(Variant("traversal"), own.tree)
+        chosen[setting] = by_rule | {"best": best(plans, tried), OTHER: other, OWN: own}
     every = [plan for plans in chosen.values() for plan in plans.values()]
     found = study.measure(pair, encoded, every, temperature, sampling, 3)
 
     lines, pooled = [], {}
     for (nodes, depth), plans in chosen.items():
-        for rule in RULES:
-            own = found[plans[f"levels {rule}"]]
-            for name in ("traversal", "mixed", "best", "levels traversal"):
-                other = plans[name]
-                differences = own.tokens - found[other].tokens
-                pooled.setdefault((rule, name), []).append(differences)
-                setting = str(nodes), str(depth), rule, str(plans[f"levels {rule}"].tree)
-                lines.append(line(setting, own.tokens, name, differences, own.prompts))
-    for (rule, name), parts in pooled.items():
-        mean = np.mean(parts, axis=0)
-        lines.append(line((POOLED, POOLED, rule, ""), None, name, mean, own.prompts))
+        own = plans.pop(OWN)
+        tree, levels = own.tree, found[own]
+        for name, other in plans.items():
+            differences = levels.tokens - found[other].tokens
+            pooled.setdefault(name, []).append(differences)
+            tokens = f"{levels.tokens.mean():.4f}"
+            setting = str(nodes), str(depth), str(tree), tokens, name
+            lines.append([*setting, *interval(differences, levels.prompts)])
+    for name, parts in pooled.items():
+        differences = np.mean(parts, axis=0)
+        lines.append([POOLED, POOLED, "", "", name, *interval(differences, levels.prompts)])
     return lines
 
 
-def line(setting, tokens, name, differences, prompts) -> list[str]:
+def interval(
+    # [num_roots] each
+    differences: np.ndarray,
+    prompts: np.ndarray,
+) -> list[str]:
+    """A mean, the half width of its interval, and the numbers of places and prompts."""
     mean, ci = mean_and_ci(differences, prompts)
-    own = "" if tokens is None else f"{tokens.mean():.4f}"
-    sizes = str(len(prompts)), str(len(np.unique(prompts)))
-    return [*setting, own, name, f"{mean:.4f}", f"{ci:.4f}", *sizes]
+    return [f"{mean:.4f}", f"{ci:.4f}", str(len(prompts)), str(len(np.unique(prompts)))]
 
 
 def main(

@@ -200,26 +200,44 @@ def paper() -> str:
 
 def levels(pair: str) -> str:
     """The table of a pair's level widths beside the best static trees, by setting."""
-    found: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, str]]] = {}
+    found: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
     with (FIGURES / "levels.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row["pair"] == pair:
                 setting = row["temperature"], row["budget"], row["depth"]
-                found.setdefault(setting, {})[row["rule"], row["baseline"]] = row
+                found.setdefault(setting, {})[row["baseline"]] = row
     lines = []
     for (temperature, budget, depth), rows in found.items():
-        compared = [("mixed", baseline) for baseline in ("traversal", "mixed", "best")]
-        compared.append(("mixed", "levels traversal"))
         differences = [
-            cell(float(rows[each]["difference"]), float(rows[each]["ci"]), "+") for each in compared
+            cell(float(rows[name]["difference"]), float(rows[name]["ci"]), "+")
+            for name in ("traversal", "mixed", "best", "levels, traversal")
         ]
-        own = rows["mixed", "best"]
-        if own["tree"]:
-            size = [str(int(budget) + 1), depth, f"`{own['tree']}`"]
+        own = rows["best"]
+        if own["widths"]:
+            size = [str(int(budget) + 1), depth, f"`{own['widths']}`"]
             tokens = f"{float(own['tokens_per_step']):.3f}"
         else:
             size, tokens = ["all", "", ""], ""
         lines.append([temperature, *size, tokens, *differences])
     head = ["T", "nodes", "depth", "widths", "tokens/step"]
-    static = ["`traversal`", "`mixed`", "the better", "`traversal` by levels"]
+    static = ["static, `traversal`", "static, `mixed`", "the better", "levels, `traversal`"]
     return table(head + [f"- {name}" for name in static], lines)
+
+
+def level_steps() -> str:
+    """The table of the steps of level widths beside those of static trees."""
+    with (FIGURES / "level_steps.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    names = {"draft": "draft model", "eagle3": "EAGLE-3 head"}
+    lines = [
+        [
+            names[row["draft"]],
+            row["tree"],
+            row["batch"],
+            f"{float(row['static_ms']):.1f}",
+            f"{float(row['ratio']):.2f} ({row['lowest'][:4]} to {row['highest'][:4]})",
+        ]
+        for row in rows
+    ]
+    head = ["draft", "tree", "requests", "static, ms", "by levels / static (rounds)"]
+    return table(head, lines)

@@ -39,14 +39,14 @@ def test_level_widths(folder, prompts):
     main(folder, "itself", str(HERE / "draft"), 1.0, [1.0], [6], [3], prompts, 1, 1)
     main(folder, "pair", str(HERE / "draft"), 0.0, [1.0], [6], [3], prompts, 1, 1)
     found = rows(folder / "levels.csv")
-    assert {row["baseline"] for row in found} == {"traversal", "mixed", "best", "levels traversal"}
+    assert {row["baseline"] for row in found} == {"traversal", "mixed", "best", "levels, traversal"}
     for row in found:
-        if row["tree"]:  # not all settings together
+        if row["widths"]:  # not all settings together
             length = float(row["tokens_per_step"])
             assert abs(length - 4) < 1e-3 if row["pair"] == "itself" else 1 < length < 3.8
     # with one setting, all together are that one
     single, pooled = (
-        [row["difference"] for row in found if bool(row["tree"]) == one] for one in (True, False)
+        [row["difference"] for row in found if bool(row["widths"]) == one] for one in (True, False)
     )
     assert single == pooled
 
