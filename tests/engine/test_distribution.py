@@ -10,7 +10,7 @@ from helpers.distributions import LENGTHS, SAMPLES, assert_prefixes_follow
 from helpers.engines import engine, greedy_params, plain_greedy, token_ids
 from helpers.metrics import spec_metrics
 from helpers.oracle import tokens_of
-from helpers.pair import DRAFT, EAGLE3, PROMPTS, TARGET
+from helpers.pair import EAGLE3, PROMPTS, TARGET
 from vllm_spechub.engine.sampler import TreeRejectionSampler
 
 WIDE = [0, 0, 0, 0, 1, 1, 2, 5]
@@ -54,7 +54,7 @@ UNEQUAL = [0, 0, 0, 1, 1, 2]
         ("chain:3", "chain", None),
         (WIDE, "match", None),
         (LEVELS, "mixed", None),
-        ("levels:2,4,3", "traversal", {"sharpening": 1.3}),
+        ("levels:2,4,3", "traversal", {"sharpening": 1.3, "model": EAGLE3}),
     ],
 )
 def test_rules(tree, verification, spec):
@@ -115,10 +115,9 @@ def test_truncated_drafts_follow_the_target(tree, verification, chosen):
 
 
 @pytest.mark.parametrize(
-    ("tree", "verification", "draft"),
-    [(WIDE, "mixed", DRAFT), (WIDE, "traversal", DRAFT), (LEVELS, "mixed", EAGLE3)],
+    ("tree", "verification"), [(WIDE, "mixed"), (WIDE, "traversal"), (LEVELS, "mixed")]
 )
-def test_trees_cut_by_a_budget_follow_the_target(tree, verification, draft):
+def test_trees_cut_by_a_budget_follow_the_target(tree, verification):
     """Many trees lose some of a node's children, and all that comes after."""
     prompt = [5, 6, 7]  # short, so that more requests start than have room for their trees
     params = SamplingParams(n=500, max_tokens=LENGTHS[-1], ignore_eos=True, temperature=0.8)
@@ -132,7 +131,7 @@ def test_trees_cut_by_a_budget_follow_the_target(tree, verification, draft):
     options = {"max_num_seqs": 24, "max_num_batched_tokens": 24}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TreeRejectionSampler, "__call__", spy)
-        with engine(tree, draft=draft, verification=verification, **options) as llm:
+        with engine(tree, verification=verification, **options) as llm:
             num_nodes = llm.llm_engine.vllm_config.num_speculative_tokens
             output = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0]
     assert sum(0 < count < num_nodes for count in drafted) > 100

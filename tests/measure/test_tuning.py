@@ -372,13 +372,14 @@ def test_slots_of_a_real_engine():
 @pytest.mark.parametrize(("draft", "kind"), [(DRAFT, MODEL), (EAGLE3, "eagle3")])
 @pytest.mark.usefixtures("inspected_here")
 def test_tune_from_end_to_end(draft, kind, fake, monkeypatch, tmp_path):
-    """All phases on the demo pair; acceptance is real, engines are not."""
+    """All phases on the demo pair; acceptance is real, engines are not. With the head, level widths
+    are tried, too."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     out = tmp_path / "tuned.json"
     arguments = ["tune", TARGET, "--draft", draft, "--prompts", str(PAIR / "prompts.jsonl")]
     arguments += ["--limit", "2", "--texts", "2", "--tokens", "8", "-n", "2", "-n", "9"]
     arguments += ["-K", "1", "-K", "2", "-b", "1", "-b", "4", "--repetitions", "1"]
-    arguments += ["--rule", "ordered", "--levels", "--out", str(out)]
+    arguments += ["--rule", "ordered", "--out", str(out), *["--levels"] * (draft == EAGLE3)]
     fake.stop_after = 7
     stopped = CliRunner().invoke(app, arguments)
     assert stopped.exit_code == 130, stopped.output
@@ -390,13 +391,13 @@ def test_tune_from_end_to_end(draft, kind, fake, monkeypatch, tmp_path):
     config = json.loads(out.read_text())
     assert config["verification"] == "ordered"
     assert config["tree_by_batch_size"] == store.measured_schedule(TARGET, draft, kind, "ordered")
-    # the widths of as many nodes and levels as a wide static tree has
     state = json.loads(out.with_suffix(".state.json").read_text())
-    (levels, *_) = map(LevelTree.parse, state["widths"].values())
-    size = levels.num_nodes, levels.depth
-    assert store.measured_widths(TARGET, draft, "ordered", *size) == levels
-    name = f"{size[0]} nodes, {size[1]} deep, by levels"
-    assert name in {row["method"] for row in state["rows"]}
+    assert bool(state["widths"]) == (draft == EAGLE3)
+    for levels in map(LevelTree.parse, state["widths"].values()):
+        size = levels.num_nodes, levels.depth
+        assert store.measured_widths(TARGET, draft, "ordered", *size) == levels
+        name = f"{size[0]} nodes, {size[1]} deep, by levels"
+        assert name in {row["method"] for row in state["rows"]}
     # two chains at two batches, of which the better one is measured again beside the schedule
     assert [name for name, _ in first].count(kind) == 4
     assert [name for name, _ in fake.calls].count(kind) == 2

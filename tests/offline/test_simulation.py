@@ -277,7 +277,7 @@ def test_shape_prints_a_tree(folders, tmp_path):
 
 
 def test_shape_keeps_level_widths(folders, tmp_path, monkeypatch):
-    """For `levels:auto`, and the levels of the best static tree are among its candidates."""
+    """For `levels:auto`."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     asked = "--texts 2 --tokens 12 --nodes 9 --depth 3 --rule mixed --levels"
     candidates, pick = [], study.pick_tree
@@ -294,8 +294,8 @@ def test_shape_keeps_level_widths(folders, tmp_path, monkeypatch):
     assert measured_widths(*pair, 9, 3) == tree
     assert parse_tree("levels:auto:9:3", "mixed", partial(measured_widths, *pair)) == tree
     assert tree in candidates
-    assert len(candidates) > len(width_candidates(9, 3))
-    assert all(isinstance(each, LevelTree) and each.depth == 3 for each in candidates)
+    assert set(candidates) >= set(width_candidates(9, 3))
+    assert all(isinstance(each, LevelTree) for each in candidates)
 
 
 @pytest.mark.parametrize("padded", ["target", "draft"])

@@ -33,17 +33,18 @@ def rows(file):
 
 
 def test_level_widths(folder, prompts):
-    """Of a draft that is the target itself, every tree is accepted to its last level."""
+    """A draft that is the target itself is accepted wherever a node has children."""
     from level_widths import HERE, main
 
     main(folder, "itself", str(HERE / "draft"), 1.0, [1.0], [6], [3], prompts, 1, 1)
     main(folder, "pair", str(HERE / "draft"), 0.0, [1.0], [6], [3], prompts, 1, 1)
     found = rows(folder / "levels.csv")
     assert {row["baseline"] for row in found} == {"traversal", "mixed", "best", "levels, traversal"}
-    for row in found:
-        if row["widths"]:  # not all settings together
-            length = float(row["tokens_per_step"])
-            assert abs(length - 4) < 1e-3 if row["pair"] == "itself" else 1 < length < 3.8
+    (itself,), (pair,) = (
+        {float(row["tokens_per_step"]) for row in found if row["pair"] == name and row["widths"]}
+        for name in ("itself", "pair")
+    )
+    assert 1 < pair < itself - 0.5 < 3.5
     # with one setting, all together are that one
     single, pooled = (
         [row["difference"] for row in found if bool(row["widths"]) == one] for one in (True, False)

@@ -146,7 +146,7 @@ def width_candidates(nodes: int, depth: int, static: Iterable[TokenTree] = ()) -
     Args:
         nodes: drafted nodes.
         depth: levels.
-        static: trees whose levels are candidates, too, if they are as many.
+        static: trees whose levels are candidates, too.
 
     Raises:
         ValueError: there are not as many nodes as levels, or too many.
@@ -156,6 +156,6 @@ def width_candidates(nodes: int, depth: int, static: Iterable[TokenTree] = ()) -
             f"level widths need 1 to {MAX_NODES} nodes and as many levels at most, got {nodes} "
             f"nodes and depth {depth}"
         )
-    trees = [LevelTree.like(tree) for tree in static if tree.depth == depth]
+    trees = [LevelTree.like(tree) for tree in static]
     trees += [_widths(nodes, depth, first, growth) for first in FIRST_WIDTHS for growth in GROWTHS]
     return list(dict.fromkeys(trees))
