@@ -26,7 +26,6 @@ GROWTHS = (1.0, 1.25)
 _AUTO = re.compile(r"levels:auto(?::(\d+)(?::(\d+))?)?")
 _WIDTHS = re.compile(r"levels:\s*(\d+(?:\s*,\s*\d+)*)")
 
-
 Measured = Callable[[int, int], "LevelTree"]
 """A function from numbers of nodes and levels to the widths that were measured for them."""
 

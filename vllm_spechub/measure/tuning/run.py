@@ -90,8 +90,9 @@ class Tuned:
 
 def tree_name(tree: Tree) -> str:
     """A tree's name in tables and plots."""
-    size = f"{tree.num_nodes} nodes, {tree.depth} deep"
-    return f"{size}, by levels" if isinstance(tree, LevelTree) else size
+    if isinstance(tree, LevelTree):
+        return str(tree)
+    return f"{tree.num_nodes} nodes, {tree.depth} deep"
 
 
 def tree_spec(tree: Tree) -> str | list[int]:
