@@ -3,8 +3,9 @@
 """Time the steps of trees by level widths beside those of static trees of as many nodes and levels.
 
 Each engine runs in this process, on one core, and the processor time of its steps counts, so that
-other work on the machine makes little difference. Engines take turns, and the median of a round's
-steps is divided by that of the static tree's in the same round.
+other work on the machine makes little difference. Engines take turns, and in every other round in
+the other order. The median of a round's steps is divided by that of the static tree's in the same
+round.
 """
 
 import gc
@@ -91,7 +92,7 @@ def main(
     ],
     rule: Annotated[str, typer.Option(help="The verification rule.")] = "mixed",
     batch: Annotated[list[int], typer.Option("--batch", "-b", help="Requests.")] = [1, 8],  # noqa: B006
-    tokens: Annotated[int, typer.Option(help="Tokens for each request.")] = 160,
+    tokens: Annotated[int, typer.Option(help="Tokens for each request.")] = 96,
     rounds: Annotated[int, typer.Option(help="How often each engine has its turn.")] = 3,
 ) -> None:
     """Measure the demo pair with its draft model and its head."""
@@ -100,13 +101,15 @@ def main(
         for size, pair in TREES.items():
             ratios: dict[int, list[float]] = {}
             times: dict[int, list[float]] = {}
-            for _ in range(rounds):
-                static, levels = (step_ms(each, tree, rule, batch, tokens) for tree in pair)
+            for number in range(rounds):
+                order = (0, 1) if number % 2 else (1, 0)
+                found = {place: step_ms(each, pair[place], rule, batch, tokens) for place in order}
+                static, levels = found[0], found[1]
                 for b in batch:
                     times.setdefault(b, []).append(static[b])
                     ratios.setdefault(b, []).append(levels[b] / static[b])
-            for b, found in ratios.items():
-                numbers = median(times[b]), median(found), min(found), max(found)
+            for b, of_rounds in ratios.items():
+                numbers = median(times[b]), median(of_rounds), min(of_rounds), max(of_rounds)
                 rows.append([each, size, rule, b, *(f"{number:.3f}" for number in numbers)])
                 console.print(*rows[-1])
     header = ["draft", "tree", "rule", "batch", "static_ms", "ratio", "lowest", "highest"]
