@@ -198,22 +198,46 @@ def paper() -> str:
     return table(["T", "nodes", *names, "demo pair: rrs / rrsw / unordered / traversal"], lines)
 
 
-def levels() -> str:
-    """The table of level widths beside the best static trees, by setting."""
+def levels(pair: str) -> str:
+    """The table of a pair's level widths beside the best static trees, by setting."""
     found: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
-    with (FIGURES / "levels.csv").open(encoding="utf-8") as file:
+    with (FIGURES / "levels.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            setting = row["temperature"], row["budget"], row["depth"]
-            found.setdefault(setting, {})[row["baseline"]] = row
+            if row["pair"] == pair:
+                setting = row["temperature"], row["budget"], row["depth"]
+                found.setdefault(setting, {})[row["baseline"]] = row
     lines = []
     for (temperature, budget, depth), rows in found.items():
         differences = [
-            cell(float(rows[rule]["difference"]), float(rows[rule]["ci"]), "+")
-            for rule in ("traversal", "mixed")
+            cell(float(rows[name]["difference"]), float(rows[name]["ci"]), "+")
+            for name in ("traversal", "mixed", "best", "levels, traversal")
         ]
-        row = rows["mixed"]
-        tokens = f"{float(row['tokens_per_step']):.3f}"
-        nodes = str(int(budget) + 1)
-        lines.append([temperature, nodes, depth, f"`{row['widths']}`", tokens, *differences])
-    head = ["T", "nodes", "depth", "widths", "tokens/step", "- traversal", "- mixed"]
+        own = rows["best"]
+        if own["widths"]:
+            size = [str(int(budget) + 1), depth, f"`{own['widths']}`"]
+            tokens = f"{float(own['tokens_per_step']):.3f}"
+        else:
+            size, tokens = ["all", "", ""], ""
+        lines.append([temperature, *size, tokens, *differences])
+    head = ["T", "nodes", "depth", "widths", "tokens/step"]
+    static = ["static, `traversal`", "static, `mixed`", "the better", "levels, `traversal`"]
+    return table(head + [f"- {name}" for name in static], lines)
+
+
+def level_steps() -> str:
+    """The table of the steps of level widths beside those of static trees."""
+    with (FIGURES / "level_steps.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    names = {"draft": "draft model", "eagle3": "EAGLE-3 head"}
+    lines = [
+        [
+            names[row["draft"]],
+            row["tree"],
+            row["batch"],
+            f"{float(row['static_ms']):.1f}",
+            f"{float(row['ratio']):.2f} ({row['lowest'][:4]} to {row['highest'][:4]})",
+        ]
+        for row in rows
+    ]
+    head = ["draft", "tree", "requests", "static, ms", "by levels / static (rounds)"]
     return table(head, lines)

@@ -20,7 +20,7 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
-from helpers.pair import DRAFT, ROOT, TARGET
+from helpers.pair import DRAFT, NESTED, ROOT, TARGET
 from vllm_spechub.config import Options, SpecHubConfig
 from vllm_spechub.config import _schedule as schedule_of
 from vllm_spechub.drafts.kinds import MODEL
@@ -29,7 +29,8 @@ from vllm_spechub.registry import PROPOSERS, RULES, TARGETS, Registry
 from vllm_spechub.rules.base import build_rule
 from vllm_spechub.rules.kernel_rule import PORTABLE_KERNELS
 from vllm_spechub.trees.best_tree import parse_tree
-from vllm_spechub.trees.measured_schedule import keep
+from vllm_spechub.trees.level_tree import LevelTree
+from vllm_spechub.trees.measured_schedule import keep, keep_widths
 from vllm_spechub.trees.schedule import TreeSchedule
 from vllm_spechub.trees.tree import TokenTree
 
@@ -117,6 +118,38 @@ def test_a_measured_schedule(tmp_path, monkeypatch):
     assert spec.schedule == TreeSchedule.parse(ranges, "traversal")
     with pytest.raises(ValueError, match="no schedule was measured for this pair with 'ordered'"):
         configured({"tree_by_batch_size": "auto", "verification": "ordered"})
+
+
+def test_measured_level_widths(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    asked = {"tree": "levels:auto:9:3", "verification": "mixed"}
+    remedy = r"`vllm-spechub shape .* --levels --rule mixed --nodes 9 --depth 3 --prompts FILE` mea"
+    with pytest.raises(ValueError, match=remedy) as refusal:
+        configured(asked)
+    assert (
+        str(refusal.value).count("speculative_config['tree']: no widths of 9 nodes and 3 lev") == 1
+    )
+    keep_widths(TARGET, DRAFT, "mixed", 9, 3, LevelTree((2, 4, 3)))
+    assert str(configured(asked).speculative_config.tree) == "levels:2,4,3"
+    ranges = [[1, 4, "levels:auto:9:3"], [5, None, None]]
+    spec = configured({"tree_by_batch_size": ranges, "verification": "mixed"}).speculative_config
+    assert spec.schedule.trees == (LevelTree((2, 4, 3)),)
+    for other in (
+        {"tree": "levels:auto:9:2"},
+        {"verification": "ordered"},
+        {"tree_by_batch_size": [[1, None, "levels:auto:8:3"]], "tree": None},
+    ):
+        other = {key: value for key, value in (asked | other).items() if value}
+        with pytest.raises(ValueError, match=r"speculative_config\['tree.*: no widths of"):
+            configured(other)
+    # of some of a draft's layers
+    nested = asked | {"model": NESTED, "draft_layers": 3}
+    with pytest.raises(ValueError, match=r"tune .* --levels --draft-layers 3 --rule mixed"):
+        configured(nested)
+    keep_widths(TARGET, NESTED, "mixed", 9, 3, LevelTree((3, 3, 3)), {"draft_layers": 3})
+    assert str(configured(nested).speculative_config.tree) == "levels:3,3,3"
+    with pytest.raises(ValueError, match="measured for a draft; give levels:WIDTH"):
+        configured(asked | {"proposer": "ngram", "model": None})
 
 
 def test_one_range_is_a_constant_tree():

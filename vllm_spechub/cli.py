@@ -8,7 +8,10 @@ runs, so that `--help` stays fast.
 import io
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 try:
@@ -208,7 +211,11 @@ def shape(
     ] = 5,
     levels: Annotated[
         bool,
-        typer.Option("--levels", help="Choose widths of levels, which each step makes a tree of."),
+        typer.Option(
+            "--levels",
+            help="Choose widths of levels, which each step makes a tree of, and keep them for "
+            '"tree": "levels:auto:NODES:DEPTH".',
+        ),
     ] = False,
     step_cost: Annotated[
         list[str] | None,
@@ -261,8 +268,12 @@ def shape(
         def duration(tree: "TokenTree | LevelTree") -> float:
             return step_cost_of(1 + tree.num_nodes) + level_cost * tree.depth
 
-        candidates = width_candidates(nodes, depth) if levels else []
-        check_rule(variant.rule, variant.sharpening, candidates)
+        store = None
+        if levels:
+            check_rule(variant.rule, variant.sharpening, width_candidates(nodes, depth))
+            store = _measured()
+            if store is not None:
+                preflight.check_output_folder("VLLM_CACHE_ROOT:", store.folder())
         sampling = _sampling(texts, tokens, seed)
         pair, encoded = _load(sources, prompts, limit, sampling, depth, device, dtype)
         with progress_bar(notes, "prompts") as bar:
@@ -284,12 +295,15 @@ def shape(
                 pair,
                 encoded,
                 variant,
-                candidates or trees,
+                width_candidates(nodes, depth, trees) if levels else trees,
                 temperature,
                 sampling,
                 advance,
                 duration,
             )
+        if store is not None and isinstance(tree, LevelTree):
+            store.keep_widths(target, draft, variant.rule, nodes, depth, tree)
+            notes.print(f'"levels:auto:{nodes}:{depth}" stands for these widths here')
         if rates_file is not None:
             settings = _settings(sources, encoded, sampling, depth)
             record = {"settings": settings, "rates": _rounded(rates)}
@@ -346,7 +360,9 @@ def explain(
         from vllm_spechub.offline.simulation.texts import PairDescription
         from vllm_spechub.trees.best_tree import parse_tree
 
-        parsed = parse_tree(_read_tree(tree), rule)
+        store = _measured()
+        measured = partial(store.measured_widths, target, draft, rule) if store else None
+        parsed = parse_tree(_read_tree(tree), rule, measured)
         where = placement(device, dtype)
         description = PairDescription.read(sources)
         limit = description.max_positions
@@ -409,6 +425,12 @@ def tune(
             show_default="all layers",
         ),
     ] = None,
+    levels: Annotated[
+        bool,
+        typer.Option(
+            "--levels", help="Also try widths of levels, with the nodes and depth of each tree."
+        ),
+    ] = False,
     texts: Texts = 10,
     tokens: Annotated[int, typer.Option(min=4, help="Tokens per text and per request.")] = 64,
     repetitions: Annotated[int, typer.Option(min=1, help="Repetitions per measurement.")] = 3,
@@ -443,7 +465,7 @@ def tune(
         preflight.check_pair(sources, "--draft", in_engines=True)
         proposer = proposer_of(sources)
         depths = preflight.parse_layers("--draft-layers", draft_layers, sources, proposer != MODEL)
-        rules = _parse_tree_rules(rule)
+        rules = _parse_tree_rules(rule, levels)
         if len(rules) > 1 and needs_engine(sources):
             if rule is not None:
                 raise ValueError(
@@ -458,6 +480,7 @@ def tune(
         from vllm_spechub.measure.tuning.run import Tuning
         from vllm_spechub.measure.tuning.state import State
         from vllm_spechub.trees import measured_schedule
+        from vllm_spechub.trees.level_tree import LevelTree
 
         preflight.check_output_folder("VLLM_CACHE_ROOT:", measured_schedule.folder())
         about = provenance()
@@ -476,6 +499,7 @@ def tune(
                 tokens,
                 repetitions,
                 layers,
+                levels,
             )
             suffix = ".state.json" if layers is None else f".state-{layers}.json"
             state = State.load(out.with_suffix(suffix), request.settings)
@@ -495,6 +519,17 @@ def tune(
             measured_schedule.keep(
                 target, draft, proposer, each.rule, each.schedule, of_depth.proposer_options
             )
+            for tree in each.trees.values():
+                if isinstance(tree, LevelTree):
+                    measured_schedule.keep_widths(
+                        target,
+                        draft,
+                        each.rule,
+                        tree.num_nodes,
+                        tree.depth,
+                        tree,
+                        of_depth.proposer_options,
+                    )
         if request.draft_layers is not None:
             measured_schedule.keep_layers(target, draft, request.draft_layers)
         if tuned.speculates:
@@ -536,6 +571,15 @@ def doctor(
             raise typer.Exit(1)
 
 
+def _measured() -> ModuleType | None:
+    """The store of measurements that engines read; None without vLLM, whose cache holds it."""
+    if find_spec("vllm") is None:
+        return None
+    from vllm_spechub.trees import measured_schedule
+
+    return measured_schedule
+
+
 def _parse_rules(texts: Sequence[str] | None) -> "list[Variant]":
     """Parse `RULE` or `RULE@SHARPENING`; without any, take all registered rules."""
     from vllm_spechub.offline.simulation.drafts import Variant
@@ -550,13 +594,13 @@ def _parse_rules(texts: Sequence[str] | None) -> "list[Variant]":
     return list(dict.fromkeys(variants))
 
 
-def _parse_tree_rules(texts: Sequence[str] | None) -> tuple[str, ...]:
-    """The names of rules that draft trees.
+def _parse_tree_rules(texts: Sequence[str] | None, levels: bool = False) -> tuple[str, ...]:
+    """The names of rules that draft trees, and with `levels` trees by level widths, too.
 
     Without any, all of them but those that read the target's own draws: these are for the text that
     they give, and others emit more tokens where anything is sampled.
     """
-    allowed = [name for name in RULES if name != "chain"]
+    allowed = [name for name in RULES if name != "chain" and (not levels or _follows_levels(name))]
     for name in texts or ():
         if name not in allowed:
             raise ValueError(f"--rule is {name!r}, allowed: {', '.join(allowed)}")
@@ -571,6 +615,17 @@ def _read_tree(text: str) -> Any:
         return json.loads(text) if text.startswith("[") else text
     except (ValueError, RecursionError):
         return text
+
+
+def _follows_levels(rule: str) -> bool:
+    from vllm_spechub.rules.base import check_rule
+    from vllm_spechub.trees.level_tree import LevelTree
+
+    try:
+        check_rule(rule, 1.0, [LevelTree((2,))])
+    except ValueError:
+        return False
+    return True
 
 
 def _check_picture(out: Path) -> None:

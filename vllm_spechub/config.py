@@ -4,8 +4,9 @@
 Nothing here loads weights: every refusal is raised while vLLM is still building its configuration.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -19,8 +20,8 @@ from vllm_spechub.registry import METHOD, PROPOSERS, RULES
 from vllm_spechub.targets.base import OPTION, TargetDistribution, parse_target
 from vllm_spechub.trees.best_tree import parse_tree, shipped_rates
 from vllm_spechub.trees.expert_cost import schedule_for_experts
-from vllm_spechub.trees.level_tree import LevelTree
-from vllm_spechub.trees.measured_schedule import measured_schedule
+from vllm_spechub.trees.level_tree import LevelTree, Measured
+from vllm_spechub.trees.measured_schedule import measured_schedule, measured_widths
 from vllm_spechub.trees.schedule import BatchRange, TreeSchedule
 from vllm_spechub.trees.tree import TokenTree, Tree
 from vllm_spechub.trees.validation import one_line
@@ -116,20 +117,26 @@ class Options(BaseModel):
     @field_validator("tree", mode="before")
     @classmethod
     def _parse_tree(cls, spec: Any, info: ValidationInfo) -> TokenTree | LevelTree:
-        # An unknown rule has already failed its own check, and its error is the one reported.
-        return parse_tree(spec, info.data.get("verification", DEFAULT_RULE))
+        return parse_tree(spec, *_parsed_for(info))
 
     @field_validator("tree_by_batch_size", mode="before")
     @classmethod
     def _parse_schedule(cls, spec: Any, info: ValidationInfo) -> TreeSchedule | str | None:
         if spec is None or spec == AUTO:
             return spec
-        return TreeSchedule.parse(spec, info.data.get("verification", DEFAULT_RULE))
+        return TreeSchedule.parse(spec, *_parsed_for(info))
 
     @field_validator("target_distribution", mode="before")
     @classmethod
     def _parse_target(cls, spec: Any) -> TargetDistribution | None:
         return None if spec is None else parse_target(spec)
+
+
+def _parsed_for(info: ValidationInfo) -> tuple[str, Measured | None]:
+    """The rule that a tree is parsed for, and what finds the widths that were measured."""
+    # An unknown rule has already failed its own check, and its error is the one reported.
+    rule = info.data.get("verification", DEFAULT_RULE)
+    return rule, partial(info.context["widths"], rule) if info.context else None
 
 
 VLLM_KEYS = Options.model_fields.keys() & {f.name for f in fields(SpeculativeConfig)} - {"method"}
@@ -216,10 +223,19 @@ def create_config(
     if "proposer" not in options:
         options = options | {"proposer": proposer_for(options, target_model_config)}
     declared = _declared_by_proposer(options)
-    given = _validate(options, declared)
+
+    def own_options() -> dict[str, Any]:
+        proposer = PROPOSERS.load(options["proposer"])
+        proposer.check_options(options, target_model_config)
+        return proposer.own_options(options, target_model_config)
+
+    def widths(rule: str, nodes: int, depth: int) -> LevelTree:
+        draft = _measured_draft(options, target_model_config)
+        return measured_widths(target_model_config.model, draft, rule, nodes, depth, own_options())
+
+    given = _validate(options, declared, widths)
     proposer = PROPOSERS.load(given.proposer)
-    proposer.check_options(options, target_model_config)
-    own = proposer.own_options(options, target_model_config)
+    own = own_options()
     schedule = _schedule(given, own, target_model_config, target_parallel_config)
     try:
         spechub = SpecHubConfig(
@@ -257,16 +273,32 @@ def create_config(
     return spechub
 
 
+def _measured_draft(options: dict[str, Any], target_model_config: "ModelConfig") -> str | None:
+    """What a measurement names the draft; None if there is none."""
+    # a target's own MTP layer is measured as a draft in the target's folder
+    own = target_model_config.model if options["proposer"] == MTP else None
+    return options.get("model") or own
+
+
 def _declared_by_proposer(options: dict[str, Any]) -> list[str]:
     """The keys that the chosen proposer declares; none if there is no such proposer."""
     name = options["proposer"]
     return sorted(PROPOSERS.load(name).options) if name in PROPOSERS else []
 
 
-def _validate(options: dict[str, Any], declared: Collection[str]) -> Options:
-    """Check the common options, leaving out the keys that the proposer declares itself."""
+def _validate(
+    options: dict[str, Any],
+    declared: Collection[str],
+    widths: Callable[[str, int, int], LevelTree],
+) -> Options:
+    """Check the common options, leaving out the keys that the proposer declares itself.
+
+    Args:
+        widths: finds the level widths that were measured with a rule.
+    """
+    common = {key: value for key, value in options.items() if key not in declared}
     try:
-        given = Options.model_validate({k: v for k, v in options.items() if k not in declared})
+        given = Options.model_validate(common, context={"widths": widths})
     except ValidationError as error:
         first = error.errors()[0]
         key, *rest = first["loc"]
@@ -318,8 +350,7 @@ def _schedule(
         return given.tree_by_batch_size
     rule, target = given.verification, target_model_config.model
     try:
-        # a target's own MTP layer is measured as a draft in the target's folder
-        draft = given.model or (target if given.proposer == MTP else None)
+        draft = _measured_draft(vars(given), target_model_config)
         measured = measured_schedule(target, draft, given.proposer, rule, own_options)
         return TreeSchedule.parse(measured, rule)
     except ValueError as error:

@@ -10,7 +10,7 @@ from helpers.distributions import LENGTHS, SAMPLES, assert_prefixes_follow
 from helpers.engines import engine, greedy_params, plain_greedy, token_ids
 from helpers.metrics import spec_metrics
 from helpers.oracle import tokens_of
-from helpers.pair import PROMPTS, TARGET
+from helpers.pair import EAGLE3, PROMPTS, TARGET
 from vllm_spechub.engine.sampler import TreeRejectionSampler
 
 WIDE = [0, 0, 0, 0, 1, 1, 2, 5]
@@ -54,7 +54,7 @@ UNEQUAL = [0, 0, 0, 1, 1, 2]
         ("chain:3", "chain", None),
         (WIDE, "match", None),
         (LEVELS, "mixed", None),
-        ("levels:2,4,3", "traversal", {"sharpening": 1.3}),
+        ("levels:2,4,3", "traversal", {"sharpening": 1.3, "model": EAGLE3}),
     ],
 )
 def test_rules(tree, verification, spec):

@@ -323,6 +323,10 @@ def test_match_is_tuned_only_if_it_is_named():
         name for name in BUILTIN_RULES if name not in ("chain", "match")
     )
     assert _parse_tree_rules(["match"]) == ("match",)
+    # one whose draws may be equal drafts no trees by level widths
+    assert set(_parse_tree_rules(None)) - set(_parse_tree_rules(None, levels=True)) == {"rrs"}
+    with pytest.raises(ValueError, match="--rule is 'rrs', allowed: traversal, mixed"):
+        _parse_tree_rules(["rrs"], levels=True)
 
 
 def test_schedules_can_be_kept(monkeypatch, tmp_path):

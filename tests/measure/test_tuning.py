@@ -30,6 +30,7 @@ from vllm_spechub.measure.tuning.choose import (
     chain_curves,
     choose,
     curve,
+    distinct_sizes,
     draft_costs,
     measured_prices,
 )
@@ -37,6 +38,7 @@ from vllm_spechub.measure.tuning.request import TuningRequest
 from vllm_spechub.measure.tuning.run import Tuned, tree_spec
 from vllm_spechub.measure.tuning.state import State
 from vllm_spechub.trees import measured_schedule as store
+from vllm_spechub.trees.level_tree import LevelTree
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.rules import rates_of
 
@@ -116,6 +118,17 @@ def test_a_mixture_of_experts_drafts_nothing_for_few_requests():
     assert nothing[2] is None
     assert wide[1:] == (64, "wide")
     assert end == (65, None, None)
+
+
+def test_of_two_trees_of_one_size_the_faster_is_kept():
+    """A schedule cannot hold both."""
+    trees = {"static": TokenTree.complete(2, 3), "levels": LevelTree((3, 5, 6))}
+    trees |= {"narrow": TokenTree.chain(2)}
+    curves = {"static": at(3.0, b1=1.5, b8=2.0), "narrow": at(2.0, b1=1.2, b8=1.4)}
+    assert set(distinct_sizes(trees, curves)) == {"static", "narrow"}
+    faster, slower = at(3.2, b1=1.5, b8=2.1), at(3.2, b1=1.5, b8=2.4)
+    assert set(distinct_sizes(trees, curves | {"levels": faster})) == {"levels", "narrow"}
+    assert set(distinct_sizes(trees, curves | {"levels": slower})) == {"static", "narrow"}
 
 
 def at(tokens_per_step, **step_time):
@@ -372,13 +385,14 @@ def test_slots_of_a_real_engine():
 @pytest.mark.parametrize(("draft", "kind"), [(DRAFT, MODEL), (EAGLE3, "eagle3")])
 @pytest.mark.usefixtures("inspected_here")
 def test_tune_from_end_to_end(draft, kind, fake, monkeypatch, tmp_path):
-    """All phases on the demo pair; acceptance is real, engines are not."""
+    """All phases on the demo pair; acceptance is real, engines are not. With the head, level widths
+    are tried, too."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     out = tmp_path / "tuned.json"
     arguments = ["tune", TARGET, "--draft", draft, "--prompts", str(PAIR / "prompts.jsonl")]
-    arguments += ["--limit", "2", "--texts", "2", "--tokens", "8", "-n", "2", "-n", "4"]
+    arguments += ["--limit", "2", "--texts", "2", "--tokens", "8", "-n", "2", "-n", "9"]
     arguments += ["-K", "1", "-K", "2", "-b", "1", "-b", "4", "--repetitions", "1"]
-    arguments += ["--rule", "ordered", "--out", str(out)]
+    arguments += ["--rule", "ordered", "--out", str(out), *["--levels"] * (draft == EAGLE3)]
     fake.stop_after = 7
     stopped = CliRunner().invoke(app, arguments)
     assert stopped.exit_code == 130, stopped.output
@@ -390,6 +404,12 @@ def test_tune_from_end_to_end(draft, kind, fake, monkeypatch, tmp_path):
     config = json.loads(out.read_text())
     assert config["verification"] == "ordered"
     assert config["tree_by_batch_size"] == store.measured_schedule(TARGET, draft, kind, "ordered")
+    state = json.loads(out.with_suffix(".state.json").read_text())
+    assert bool(state["widths"]) == (draft == EAGLE3)
+    for levels in map(LevelTree.parse, state["widths"].values()):
+        size = levels.num_nodes, levels.depth
+        assert store.measured_widths(TARGET, draft, "ordered", *size) == levels
+        assert str(levels) in {row["method"] for row in state["rows"]}
     # two chains at two batches, of which the better one is measured again beside the schedule
     assert [name for name, _ in first].count(kind) == 4
     assert [name for name, _ in fake.calls].count(kind) == 2

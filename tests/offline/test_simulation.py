@@ -4,6 +4,7 @@
 import csv
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ from vllm_spechub.offline.simulation.texts import ModelPair, Roots, read_prompts
 from vllm_spechub.offline.simulation.yardstick import Yardstick
 from vllm_spechub.rules.grown_trees import static_tree
 from vllm_spechub.trees.best_tree import parse_tree
-from vllm_spechub.trees.level_tree import LevelTree
+from vllm_spechub.trees.level_tree import LevelTree, width_candidates
+from vllm_spechub.trees.measured_schedule import measured_widths
 from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.rules import BUILTIN_RULES
 
@@ -272,6 +274,28 @@ def test_shape_prints_a_tree(folders, tmp_path):
     # rows that cost as much as the first
     costs = " --step-cost 1=1 --step-cost 10=9"
     assert json.loads(run("shape", folders, options + costs).stdout) == [0]
+
+
+def test_shape_keeps_level_widths(folders, tmp_path, monkeypatch):
+    """For `levels:auto`."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    asked = "--texts 2 --tokens 12 --nodes 9 --depth 3 --rule mixed --levels"
+    candidates, pick = [], study.pick_tree
+
+    def spy(pair, prompts, variant, trees, *arguments):
+        candidates.extend(trees)
+        return pick(pair, prompts, variant, trees, *arguments)
+
+    monkeypatch.setattr(study, "pick_tree", spy)
+    done = run("shape", folders, asked)
+    assert done.exit_code == 0, done.output
+    tree = parse_tree(json.loads(done.stdout), "mixed")
+    pair = str(folders / "target"), str(folders / "draft"), "mixed"
+    assert measured_widths(*pair, 9, 3) == tree
+    assert parse_tree("levels:auto:9:3", "mixed", partial(measured_widths, *pair)) == tree
+    assert tree in candidates
+    assert set(candidates) >= set(width_candidates(9, 3))
+    assert all(isinstance(each, LevelTree) for each in candidates)
 
 
 @pytest.mark.parametrize("padded", ["target", "draft"])

@@ -84,7 +84,11 @@ def rows_of_gpus(monkeypatch):
         ("speculators", "binary:3", {"max_num_batched_tokens": 41}),
         ("first", IRREGULAR, {"async_scheduling": True, "kv_cache_memory_bytes": 1 << 20}),
         ("speculators", SCHEDULE, {"max_num_batched_tokens": 60}),
-        ("first", "levels:3,4,3", {"max_num_batched_tokens": 41}),
+        (
+            "first",
+            "levels:3,4,3",
+            {"max_num_batched_tokens": 41, "num_gpu_blocks_override": 14},
+        ),
     ],
     ids=["chunks", "preemption", "schedule", "levels"],
 )
@@ -106,7 +110,7 @@ def test_eagle3_rows(request, tmp_path, form, tree, options):
     assert answers == plain_greedy()
     assert metrics["num_accepted_tokens"] > 0.2 * metrics["num_drafts"]
     assert counters["vllm:prefix_cache_hits"] > 0
-    if "kv_cache_memory_bytes" in options:
+    if "kv_cache_memory_bytes" in options or "num_gpu_blocks_override" in options:
         assert counters["vllm:num_preemptions"] > 0
     assert_rows_are_the_oracles(Oracle("eagle3", head), rows)
     assert_rows_are_those_without_an_engine(head, rows)

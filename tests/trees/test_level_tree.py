@@ -4,6 +4,7 @@ import pytest
 
 from vllm_spechub.trees.best_tree import parse_tree
 from vllm_spechub.trees.level_tree import LevelTree, width_candidates
+from vllm_spechub.trees.schedule import TreeSchedule
 from vllm_spechub.trees.tree import MAX_NODES, TokenTree
 
 TREES = [LevelTree(widths) for widths in ((1,), (4, 16, 43), (3, 4, 4, 3), (2, 1, 4))]
@@ -53,12 +54,30 @@ def test_candidates_use_the_nodes():
             for tree in width_candidates(nodes, depth):
                 assert tree.num_nodes <= nodes
                 assert tree.depth == depth
-            auto = LevelTree.parse(f"levels:auto:{nodes}:{depth}")
-            assert auto.num_nodes <= nodes
             if 4 * depth >= nodes >= 3 * depth > 3:
-                assert auto.num_nodes == nodes
-    assert str(LevelTree.parse("levels:auto:30:4")) == "levels:4,9,8,9"
-    assert LevelTree.parse("levels:auto").num_nodes == 15
+                assert max(tree.num_nodes for tree in width_candidates(nodes, depth)) == nodes
+    assert LevelTree((4, 9, 8, 9)) in width_candidates(30, 4)
+    # and the levels of static trees
+    static = [TokenTree((0, 0, 1, 1, 2, 3)), TokenTree.chain(2)]
+    candidates = width_candidates(6, 3, static)
+    assert candidates[:2] == [LevelTree((2, 3, 1)), LevelTree((1, 1))]
+    assert all(tree.depth == 3 for tree in candidates[2:])
+
+
+def test_auto_is_what_was_measured():
+    asked = []
+
+    def measured(nodes, depth):
+        asked.append((nodes, depth))
+        return TREES[2]
+
+    assert parse_tree("levels:auto", "mixed", measured) == TREES[2]
+    assert parse_tree("levels:auto:3", "mixed", measured) == TREES[2]
+    schedule = [[1, 2, "levels:auto:31:6"], [3, None, None]]
+    assert TreeSchedule.parse(schedule, "mixed", measured).trees == (TREES[2],)
+    assert asked == [(15, 5), (3, 3), (31, 6)]
+    with pytest.raises(ValueError, match="measured for a pair of models, and there is none"):
+        parse_tree("levels:auto", "mixed")
 
 
 def test_a_drafted_tree_is_a_static_one():

@@ -13,7 +13,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-from vllm_spechub.trees.level_tree import LEVELS, LEVELS_FORM, LevelTree
+from vllm_spechub.trees.level_tree import LEVELS, LEVELS_FORM, LevelTree, Measured
 from vllm_spechub.trees.tree import FAMILIES, MAX_NODES, TokenTree
 from vllm_spechub.triton_kernels.constants import MAX_CHILDREN
 from vllm_spechub.triton_kernels.rules import rates_of
@@ -208,7 +208,9 @@ def _shipped() -> dict[str, Any]:
 
 
 def parse_tree(
-    spec: str | Sequence[object] | TokenTree | LevelTree, rule: str
+    spec: str | Sequence[object] | TokenTree | LevelTree,
+    rule: str,
+    measured: Measured | None = None,
 ) -> TokenTree | LevelTree:
     """Parse a tree's configuration: whatever `TokenTree.parse` takes, "auto", or level widths.
 
@@ -217,14 +219,16 @@ def parse_tree(
             drafted nodes and levels by the shipped rates; "levels:WIDTH,WIDTH,..." for the widths
             of the levels of trees that each step decides; otherwise as in `TokenTree.parse`.
         rule: the verification rule that "auto" is for.
+        measured: finds the widths that "levels:auto" stands for; None where there is no pair of
+            models.
 
     Raises:
-        ValueError: not a tree, or "auto" out of range.
+        ValueError: not a tree, "auto" out of range, or no widths were measured.
     """
     if isinstance(spec, LevelTree):
         return spec
     if isinstance(spec, str) and spec.strip().startswith(LEVELS):
-        return LevelTree.parse(spec)
+        return LevelTree.parse(spec, measured)
     match = _AUTO.fullmatch(spec.strip()) if isinstance(spec, str) else None
     if match is None:
         try:

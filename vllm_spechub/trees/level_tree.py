@@ -7,6 +7,7 @@ numbered level by level and by parent within a level, so a drafted tree is a `To
 """
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,11 +20,14 @@ LEVELS = "levels:"
 LEVELS_FORM = "levels:WIDTH,WIDTH,..., levels:auto[:NODES[:DEPTH]]"
 AUTO_NODES = 15
 AUTO_DEPTH = 5
-FIRST_WIDTHS = (2, 3, 4)
-GROWTHS = (0.8, 1.0, 1.25)
+FIRST_WIDTHS = (3, 4)
+GROWTHS = (1.0, 1.25)
 """What widths are chosen from: that of the first level, and the factor between those below."""
 _AUTO = re.compile(r"levels:auto(?::(\d+)(?::(\d+))?)?")
 _WIDTHS = re.compile(r"levels:\s*(\d+(?:\s*,\s*\d+)*)")
+
+Measured = Callable[[int, int], "LevelTree"]
+"""A function from numbers of nodes and levels to the widths that were measured for them."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,15 @@ class LevelTree(Tree):
             )
 
     @classmethod
-    def parse(cls, spec: str) -> "LevelTree":
-        """Parse "levels:WIDTH,WIDTH,...", or "levels:auto[:NODES[:DEPTH]]" for widths by a rule of
-        thumb: at most 4 nodes on the first level, and then equal levels.
+    def parse(cls, spec: str, measured: "Measured | None" = None) -> "LevelTree":
+        """Parse "levels:WIDTH,WIDTH,...", or "levels:auto[:NODES[:DEPTH]]" for the widths that were
+        measured for a pair of models.
+
+        Args:
+            measured: finds these; None where there is no pair.
 
         Raises:
-            ValueError: another form, or anything the constructor refuses.
+            ValueError: another form, anything the constructor refuses, or nothing was measured.
         """
         auto = _AUTO.fullmatch(spec.strip())
         if auto is not None:
@@ -77,11 +84,21 @@ class LevelTree(Tree):
                 raise ValueError(
                     f"{spec!r}: NODES must be in 1..{MAX_NODES}, and DEPTH in 1..NODES"
                 )
-            return _widths(nodes, depth, 4 if nodes >= 5 * depth else 3, 1.0)
+            if measured is None:
+                raise ValueError(
+                    f"{spec!r} is measured for a pair of models, and there is none here; give "
+                    "levels:WIDTH,WIDTH,..."
+                )
+            return measured(nodes, depth)
         match = _WIDTHS.fullmatch(spec.strip())
         if match is None:
             raise ValueError(f"{spec!r} is not a tree, allowed: {LEVELS_FORM}")
         return cls(tuple(int(width) for width in match[1].split(",")))
+
+    @classmethod
+    def like(cls, tree: TokenTree) -> "LevelTree":
+        """The widths of a static tree's levels."""
+        return cls(tree.level_sizes[1:])
 
     @property
     def level_sizes(self) -> tuple[int, ...]:
@@ -122,8 +139,13 @@ def _widths(nodes: int, depth: int, first: int, growth: float) -> LevelTree:
     return LevelTree(tuple(widths))
 
 
-def width_candidates(nodes: int, depth: int) -> list[LevelTree]:
+def width_candidates(nodes: int, depth: int, static: Iterable[TokenTree] = ()) -> list[LevelTree]:
     """The widths that a simulation chooses from, of at most so many nodes.
+
+    Args:
+        nodes: drafted nodes.
+        depth: levels.
+        static: trees whose levels are candidates, too.
 
     Raises:
         ValueError: there are not as many nodes as levels, or too many.
@@ -133,5 +155,6 @@ def width_candidates(nodes: int, depth: int) -> list[LevelTree]:
             f"level widths need 1 to {MAX_NODES} nodes and as many levels at most, got {nodes} "
             f"nodes and depth {depth}"
         )
-    trees = [_widths(nodes, depth, first, growth) for first in FIRST_WIDTHS for growth in GROWTHS]
+    trees = [LevelTree.like(tree) for tree in static]
+    trees += [_widths(nodes, depth, first, growth) for first in FIRST_WIDTHS for growth in GROWTHS]
     return list(dict.fromkeys(trees))

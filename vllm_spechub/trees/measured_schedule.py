@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store of measured schedules: `vllm-spechub tune` writes them, and
-`"tree_by_batch_size": "auto"` reads them.
+"""The store of measurements: `vllm-spechub tune` writes schedules, which
+`"tree_by_batch_size": "auto"` reads, and `tune --levels` and `shape --levels` write level widths,
+which `"levels:auto"` reads.
 
-Each combination of target, draft, rule, device and versions has a file below vLLM's cache root.
+Each combination of target, draft, rule, device and versions has a file below vLLM's cache root, and
+of level widths each number of nodes and levels.
 """
 
 import hashlib
@@ -15,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from vllm_spechub.trees.level_tree import LevelTree
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
 Schedule = list[list[Any]]
@@ -134,6 +137,60 @@ def measured_layers(target: str, draft: str) -> int:
     return json.loads(file.read_text(encoding="utf-8"))["draft_layers"]
 
 
+def _of_widths(
+    target: str, draft: str, rule: str, nodes: int, depth: int, options: Options
+) -> dict[str, Any]:
+    size = {"choice": "levels", "rule": rule, "nodes": nodes, "depth": depth}
+    return _identity(target, draft) | size | {"options": dict(options)}
+
+
+def keep_widths(
+    target: str,
+    draft: str,
+    rule: str,
+    nodes: int,
+    depth: int,
+    tree: LevelTree,
+    options: Options = MappingProxyType({}),
+) -> None:
+    """Store the best widths of so many nodes and levels at most, for `measured_widths`, which takes
+    the same arguments."""
+    _write(_of_widths(target, draft, rule, nodes, depth, options), {"tree": str(tree)})
+
+
+def measured_widths(
+    target: str,
+    draft: str | None,
+    rule: str,
+    nodes: int,
+    depth: int,
+    options: Options = MappingProxyType({}),
+) -> LevelTree:
+    """The level widths that `vllm-spechub shape --levels` or `tune --levels` has measured.
+
+    Args:
+        target, draft, rule, options: as `measured_schedule` takes them.
+        nodes: the largest number of drafted nodes.
+        depth: the number of levels.
+
+    Raises:
+        ValueError: nothing was measured, and the message names the command that measures.
+    """
+    if draft is None:  # which no command measures
+        raise ValueError("level widths are measured for a draft; give levels:WIDTH,WIDTH,...")
+    file = _file(_of_widths(target, draft, rule, nodes, depth, options))
+    if not file.exists():
+        command = f"shape {target} {draft} --levels"
+        if options or draft == target:  # which `shape` does not measure
+            command = f"tune {target} --draft {draft} --levels{_layers(options)}"
+        raise ValueError(
+            f"no widths of {nodes} nodes and {depth} levels were measured for this pair with "
+            f"{rule!r} here; `vllm-spechub {command} --rule {rule} --nodes {nodes} --depth {depth} "
+            "--prompts FILE` measures them, or give levels:WIDTH,WIDTH,..."
+        )
+    return LevelTree.parse(json.loads(file.read_text(encoding="utf-8"))["tree"])
+
+
 def measured_schedule(
     target: str,
     draft: str | None,
@@ -175,7 +232,12 @@ def _remedy(target: str, draft: str | None, rule: str, options: Options) -> str:
     if draft is None:  # which `tune` does not measure
         return "give the ranges, [[FIRST, LAST, TREE], ...]"
     option = "" if rule == DEFAULT_RULE else f" --rule {rule}"
-    if "draft_layers" in options:
-        option += f" --draft-layers {options['draft_layers']}"
+    option += _layers(options)
     command = f"vllm-spechub tune {target} --draft {draft}{option} --prompts FILE"
     return f"`{command}` measures one"
+
+
+def _layers(options: Options) -> str:
+    """The option of `tune` for how many of the draft's layers run."""
+    layers = options.get("draft_layers")
+    return f" --draft-layers {layers}" if layers else ""

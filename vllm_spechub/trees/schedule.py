@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BeforeValidator, StrictInt, TypeAdapter, ValidationError, ValidationInfo
 
 from vllm_spechub.trees.best_tree import parse_tree
-from vllm_spechub.trees.level_tree import LevelTree
+from vllm_spechub.trees.level_tree import LevelTree, Measured
 from vllm_spechub.trees.tree import TokenTree, Tree
 from vllm_spechub.trees.validation import one_line
 
@@ -22,11 +22,11 @@ FORM = f"[[{', '.join(ENTRY)}], ...] or 'auto'"
 OPEN_END = 2**31 - 1
 
 
-def _parse(value: Any, info: ValidationInfo[dict[str, str]]) -> Tree | None:
+def _parse(value: Any, info: ValidationInfo[dict[str, Any]]) -> Tree | None:
     if value is None:
         return None
     try:
-        return parse_tree(value, info.context["rule"])
+        return parse_tree(value, **info.context)
     except ValueError as error:
         raise ValueError(f"{error}, or null") from None
 
@@ -117,19 +117,20 @@ class TreeSchedule:
         return cls((BatchRange(1, None, tree),))
 
     @classmethod
-    def parse(cls, spec: Any, rule: str) -> "TreeSchedule":
+    def parse(cls, spec: Any, rule: str, measured: Measured | None = None) -> "TreeSchedule":
         """Parse the ranges of `tree_by_batch_size`.
 
         Args:
             spec: a list of [first, last, tree], where a last of None has no end, and a tree is
                 what `parse_tree` takes, or None for no speculation.
             rule: the verification rule that "auto" trees are for.
+            measured: as `parse_tree` takes it.
 
         Raises:
             ValueError: names the range and what is allowed.
         """
         try:
-            entries = _ENTRIES.validate_python(spec, context={"rule": rule})
+            entries = _ENTRIES.validate_python(spec, context={"rule": rule, "measured": measured})
         except ValidationError as error:
             raise ValueError(one_line(error, _describe)) from None
         return cls(tuple(BatchRange(*entry) for entry in entries))

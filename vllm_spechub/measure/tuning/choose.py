@@ -8,7 +8,7 @@ number of tokens that its steps emit, divided by their duration in plain steps.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from statistics import median
+from statistics import geometric_mean, median
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from scipy.optimize import nnls
 from vllm_spechub.measure.benchmark.interleaved import Row
 from vllm_spechub.measure.benchmark.report import pooled_acceptance_length
 from vllm_spechub.trees.best_tree import Rates, fastest_shape
-from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.tree import TokenTree, Tree
 
 MARGIN = 0.02
 """Another choice replaces a range's tree only if it is faster by at least this share."""
@@ -39,6 +39,11 @@ class Curve:
         batches = sorted(self.step_time)
         times = [self.step_time[b] for b in batches]
         return self.tokens_per_step / float(np.interp(batch, batches, times))
+
+    @property
+    def mean_gain(self) -> float:
+        """The geometric mean over the measured batches."""
+        return geometric_mean([self.gain(batch) for batch in self.step_time])
 
 
 def curve(rows: Sequence[Row]) -> Curve:
@@ -157,6 +162,14 @@ def candidate_trees(
                 if trees.setdefault(tree.num_nodes, tree) == tree:
                     break
     return [tree for tree in trees.values() if tree not in tried]
+
+
+def distinct_sizes(trees: Mapping[str, Tree], curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Of the trees with the same number of nodes, which a schedule cannot hold both, the one with
+    the highest mean gain over the measured batches."""
+    ordered = sorted(curves, key=lambda name: curves[name].mean_gain)
+    kept = {trees[name].num_nodes: name for name in ordered}
+    return {name: found for name, found in curves.items() if name in kept.values()}
 
 
 def choose(curves: Mapping[str, Curve], max_batch: int) -> list[tuple[int, int | None, str | None]]:

@@ -14,15 +14,24 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from vllm_spechub.measure.benchmark import methods
 from vllm_spechub.measure.benchmark.decoding import counters, decode
 from vllm_spechub.measure.benchmark.engine import EngineProcess, close_all
 from vllm_spechub.measure.benchmark.interleaved import Setup, engine_options
 from vllm_spechub.measure.tuning.request import TuningRequest
+from vllm_spechub.trees.level_tree import LevelTree, width_candidates
+from vllm_spechub.trees.tree import TokenTree
 from vllm_spechub.triton_kernels.rules import rates_of
 
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_spechub.offline.simulation.study import Sampling
+    from vllm_spechub.offline.simulation.texts import ModelPair
+
+T = TypeVar("T")
 REFERENCE_NODES, REFERENCE_DEPTH = 15, 5
 """Rules are compared on trees of this size, each rule on its own best tree."""
 PREFERENCE = 0.01
@@ -57,13 +66,41 @@ def measure(request: TuningRequest, progress: Callable[[str, int, int], None]) -
         ValueError: the models do not fit together, or the prompts cannot be read.
         ChildProcessError: the process was killed, for example because memory ran out.
     """
+    return _apart(progress, _measure, request)
+
+
+def measure_widths(
+    request: TuningRequest,
+    rule: str,
+    static: Sequence[TokenTree],
+    progress: Callable[[str, int, int], None],
+) -> list[LevelTree]:
+    """Simulate level widths in a separate process.
+
+    Args:
+        request: what to measure.
+        rule: the verification rule.
+        static: trees to find widths for.
+        progress: as `measure` takes it.
+
+    Returns:
+        For each static tree, the widths of as many nodes and levels that emit the most tokens.
+
+    Raises:
+        ValueError, ChildProcessError: as `measure`.
+    """
+    return _apart(progress, _measure_widths, request, rule, static)
+
+
+def _apart(progress: Callable[[str, int, int], None], work: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a separate process that reports its progress."""
     fork = multiprocessing.get_context("fork")
     # A pipe has no lock that a killed process could keep, unlike a queue.
     reports, worker_reports = fork.Pipe(duplex=False)
     with ProcessPoolExecutor(1, fork, _start_worker, (worker_reports,)) as pool:
         try:
             worker = pool.submit(os.getpid).result()
-            measured = pool.submit(_measure, request)
+            measured = pool.submit(work, *arguments)
             while reports.poll(POLL_SECONDS) or not measured.done():
                 if reports.poll():
                     progress(*reports.recv())
@@ -84,23 +121,30 @@ def _start_worker(reports: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process stops this one
 
 
-def _measure(request: TuningRequest) -> Measurement:
+def _report(label: str, done: int, total: int) -> None:
+    _progress.send((label, done, total))
+
+
+def _loaded(request: TuningRequest, depth: int) -> "tuple[ModelPair, list[torch.Tensor], Sampling]":
+    """The models, the tokenised prompts and how texts are sampled, for trees of some depth."""
     import torch
 
-    from vllm_spechub.offline.simulation.drafts import Variant
     from vllm_spechub.offline.simulation.load import load
-    from vllm_spechub.offline.simulation.study import Sampling, measure_rates, pick_tree
-    from vllm_spechub.trees.best_tree import best_shape
-
-    def progress(label: str, done: int, total: int) -> None:
-        _progress.send((label, done, total))
+    from vllm_spechub.offline.simulation.study import Sampling
 
     sampling = Sampling(texts=request.texts, tokens=request.tokens)
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     asked = request.sources, request.prompts, request.limit
-    pair, prompts = load(
-        *asked, sampling, REFERENCE_DEPTH, None, dtype, draft_layers=request.draft_layers
-    )
+    layers = request.draft_layers
+    return *load(*asked, sampling, depth, None, dtype, draft_layers=layers), sampling
+
+
+def _measure(request: TuningRequest) -> Measurement:
+    from vllm_spechub.offline.simulation.drafts import Variant
+    from vllm_spechub.offline.simulation.study import measure_rates, pick_tree
+    from vllm_spechub.trees.best_tree import best_shape
+
+    pair, prompts, sampling = _loaded(request, REFERENCE_DEPTH)
     rules = dict.fromkeys([*request.rules, *map(rates_of, request.rules)])
     rates = measure_rates(
         pair,
@@ -109,7 +153,7 @@ def _measure(request: TuningRequest) -> Measurement:
         request.temperature,
         sampling,
         REFERENCE_DEPTH,
-        progress,
+        _report,
     )
     tokens_per_step = {}
     for rule in request.rules:
@@ -118,13 +162,29 @@ def _measure(request: TuningRequest) -> Measurement:
             for other in dict.fromkeys([rule, rates_of(rule)])
         ]
         _, tokens_per_step[rule] = pick_tree(
-            pair, prompts, Variant(rule), trees, [request.temperature], sampling, progress
+            pair, prompts, Variant(rule), trees, [request.temperature], sampling, _report
         )
     by_rule = {
         str(variant): {str(k): list(slots) for k, slots in table.items()}
         for variant, table in rates.items()
     }
     return Measurement(by_rule, tokens_per_step)
+
+
+def _measure_widths(
+    request: TuningRequest, rule: str, static: Sequence[TokenTree]
+) -> list[LevelTree]:
+    from vllm_spechub.offline.simulation import study
+    from vllm_spechub.offline.simulation.drafts import Plan, Variant
+
+    pair, prompts, sampling = _loaded(request, max(tree.depth for tree in static))
+    widths = [width_candidates(tree.num_nodes, tree.depth, [tree]) for tree in static]
+    plans = [[Plan(Variant(rule), levels) for levels in of_tree] for of_tree in widths]
+    every = [plan for of_tree in plans for plan in of_tree]
+    label = "tokens per step of level widths"
+    found = study.measure(pair, prompts, every, request.temperature, sampling, 2, _report, label)
+    best = [max(of_tree, key=lambda plan: found[plan].tokens.mean()).tree for of_tree in plans]
+    return cast("list[LevelTree]", best)
 
 
 def measure_head(

@@ -33,6 +33,8 @@ class TuningRequest:
     repetitions: int
     # how many of the draft's layers run; None for all
     draft_layers: int | None = None
+    # whether to try level widths, too
+    levels: bool = False
 
     @property
     def proposer_options(self) -> dict[str, Any]:

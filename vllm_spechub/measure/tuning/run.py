@@ -29,6 +29,7 @@ from vllm_spechub.measure.tuning.choose import (
     chain_curves,
     choose,
     curve,
+    distinct_sizes,
     draft_costs,
     measured_prices,
 )
@@ -38,7 +39,8 @@ from vllm_spechub.offline.heads import needs_engine
 from vllm_spechub.offline.simulation.texts import read_prompts
 from vllm_spechub.trees import measured_schedule
 from vllm_spechub.trees.best_tree import Rates
-from vllm_spechub.trees.tree import TokenTree
+from vllm_spechub.trees.level_tree import LevelTree
+from vllm_spechub.trees.tree import TokenTree, Tree
 from vllm_spechub.triton_kernels.rules import DEFAULT_RULE
 
 TUNED = "tuned"
@@ -51,7 +53,7 @@ class Tuned:
     rule: str
     schedule: measured_schedule.Schedule
     # by the tree's name
-    trees: dict[str, TokenTree]
+    trees: Mapping[str, Tree]
     curves: dict[str, Curve]
     # by length, at least one
     chains: dict[int, Curve]
@@ -86,12 +88,14 @@ class Tuned:
         return max(self.chains, key=lambda length: self.chains[length].gain(batch))
 
 
-def tree_name(tree: TokenTree) -> str:
+def tree_name(tree: Tree) -> str:
     """A tree's name in tables and plots."""
+    if isinstance(tree, LevelTree):
+        return str(tree)
     return f"{tree.num_nodes} nodes, {tree.depth} deep"
 
 
-def tree_spec(tree: TokenTree) -> str | list[int]:
+def tree_spec(tree: Tree) -> str | list[int]:
     """The tree in the form that `tree` and `tree_by_batch_size` accept."""
     text = str(tree)
     return json.loads(text) if text.startswith("[") else text
@@ -132,6 +136,12 @@ class Tuning:
             levels = {batch: price.level for batch, price in prices.items()}
             trees, more = self._try_candidates(levels, by_slot, rule, trees)
             curves |= more
+
+        if request.levels:
+            levels = self._level_trees(list(trees.values()), rule)
+            curves = curves | self._try_trees(levels, rule)
+            trees |= levels
+            curves = distinct_sizes(trees, curves)
 
         ranges = choose(curves, request.batches[-1])
         schedule = [
@@ -233,7 +243,32 @@ class Tuning:
         new = {tree_name(tree): tree for tree in found}
         return tried | new, self._try_trees(new, rule)
 
-    def _try_trees(self, trees: dict[str, TokenTree], rule: str) -> dict[str, Curve]:
+    def _level_trees(self, static: list[Tree], rule: str) -> dict[str, Tree]:
+        """For each static tree that is no chain, the best widths of as many nodes and levels, by
+        name. Of heads that run in engines only, the tree's own."""
+        wide = [tree for tree in static if isinstance(tree, TokenTree) and tree.max_children > 1]
+        missing = [tree for tree in wide if str(tree) not in self.state.widths]
+        if missing:
+            if needs_engine(self.request.sources):
+                found = [LevelTree.like(tree) for tree in missing]
+            else:
+                with progress_bar(self.console, "prompts") as progress:
+                    task = progress.add_task("level widths", total=None)
+
+                    def advance(label: str, done: int, total: int) -> None:
+                        progress.update(task, description=label, completed=done, total=total)
+
+                    found = rates.measure_widths(self.request, rule, missing, advance)
+            widths = zip(missing, found, strict=True)
+            self.state.widths |= {str(tree): str(levels) for tree, levels in widths}
+            self.state.write()
+        return {
+            tree_name(levels): levels
+            for tree in wide
+            if (levels := LevelTree.parse(self.state.widths[str(tree)]))
+        }
+
+    def _try_trees(self, trees: Mapping[str, Tree], rule: str) -> dict[str, Curve]:
         """Measure all trees. Returns curves of those that were measured at every batch."""
         tried = [
             methods.spechub(

@@ -19,6 +19,8 @@ class State:
     rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     # by rule: simulated tokens per step
     simulated: dict[str, float] = field(default_factory=dict)
+    # by a static tree: the best widths of as many nodes and levels
+    widths: dict[str, str] = field(default_factory=dict)
     rows: dict[Run, Row] = field(default_factory=dict)
 
     @classmethod
@@ -38,7 +40,7 @@ class State:
                 for row in record["rows"]
             ]
             earlier, state.rates = record["settings"], record["rates"]
-            state.simulated = record["simulated"]
+            state.simulated, state.widths = record["simulated"], record["widths"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a state file of this version: choose another --out, or delete it"
@@ -67,6 +69,7 @@ class State:
             "settings": self.settings,
             "rates": self.rates,
             "simulated": self.simulated,
+            "widths": self.widths,
             "rows": [asdict(row) for row in self.rows.values()],
         }
         # an interrupt must not leave half a file behind
