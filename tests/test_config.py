@@ -381,8 +381,8 @@ from vllm_spechub.targets.base import Number, TargetDistribution
 class Target(TargetDistribution):
     share: float = Number("a number from 0", ge=0)
 
-    def combine(self, p, q, **parameters):
-        return q
+    def combine(self, p, others, **parameters):
+        return others[0]
 
 class Rule(VerificationRule):
     """It knows nothing of sharpening."""

@@ -24,7 +24,7 @@ class PathCompactor:
     def __init__(self, vllm_config: VllmConfig, platform: Platform) -> None:
         self.layers = vllm_config.compilation_config.static_forward_context
         self.platform = platform
-        self.moves_draft = spechub_config(vllm_config).target_distribution is not None
+        self.moves_draft = spechub_config(vllm_config).reads_draft
         self.compactors: list[tuple[int, Compactor]] = []
 
     def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
