@@ -10,6 +10,7 @@ from vllm import SamplingParams
 
 from helpers import multimodal
 from helpers.engines import engine, greedy_params, model_runner, plain_engine, token_ids
+from helpers.ensembles import combined_row, member_rows
 from helpers.metrics import spec_metrics
 from helpers.multimodal import SIZES
 from helpers.oracle import reference_model
@@ -162,3 +163,23 @@ def test_drafts_from_the_text_itself(target, plain):
         metrics = spec_metrics(llm)
     assert answers == plain
     assert metrics["num_accepted_tokens"] > 0
+
+
+def test_a_member_reads_the_text_alone(target):
+    """Contrastive decoding whose amateur sees no images, at nodes of requests with and without."""
+    spec = {"type": "contrastive", "beta": 0.5, "alpha": 0.1}
+    options = target.options | {"spec": {"target_distribution": spec}}
+    with recorded_nodes() as nodes, engine("binary:2", **options) as llm:
+        outputs = llm.generate(target.prompts(), SEEDED, use_tqdm=False)
+    by_request = {output.request_id: i for i, output in enumerate(outputs)}
+    texts = [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
+    seen = set()
+    for node in nodes[::13]:
+        i = by_request[request_of(node.req_id)]
+        text = [*texts[i][: node.root_position + 1], *node.path_tokens]
+        (q,) = member_rows(text, [DRAFT])
+        expected = combined_row([node.logits, q[-1]], spec, text, [], SEEDED).softmax(0)
+        found = node.processed.double().softmax(0)
+        assert (found - expected).abs().max() < 1e-4
+        seen.add((i in SIZES, len(node.path_tokens)))
+    assert seen == {(pictured, depth) for pictured in (False, True) for depth in range(3)}

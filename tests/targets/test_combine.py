@@ -36,10 +36,6 @@ def named(spec: dict) -> dict:
     return spec | ({"members": members} if members else {})
 
 
-def power(x: F, n: int) -> F:
-    return x**n if x else F(int(n == 0))
-
-
 def combined(spec: dict, p: Row, others: list[Row]) -> Row:
     """The distribution that a specification states of p and the others."""
     weights = [spec["weight"]] if "weight" in spec else []
@@ -49,15 +45,14 @@ def combined(spec: dict, p: Row, others: list[Row]) -> Row:
     weights = [*map(F, weights)]
     rows, weights = [p, *others], [1 - sum(weights), *weights]
     if spec["type"] == "mixture":
-        rows = [row if any(row) else p for row in rows]
-        return tuple(sum(w * x for w, x in zip(weights, xs, strict=True)) for xs in zip(*rows))
+        weighted = [(w, row if any(row) else p) for w, row in zip(weights, rows, strict=True)]
+        return tuple(sum(w * row[x] for w, row in weighted) for x in range(len(p)))
     floor = F(spec.get("alpha", 0)) * max(p)
-    products = [
-        prod(power(x, int(w)) for w, x in zip(weights, xs, strict=True))
-        if xs[0] >= floor and all(x or not w for w, x in zip(weights, xs, strict=True)) and xs[0]
-        else F(0)
-        for xs in zip(*rows)
-    ]
+    products = []
+    for xs in zip(*rows, strict=True):
+        counting = [(int(w), x) for w, x in zip(weights, xs, strict=True) if w]
+        possible = xs[0] and xs[0] >= floor and all(x for _, x in counting)
+        products.append(prod(x**w for w, x in counting) if possible else F(0))
     return normalised(products) if any(products) else p
 
 
