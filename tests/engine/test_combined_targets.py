@@ -347,7 +347,7 @@ def test_a_seeds_text_with_and_without_trees():
         ("caterpillar:6:2", AMATEUR, {"model": None, "proposer": "ngram"}),
         ("chain:2", AMATEUR, {"model": None, "proposer": "early_exit", "exit_layer": 2}),
     ):
-        options = {"verification": "match", "async_scheduling": "ngram" not in spec.values()}
+        options = {"verification": "match", "async_scheduling": True}
         with combining(tree, target, spec=spec, **options) as llm:
             texts.append(answers(llm, params))
             assert (spec_metrics(llm)["num_drafts"] > 0) == (tree != NO_TREES)
