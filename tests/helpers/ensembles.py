@@ -51,7 +51,10 @@ def combined_row(
             return processed(p)
         if spec["type"] == "mixture":
             return sum(w * processed(row.float()).softmax(0) for row, w in weighted).log()
-        return processed(sum(w * row for row, w in weighted))
+        summed = sum(w * row for row, w in weighted)
+        for row, _ in weighted:
+            summed[row == -torch.inf] = -torch.inf
+        return processed(summed)
     (q,) = others
     raw = (1 + spec["beta"]) * p - spec["beta"] * q
     raw[p.softmax(0) < spec["alpha"] * p.softmax(0).max()] = -torch.inf

@@ -18,7 +18,7 @@ class PathCompactor:
     """Compacts the target's KV caches after each verification, one cache group after the other.
 
     A draft writes accepted tokens again, so its layers need no compaction, unless it reads what the
-    target reads and nothing twice: as a member of a combined target.
+    target reads and nothing twice: as a member of a combined target, as all other members do.
     """
 
     def __init__(self, vllm_config: VllmConfig, platform: Platform) -> None:
