@@ -427,15 +427,19 @@ FEATURES = (
         ),
     ),
     Row(
-        ("combined targets: mixtures, geometric means, contrastive decoding",),
+        ("combined targets: mixtures, geometric means, proxy tuning, contrastive decoding",),
         "works",
-        '`target_distribution`, of a target and a draft model, with numbers or `"off"` per '
-        "request ([combined targets](combined-targets.md)); refused with heads and `ngram`, and "
-        "with further `members`; not run on a GPU",
+        "`target_distribution`, of a target, a draft model and further `members`, with numbers or "
+        '`"off"` per request ([combined targets](combined-targets.md)); heads, `ngram` and '
+        "`early_exit` draft for it, and are no members; not run on a GPU",
         (
             "targets/test_combine.py::test_lossless",
             "targets/test_combine.py::test_options_that_are_refused",
             "targets/test_combine.py::test_what_a_request_may_ask_for",
+            "targets/test_combine.py::test_what_a_request_may_ask_of_members",
+            "test_config.py::test_members",
+            "test_config.py::test_members_that_are_refused",
+            "engine/test_multimodal.py::test_a_member_reads_the_text_alone",
             "engine/test_combined_targets.py::test_logits_with_truncated_trees_and_preemption",
             "engine/test_combined_targets.py::test_mixture_with_prefix_hits_and_a_schedule",
             "engine/test_combined_targets.py::test_parameters_and_distribution",
@@ -574,7 +578,7 @@ FEATURES = (
             "engine/test_multimodal.py::test_without_images",
             "engine/test_multimodal.py::test_drafts_from_the_text_itself",
             "engine/test_multimodal.py::test_the_commands_read_its_texts",
-            "engine/test_multimodal.py::test_combined_with_a_draft_that_reads_text",
+            "engine/test_multimodal.py::test_a_member_reads_the_text_alone",
             "engine/test_cuda_path.py::test_graphs_of_a_target_with_images_and_mrope",
         ),
     ),

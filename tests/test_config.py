@@ -20,7 +20,8 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
-from helpers.pair import DRAFT, NESTED, ROOT, TARGET
+from helpers import models
+from helpers.pair import DRAFT, EAGLE3, EXIT_TARGET, NESTED, ROOT, TARGET
 from vllm_spechub.config import Options, SpecHubConfig
 from vllm_spechub.config import _schedule as schedule_of
 from vllm_spechub.drafts.kinds import MODEL
@@ -414,8 +415,8 @@ from vllm_spechub.targets.base import Number, TargetDistribution
 class Target(TargetDistribution):
     share: float = Number("a number from 0", ge=0)
 
-    def combine(self, p, q, **parameters):
-        return q
+    def combine(self, p, others, **parameters):
+        return others[0]
 
 class Rule(VerificationRule):
     """It knows nothing of sharpening."""
@@ -492,6 +493,44 @@ def test_another_package_adds_target_distributions(install):
         configured({"target_distribution": {"type": "theirs", "share": -1}})
     with pytest.raises(ValueError, match=r"needs a draft model .* but proposer 'ngram' has no dis"):
         configured(options | {"proposer": "ngram", "model": None})
+
+
+def combined(spec=None, model=EXIT_TARGET, **target):
+    """A configuration whose target distribution has a member."""
+    members = [{"model": model, "weight": 0.5}]
+    target = {"type": "logits", "members": members} | target
+    return configured({"target_distribution": target} | (spec or {})).speculative_config
+
+
+def test_members():
+    """They are read as drafts are, and the draft may then be anything."""
+    spec = combined({"proposer": "ngram", "model": None})
+    assert not spec.reads_draft
+    (member,) = spec.members
+    assert member.draft_model_config.model == EXIT_TARGET
+    assert combined(weight=-0.5).reads_draft
+
+
+def test_members_that_are_refused(tmp_path):
+    short = models.edited(tmp_path / "eagle-short", DRAFT, max_position_embeddings=200)
+    where = r"^speculative_config\['target_distribution'\]\['members'\]\[0\]: "
+    for model, message in (
+        ("./none", "there is no folder './none'$"),
+        (EAGLE3, r".* drafts from the target's hidden states \(.*\), but a member must be a model"),
+        # in a folder whose name lets vLLM take it for a head
+        (short, "the member reads 200 positions, the target 1024; set max_model_len to at most"),
+    ):
+        with pytest.raises(ValueError, match=where + message):
+            combined(model=model)
+    for option, value, instead in (
+        ("tree_by_batch_size", "auto", "the ranges"),
+        ("draft_layers", "auto", "a whole number"),
+    ):
+        message = rf"\['{option}'\] is 'auto', but `vllm-spechub tune` measures without .*{instead}"
+        with pytest.raises(ValueError, match=message):
+            combined({option: value})
+    with pytest.raises(ValueError, match=r"'early_exit' has .* or name 'members' in the dr"):
+        combined({"proposer": "early_exit", "exit_layer": 1, "model": None}, weight=0.5)
 
 
 def test_another_packages_rule_need_not_know_every_option(install):

@@ -9,15 +9,24 @@ from dataclasses import field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SkipValidation,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 from vllm.config import LoadConfig, SpeculativeConfig
 from vllm.config.cache import CacheDType
 from vllm.config.utils import config
 
+from vllm_spechub.drafts.alone import check_fit, check_folder, head_in
 from vllm_spechub.drafts.kinds import MODEL, MTP, proposer_for
 from vllm_spechub.registry import METHOD, PROPOSERS, RULES
-from vllm_spechub.targets.base import OPTION, TargetDistribution, parse_target
+from vllm_spechub.targets.base import MEMBERS, OPTION, Member, TargetDistribution, parse_target
 from vllm_spechub.trees.best_tree import parse_tree, shipped_rates
 from vllm_spechub.trees.expert_cost import schedule_for_experts
 from vllm_spechub.trees.level_tree import LevelTree, Measured
@@ -144,7 +153,21 @@ VLLM_KEYS = Options.model_fields.keys() & {f.name for f in fields(SpeculativeCon
 
 
 @config(kw_only=True)
-class SpecHubConfig(SpeculativeConfig):
+class BesideTarget(SpeculativeConfig):
+    """vLLM's speculative configuration, of a model that stands beside a target."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field, except `method`, which whoever made this decides: vLLM would replace it by
+        what it guesses from words in the model's path."""
+        if name != "method":
+            super().__setattr__(name, value)
+
+    def verify_equal_vocab_size_if_draft_model(self) -> None:
+        """Do nothing: vocabularies are compared elsewhere, and may differ by padding."""
+
+
+@config(kw_only=True)
+class SpecHubConfig(BesideTarget):
     """vLLM's speculative configuration with draft trees.
 
     `method` is the proposer's `vllm_method` and `num_speculative_tokens` the number of drafted
@@ -164,20 +187,18 @@ class SpecHubConfig(SpeculativeConfig):
     """The options that the proposer declares itself, in `TreeProposer.options`."""
     target_distribution: TargetDistribution | None = None
     """What is verified; the target's own distribution if None."""
+    members: SkipValidation[tuple[BesideTarget, ...]] = ()
+    """The further members of what is verified."""
+
+    @property
+    def reads_draft(self) -> bool:
+        """Whether the draft is a member of what is verified."""
+        return self.target_distribution is not None and self.target_distribution.reads_draft
 
     @property
     def tree(self) -> Tree:
         """The tree with the most nodes, which buffers are sized for."""
         return self.schedule.trees[0]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field, except `method`, which the proposer decides: vLLM would replace it by what
-        it guesses from words in the draft's path."""
-        if name != "method":
-            super().__setattr__(name, value)
-
-    def verify_equal_vocab_size_if_draft_model(self) -> None:
-        """Do nothing: the proposer compares vocabularies, and lets them differ by padding."""
 
     def __repr__(self) -> str:
         return (
@@ -256,8 +277,7 @@ def create_config(
     except ValidationError as error:
         raise ValueError(one_line(error, _describe).splitlines()[0]) from error
     except (OSError, ValueError) as error:
-        message = str(error).strip() or repr(error)
-        raise ValueError(f"speculative_config: {message.splitlines()[0]}") from error
+        raise ValueError(f"speculative_config: {_first_line(error)}") from error
     try:
         rule = RULES.load(spechub.verification)
         rule.check(spechub.verification, spechub.sharpening, spechub.schedule.trees)
@@ -270,6 +290,11 @@ def create_config(
             "static trees only; use another tree"
         )
     proposer.check_config(spechub)
+    if given.target_distribution is not None:
+        spechub.members = tuple(
+            _beside(f"speculative_config[{OPTION!r}][{MEMBERS!r}][{i}]", member, spechub)
+            for i, member in enumerate(given.target_distribution.members)
+        )
     return spechub
 
 
@@ -278,6 +303,36 @@ def _measured_draft(options: dict[str, Any], target_model_config: "ModelConfig")
     # a target's own MTP layer is measured as a draft in the target's folder
     own = target_model_config.model if options["proposer"] == MTP else None
     return options.get("model") or own
+
+
+def _beside(option: str, member: Member, spechub: SpecHubConfig) -> BesideTarget:
+    """The configuration of a member, as vLLM makes it of a draft."""
+    check_folder(option, member.model)
+    try:
+        beside = BesideTarget(
+            method=MODEL,
+            model=member.model,
+            quantization=member.quantization,
+            revision=member.revision,
+            code_revision=member.code_revision,
+            num_speculative_tokens=1,
+            target_model_config=spechub.target_model_config,
+            target_parallel_config=spechub.target_parallel_config,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option}: {_first_line(error)}") from error
+    head = head_in(beside.draft_model_config)
+    if head is not None:
+        raise ValueError(
+            f"{option}: {member.model!r} drafts from the target's hidden states ({head.sign}), but "
+            "a member must be a model that runs by itself; choose another"
+        )
+    check_fit(option, "member", beside.draft_model_config, spechub.target_model_config)
+    return beside
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _declared_by_proposer(options: dict[str, Any]) -> list[str]:
@@ -314,11 +369,17 @@ def _validate(
             "speculative_config['tree'] and speculative_config['tree_by_batch_size'] exclude each "
             "other: give one of them"
         )
-    if given.target_distribution is not None and given.proposer != MODEL:
+    target = given.target_distribution
+    if target is not None and target.reads_draft and given.proposer != MODEL:
         raise ValueError(
             f"speculative_config[{OPTION!r}] needs a draft model as its other member, but proposer "
             f"{given.proposer!r} has no distribution of its own; use {MODEL!r} with a 'model' that "
-            "runs by itself"
+            f"runs by itself, or name {MEMBERS!r} in the draft's place"
+        )
+    if target is not None and given.tree_by_batch_size == AUTO:
+        raise ValueError(
+            f"speculative_config['tree_by_batch_size'] is {AUTO!r}, but `vllm-spechub tune` "
+            f"measures without {OPTION!r}; give the ranges, [[FIRST, LAST, TREE], ...]"
         )
     return given
 

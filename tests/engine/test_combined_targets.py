@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Combined targets in real engines, against two models in transformers that are combined plainly.
+"""Combined targets in real engines, against models in transformers that are combined plainly.
 
 Each engine meets several of the situations in which the draft's cache could be wrong, with one of
 the types of target distributions.
@@ -7,6 +7,7 @@ the types of target distributions.
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
@@ -16,15 +17,18 @@ from vllm.sampling_params import StructuredOutputsParams
 from helpers import models
 from helpers.distributions import LENGTHS, assert_prefixes_follow
 from helpers.engines import engine, greedy_params, token_ids
-from helpers.ensembles import combined_row, greedy_ensemble, member_rows
+from helpers.ensembles import combined_row, greedy_ensemble, known, member_rows, models_of
 from helpers.metrics import spec_metrics
 from helpers.oracle import reference_model, resolved, tokens_of
-from helpers.pair import DRAFT, PROMPTS, TARGET
+from helpers.pair import DRAFT, EAGLE3, EXIT_TARGET, PROMPTS, TARGET
 from helpers.recording import recorded_nodes, request_of
 from vllm_spechub.engine.combination import Combination
+from vllm_spechub.engine.model_state import TreeModelState
+from vllm_spechub.trees.tree import TokenTree
 
-MIXTURE = {"type": "mixture", "weight": 0.4}
-LOGITS = {"type": "logits", "weight": 0.5}
+MIXTURE = {"type": "mixture", "weight": 0.3, "members": [{"model": EXIT_TARGET, "weight": 0.25}]}
+# proxy tuning, with the draft as the expert
+PROXY = {"type": "logits", "weight": 0.5, "members": [{"model": EXIT_TARGET, "weight": -0.5}]}
 CONTRASTIVE = {"type": "contrastive", "beta": 0.5, "alpha": 0.1}
 NO_TREES = [[1, 512, None], [513, None, "chain:1"]]
 WIDE = [0, 0, 0, 0, 1, 1, 2, 5]
@@ -44,8 +48,8 @@ def answers(llm, params) -> list[list[int]]:
     return token_ids(llm.generate(PROMPTS, params, use_tqdm=False))
 
 
-def ensemble(target, **options) -> list[list[int]]:
-    found = [greedy_ensemble(tokens_of(prompt), target, COUNT, **options) for prompt in PROMPTS]
+def ensemble(spec, **options) -> list[list[int]]:
+    found = [greedy_ensemble(tokens_of(prompt), spec, COUNT, **options) for prompt in PROMPTS]
     assert min(margin for _, margin in found) > 1e-4  # else rounding may decide
     return [text for text, _ in found]
 
@@ -55,57 +59,105 @@ def metric(llm, name: str) -> float:
 
 
 @dataclass
-class Step:
-    """What the member pass of one step gave, and the draft's cache before its verification."""
+class Asked:
+    """A request in one step, after the member passes."""
 
-    # by request: its id, its rows' paths of tokens from the root's child, and the root's position
-    requests: list[tuple[str, list[tuple[int, ...]], int]]
-    # [num_rows, vocab_size]
-    rows: torch.Tensor
+    req_id: str
+    root: int
+    # of each row, the tokens from the root's child
+    paths: list[tuple[int, ...]]
+    # by member: keys and values of each layer up to the root, [num_tokens, num_heads, head_size];
+    # empty in most steps
+    caches: list[list[torch.Tensor]]
+
+
+@dataclass
+class Step:
+    """What the member passes of one step gave."""
+
+    requests: list[Asked]
+    # of each member, [num_rows, vocab_size]
+    rows: list[torch.Tensor]
 
 
 @pytest.fixture
 def steps(monkeypatch) -> list[Step]:
-    """Every member pass."""
-    seen, read = [], Combination.read
+    """Every step with member passes; with the caches in every third of them."""
+    seen, states = [], []
+    read, custom_sampler = Combination.read, TreeModelState.custom_sampler
+
+    def keep_state(self, sampler):
+        states.append(self)
+        return custom_sampler(self, sampler)
+
+    def cached(member, r: int, length: int) -> list[torch.Tensor]:
+        layers = member.vllm_config.compilation_config.static_forward_context
+        cache_views, _ = states[-1].platform.cache_kernels()
+        (table,) = states[-1].compactor.block_tables.input_block_tables
+        slots, held = np.arange(length), []
+        for name in sorted(member.layer_names, key=lambda name: int(name.split(".")[-3])):
+            for view in cache_views(layers[name].kv_cache):
+                blocks = table[r][slots // view.shape[1]].long()
+                held.append(view[blocks, slots % view.shape[1]].view(torch.float32))
+        return held
 
     def spy(self, batch):
         read(self, batch)
         if self.rows is None:
             return
-        trees, requests = self._member.request_trees.trees_for(batch.idx_mapping_np), []
+        trees, requests = states[-1].request_trees.trees_for(batch.idx_mapping_np), []
         tokens = batch.input_ids[batch.logits_indices].tolist()
+        looked = self.members if len(seen) % 3 == 0 else []
         for r, req_id in enumerate(batch.req_ids):
             start, end = batch.cu_num_logits_np[r : r + 2].tolist()
             paths = [
                 tuple(tokens[start + i] for i in path[1:]) for path in trees[r].paths[: end - start]
             ]
             root = int(batch.positions[batch.logits_indices[start]])
-            requests.append((req_id, paths, root))
-        seen.append(Step(requests, self.rows.clone()))
+            caches = [cached(member, r, root + 1) for member in looked]
+            requests.append(Asked(req_id, root, paths, caches))
+        seen.append(Step(requests, [rows.clone() for rows in self.rows]))
 
     monkeypatch.setattr(Combination, "read", spy)
+    monkeypatch.setattr(TreeModelState, "custom_sampler", keep_state)
     return seen
 
 
-def assert_rows_are_the_drafts(steps: list[Step], texts: dict[str, list[int]], every: int) -> None:
-    """Compare rows of member passes with those of the draft, which reads the texts plainly."""
-    depths, number = set(), 0
+def assert_members_read_plainly(
+    steps: list[Step], texts: dict[str, list[int]], members: list[str], every: int
+) -> None:
+    """Compare rows and caches of member passes with those of each model, which reads the texts
+    plainly."""
+    depths, lengths, number = set(), set(), 0
     for step in steps:
         row = 0
-        for req_id, paths, root in step.requests:
-            text = texts[request_of(req_id)][: root + 1]
-            for path in paths:
-                if len(text) == root + 1 and number % every == 0:
-                    expected, found = member_rows([*text, *path])[1][-1], step.rows[row]
-                    known = found[: len(expected)]
-                    torch.testing.assert_close(known, expected, atol=2e-4, rtol=1e-4)
-                    assert (found[len(expected) :] == -torch.inf).all()
+        for asked in step.requests:
+            text = texts[request_of(asked.req_id)][: asked.root + 1]
+            assert len(text) == asked.root + 1
+            for path in asked.paths:
+                if number % every == 0:
+                    wanted = member_rows([*text, *path], members)
+                    for expected, rows in zip(wanted, step.rows, strict=True):
+                        found = rows[row]
+                        told = found[: len(expected[-1])]
+                        torch.testing.assert_close(told, expected[-1], atol=2e-4, rtol=1e-4)
+                        assert (found[len(told) :] == -torch.inf).all()
                     depths.add(len(path))
                 row += 1
                 number += 1
-        assert row == len(step.rows)
+            if asked.caches and number % 5 == 0:
+                lengths.add(len(text))
+                for model, held in zip(members, asked.caches, strict=True):
+                    plain = reference_model(model)(input_ids=known(text, model), use_cache=True)
+                    both = [
+                        kv[0].transpose(0, 1)
+                        for layer in plain.past_key_values.layers
+                        for kv in (layer.keys, layer.values)
+                    ]
+                    torch.testing.assert_close(held, both, atol=3e-4, rtol=1e-3)
+        assert all(row == len(rows) for rows in step.rows)
     assert depths == {0, 1, 2, 3}
+    assert len(lengths) > 3
 
 
 def texts_of(outputs) -> dict[str, list[int]]:
@@ -113,32 +165,49 @@ def texts_of(outputs) -> dict[str, list[int]]:
 
 
 def test_logits_with_truncated_trees_and_preemption(steps, tmp_path):
-    """Prompts in chunks, trees cut by the budget, and requests that lose their blocks; the draft
-    lacks some of the target's tokens."""
+    """Prompts in chunks, trees cut by the budget, and requests that lose their blocks; the other
+    models lack some of the target's tokens."""
     target = models.padded(tmp_path / "target", TARGET, 2056)
-    expected = ensemble(LOGITS, models=(target, DRAFT))
-    assert expected != ensemble(LOGITS | {"weight": 0.0}, models=(target, DRAFT))
-    options = {"max_num_batched_tokens": 72, "block_size": 32, "num_gpu_blocks_override": 9}
-    with combining("binary:3", LOGITS, model=target, **options) as llm:
+    expected = ensemble(PROXY, target=target)
+    fewer = ({"weight": 0.5}, {"members": PROXY["members"]}, {"weight": 0.0})
+    for other in fewer:
+        assert ensemble({"type": "logits"} | other, target=target) != expected
+    options = {"max_num_batched_tokens": 40, "block_size": 32, "num_gpu_blocks_override": 9}
+    with combining("binary:3", PROXY, model=target, **options) as llm:
         outputs = llm.generate(PROMPTS, greedy(), use_tqdm=False)
         assert token_ids(outputs) == expected
         assert metric(llm, "vllm:num_preemptions") > 0
-    assert_rows_are_the_drafts(steps, texts_of(outputs), every=23)
+    whole, texts = len(TokenTree.parse("binary:3").parents) + 1, texts_of(outputs)
+    prompts = {o.request_id: len(o.prompt_token_ids) for o in outputs}
+    cut = [
+        len(asked.paths)
+        for step in steps
+        for asked in step.requests
+        if 1 < len(asked.paths) < whole and asked.root >= prompts[request_of(asked.req_id)]
+    ]
+    assert len(cut) > 3
+    assert_members_read_plainly(steps, texts, models_of(PROXY)[1:], every=23)
 
 
 def test_mixture_with_prefix_hits_and_a_schedule(steps):
     """Answers beside each other that differ in what they combine, steps without trees, and prompts
     whose beginnings are in the cache, written in steps with and without a tree."""
-    expected, alone = ensemble(MIXTURE), ensemble(MIXTURE | {"weight": 0.0})
+    expected, alone = ensemble(MIXTURE), ensemble({"type": "mixture", "weight": 0.0})
+    of_member = ensemble({"type": "mixture", "members": [{"model": EXIT_TARGET, "weight": 0.9}]})
     schedule = [[1, 2, "chain:2"], [3, 4, None], [5, None, "binary:3"]]
-    params = [greedy(), greedy(target_distribution="off"), greedy(target_weight=0.0)] * 2
+    params = [
+        greedy(),
+        greedy(target_distribution="off"),
+        greedy(target_weight=0.0, target_member_weights=[0.9]),
+    ] * 2
     options = {"max_num_batched_tokens": 64, "block_size": 32, "enable_prefix_caching": True}
     with combining(schedule, MIXTURE, **options) as llm:
         asked = [p.clone() for p in params]
         for i, p in enumerate(asked):
             p.max_tokens = 14 + 3 * i
         found = answers(llm, asked)
-        wanted = [expected[0], *alone[1:3], expected[3], *alone[4:]]
+        answering = [expected, alone, of_member] * 2
+        wanted = [texts[i] for i, texts in enumerate(answering)]
         assert found == [text[: p.max_tokens] for text, p in zip(wanted, asked, strict=True)]
         # the same texts again, some of their tokens now as prompts
         longer = [[*tokens_of(p), *text[:10]] for p, text in zip(PROMPTS, expected, strict=True)]
@@ -146,10 +215,15 @@ def test_mixture_with_prefix_hits_and_a_schedule(steps):
         again = llm.generate(prompts, greedy(COUNT - 10), use_tqdm=False)
         assert token_ids(again) == [text[10:] for text in expected]
         assert metric(llm, "vllm:prefix_cache_hits") > 0
-        assert {len(paths) for step in steps for _, paths, _ in step.requests} >= {1, 3, 15}
+        assert {len(asked.paths) for step in steps for asked in step.requests} >= {1, 3, 15}
 
-        for extra_args in ({"target_weight": 2}, {"target_beta": 1}, {"target_distribution": "x"}):
-            with pytest.raises(VLLMValidationError, match=r"^extra_args: target_[^\n]*allowed:"):
+        for extra_args in (
+            {"target_weight": 0.8},
+            {"target_member_weights": [0.1, 0.1]},
+            {"target_beta": 1},
+            {"target_distribution": "x"},
+        ):
+            with pytest.raises(VLLMValidationError, match=r"^extra_args: [^\n]*allowed:"):
                 llm.generate(PROMPTS[:1], greedy(**extra_args), use_tqdm=False)
         assert answers(llm, greedy(target_distribution="off"))[2] == alone[2]
 
@@ -202,37 +276,43 @@ def test_parameters_and_distribution(target, tree):
     lengths = {o.request_id: len(o.prompt_token_ids) for o in outputs}
     texts, asked = texts_of(outputs), dict(zip(lengths, map(resolved, params), strict=True))
 
-    def row_after(p, q, history, request):
+    used = models_of(target)
+
+    def row_after(rows, history, request):
         text, edits = (history[: lengths[request]], history[lengths[request] :]), asked[request]
         plain = edits.clone()
         plain.extra_args = None
-        return combined_row(p, q, {"weight": 0} if edits.extra_args else target, *text, plain)
+        if edits.extra_args:
+            return combined_row(rows[:1], {"type": "mixture"}, *text, plain)
+        return combined_row(rows, target, *text, plain)
 
     assert len(nodes) > 300
     for node in nodes[::5]:
         request = request_of(node.req_id)
         history = [*texts[request][: node.root_position + 1], *node.path_tokens]
-        p, q = (rows[-1] for rows in member_rows(history))
-        expected = row_after(p, q, history, request).softmax(0)
+        rows = [rows[-1] for rows in member_rows(history, used)]
+        expected = row_after(rows, history, request).softmax(0)
         found = (node.processed / (node.temperature or 1.0)).double().softmax(0)
         differ = (found - expected).abs() > 1e-4
         assert differ.sum() <= 1  # a token at the edge of a truncation
         assert (found - expected).abs().sum() < 0.02 or not differ.any()
     for output in outputs:
-        p, q = member_rows(texts[output.request_id])
+        read = member_rows(texts[output.request_id], used)
         for i, entries in enumerate(output.outputs[0].logprobs):
             at = lengths[output.request_id] + i
             history = texts[output.request_id][:at]
-            row = row_after(p[at - 1], q[at - 1], history, output.request_id).log_softmax(0)
+            rows = [each[at - 1] for each in read]
+            row = row_after(rows, history, output.request_id).log_softmax(0)
             token = texts[output.request_id][at]
             assert entries[token].logprob == pytest.approx(row[token].item(), abs=2e-3)
 
     def distribution(prompt, prefixes, params):
-        rows = [member_rows([*prompt, *prefix]) for prefix in prefixes]
+        after = [member_rows([*prompt, *prefix], used) for prefix in prefixes]
+        rows = [[each[-1] for each in read] for read in after]
         return torch.stack(
             [
-                combined_row(p[-1], q[-1], target, prompt, list(prefix), params).softmax(0)
-                for (p, q), prefix in zip(rows, prefixes, strict=True)
+                combined_row(each, target, prompt, list(prefix), params).softmax(0)
+                for each, prefix in zip(rows, prefixes, strict=True)
             ]
         )
 
@@ -241,9 +321,12 @@ def test_parameters_and_distribution(target, tree):
         assert_prefixes_follow(sampled, prompt, drawn)  # the target's own is another
 
 
+AMATEUR = CONTRASTIVE | {"members": [{"model": DRAFT}]}
+
+
 def test_a_seeds_text_with_and_without_trees():
-    """With `match`, in steps of which none has a tree, and with trees: sampling parameters and
-    grammars change the same rows in both."""
+    """With `match`, in steps of which none has a tree, with trees, and with trees of drafts that
+    are no members: sampling parameters and grammars change the same rows in all of them."""
     params = [
         SamplingParams(seed=i, max_tokens=16, ignore_eos=True, **options)
         for i, options in enumerate(EDITED[:4])
@@ -256,9 +339,16 @@ def test_a_seeds_text_with_and_without_trees():
         for regex in (r"[a-z_]{4,30}", r"[0-9 ]{3,9}")
     ]
     texts = []
-    for tree in (NO_TREES, "binary:3"):
-        with combining(tree, CONTRASTIVE, verification="match", async_scheduling=True) as llm:
+    for tree, target, spec in (
+        (NO_TREES, CONTRASTIVE, {}),
+        ("binary:3", CONTRASTIVE, {}),
+        ("binary:3", AMATEUR, {"model": EXIT_TARGET}),
+        ("binary:2", AMATEUR, {"model": EAGLE3}),
+        ("caterpillar:6:2", AMATEUR, {"model": None, "proposer": "ngram"}),
+        ("chain:2", AMATEUR, {"model": None, "proposer": "early_exit", "exit_layer": 2}),
+    ):
+        options = {"verification": "match", "async_scheduling": True}
+        with combining(tree, target, spec=spec, **options) as llm:
             texts.append(answers(llm, params))
-            drafted = spec_metrics(llm)["num_drafts"]
-            assert (drafted > 0) == (tree != NO_TREES)
-    assert texts[0] == texts[1]
+            assert (spec_metrics(llm)["num_drafts"] > 0) == (tree != NO_TREES)
+    assert all(text == texts[0] for text in texts[1:])

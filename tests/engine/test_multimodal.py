@@ -24,6 +24,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from helpers import multimodal
 from helpers.distributions import LENGTHS, assert_prefixes_follow
 from helpers.engines import engine, greedy_params, model_runner, plain_engine, token_ids
+from helpers.ensembles import combined_row, member_rows
 from helpers.metrics import spec_metrics
 from helpers.multimodal import ROWS, SIZES, image
 from helpers.oracle import reference_exit, reference_model
@@ -234,19 +235,6 @@ def test_a_seed_gives_plain_decodings_text(target):
 
 
 @pytest.mark.parametrize("target", ["qwen2_vl"], indirect=True)
-def test_combined_with_a_draft_that_reads_text(target, plain):
-    """The tokens of steps without trees; and the target's alone where a request asks for it."""
-    spec = {"target_distribution": {"type": "mixture", "weight": 0.4}}
-    params = [GREEDY.clone() for _ in PROMPTS]
-    params[1].extra_args = {"target_distribution": "off"}
-    answers = []
-    for tree in ([[1, 512, None], [513, None, "chain:1"]], "binary:3"):
-        with engine(tree, spec=spec, **target.options) as llm:
-            answers.append(token_ids(llm.generate(target.prompts(), params, use_tqdm=False)))
-    assert answers[0] == answers[1]
-    assert [i for i in SIZES if answers[0][i] == plain[i]] == [1]
-
-
 def test_without_images(target):
     """A target that the engine's limits leave text only."""
     limits = target.options.get("limit_mm_per_prompt", {}) | {"image": 0}
@@ -388,3 +376,23 @@ def test_a_server_with_images_beside_texts(target, tmp_path):
         metrics = fetch(f"{address}/metrics")
     (accepted,) = re.findall(r"^vllm:spec_decode_num_accepted_tokens_total.* (.*)", metrics, re.M)
     assert float(accepted) > 10
+
+
+def test_a_member_reads_the_text_alone(target):
+    """Contrastive decoding whose amateur sees no images, at nodes of requests with and without."""
+    spec = {"type": "contrastive", "beta": 0.5, "alpha": 0.1}
+    options = target.options | {"spec": {"target_distribution": spec}}
+    with recorded_nodes() as nodes, engine("binary:2", **options) as llm:
+        outputs = llm.generate(target.prompts(), SEEDED, use_tqdm=False)
+    by_request = {output.request_id: i for i, output in enumerate(outputs)}
+    texts = [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
+    seen = set()
+    for node in nodes[::13]:
+        i = by_request[request_of(node.req_id)]
+        text = [*texts[i][: node.root_position + 1], *node.path_tokens]
+        (q,) = member_rows(text, [DRAFT])
+        expected = combined_row([node.logits, q[-1]], spec, text, [], SEEDED).softmax(0)
+        found = node.processed.double().softmax(0)
+        assert (found - expected).abs().max() < 1e-4
+        seen.add((i in SIZES, len(node.path_tokens)))
+    assert seen == {(pictured, depth) for pictured in (False, True) for depth in range(3)}

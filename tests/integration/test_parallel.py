@@ -23,7 +23,7 @@ from helpers.oracle import tokens_of
 from helpers.pair import DRAFT, EAGLE3, EXIT_TARGET, NESTED, PROMPTS, TARGET
 
 TREE = "binary:2"
-COMBINED = {"type": "contrastive", "beta": 0.5, "alpha": 0.1}
+COMBINED = {"type": "logits", "weight": 0.5, "members": [{"model": EXIT_TARGET, "weight": -0.5}]}
 OFF = {"extra_args": {"target_distribution": "off"}}
 
 
@@ -83,7 +83,7 @@ def assert_rows_of_both_workers(llm, oracle):
 
 
 def test_tensor_parallelism(one_core_each):
-    """Both ranks hold a half of both models, and combine gathered rows if a request asks for it."""
+    """Both ranks hold a half of all models, and combine gathered rows if a request asks for it."""
     spec, prompts = {"target_distribution": COMBINED}, PROMPTS[:3]
     with two_workers(asked=OFF, draft=DRAFT, spec=spec) as llm:
         answers = token_ids(llm.generate(prompts, greedy_params(16), use_tqdm=False))

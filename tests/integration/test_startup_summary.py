@@ -66,3 +66,7 @@ def test_bytes_to_verify():
     ranges = (1, 8, "binary:3"), (9, None, None)
     more = size(8192, *ranges, target=mixture) - size(8192, *ranges)
     assert more == 128256 * 1024 * (2 + 2 + 12)
+    members = [{"model": name, "weight": 0.2} for name in ("one", "two")]
+    three = parse_target({"type": "mixture", "weight": 0.5, "members": members})
+    more = size(8192, *ranges, target=three) - size(8192, *ranges)
+    assert more == 128256 * 1024 * (3 * (2 + 2) + 20)

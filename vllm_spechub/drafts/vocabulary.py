@@ -24,6 +24,7 @@ def check_vocabularies(
     sizes: tuple[int, int],
     load_draft_tokenizer: Callable[[], Tokenizer],
     target_tokenizer: Tokenizer,
+    what: str = "draft",
 ) -> None:
     """Check that both models mean the same tokens.
 
@@ -36,6 +37,7 @@ def check_vocabularies(
         sizes: `vocab_size` of the draft and of the target.
         load_draft_tokenizer: may raise anything if there is none.
         target_tokenizer: the target's.
+        what: the draft, or what else the other model is to the target.
 
     Raises:
         ValueError: one line that names the option and what differs.
@@ -46,34 +48,34 @@ def check_vocabularies(
         draft_tokenizer = load_draft_tokenizer()
         own = draft_tokenizer.get_vocab()
     except Exception as error:
-        own, unknown = {}, f"the draft's tokenizer cannot be loaded ({first_line(error)})"
+        own, unknown = {}, f"the {what}'s tokenizer cannot be loaded ({first_line(error)})"
     else:
         made_up = [
             name
-            for name, tokenizer in (("draft", draft_tokenizer), ("target", target_tokenizer))
+            for name, tokenizer in ((what, draft_tokenizer), ("target", target_tokenizer))
             if is_made_up(tokenizer)
         ]
         unknown = f"the {made_up[0]} has no tokenizer" if made_up else None
     if unknown is not None:
         if draft_size != target_size:
             raise ValueError(
-                f"{option}: the draft has vocab_size={draft_size} and the target {target_size}, "
+                f"{option}: the {what} has vocab_size={draft_size} and the target {target_size}, "
                 f"which may differ by padding only, but {unknown}; put the tokenizer's files "
                 "beside the model's weights"
             )
-        logger.warning("%s: the draft's vocabulary is not checked: %s", option, unknown)
+        logger.warning("%s: the %s's vocabulary is not checked: %s", option, what, unknown)
         return
     lacking = target_tokenizer.get_added_vocab().keys() - own.keys()
     common = {token: number for token, number in shared.items() if token not in lacking}
     if own != common:
         different = _first_difference(own, common)
         raise ValueError(
-            f"{option}: the draft's tokenizer differs from the target's (first in "
-            f"{different!r}); draft and target need one vocabulary"
+            f"{option}: the {what}'s tokenizer differs from the target's (first in "
+            f"{different!r}); {what} and target need one vocabulary"
         )
     if max(common.values()) >= min(sizes) and draft_size != target_size:
         raise ValueError(
-            f"{option}: the draft's vocab_size={draft_size} and the target's "
+            f"{option}: the {what}'s vocab_size={draft_size} and the target's "
             f"vocab_size={target_size} may differ by padding only, but the tokenizer's ids go up "
             f"to {max(common.values())}"
         )

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Combined targets in the engine: another member's rows beside the target's, before sampling.
+"""Combined targets in the engine: other members' rows beside the target's, before sampling.
 
-After the target's forward pass, the other member reads the same batch: the member pass. Its rows
-stand beside the target's, one by one, at nodes, leaves, prompts' last tokens and requests without a
-tree alike. What is verified, or sampled where there is no tree, is combined of both.
+After the target's forward pass, the other members read the same batch: the member passes. Their
+rows stand beside the target's, one by one, at nodes, leaves, prompts' last tokens and requests
+without a tree alike. What is verified, or sampled where there is no tree, is combined of all.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
+from vllm_spechub.engine.member_pass import MemberBatch, MemberPass
 from vllm_spechub.engine.processors import HistoryProcessors
 from vllm_spechub.targets.base import TargetDistribution
 
@@ -26,59 +25,48 @@ Edit = Callable[[torch.Tensor], torch.Tensor]
 """
 
 
-@dataclass(frozen=True)
-class MemberBatch:
-    """The target's batch as another member reads it."""
-
-    batch: InputBatch
-    # [num_tokens] int64, RoPE positions
-    positions: torch.Tensor
-    # each KV cache group's slots, [num_kv_cache_groups, num_tokens] int64
-    slot_mappings: torch.Tensor
-    # attention groups -> the metadata of their layers for this batch, with trees as the target's
-    attention: Callable[[list[list[Any]]], dict[str, Any]]
-
-
-class Member(Protocol):
-    """A model that reads the target's batch."""
-
-    def member_rows(self, batch: MemberBatch) -> torch.Tensor:
-        """Read the batch. Returns logits [num_rows, vocab_size of the target], a row for each of
-        the target's, -inf for tokens that the member lacks."""
-        ...
-
-
 class Combination:
-    """What requests ask to be combined, and the member that it is combined of.
+    """What requests ask to be combined, and the members that it is combined of.
 
     Args:
         target: the engine's target distribution.
+        members: those that the target distribution names.
         max_num_reqs: request-state slots.
+        max_num_tokens: of a batch.
+        device: where the target runs.
 
     Attributes:
+        members: the others beside the target; a draft that is read puts itself first.
         on: [max_num_reqs] bool, whether a request wants a combination.
-        rows: the member's rows of the batch that is being sampled, [num_rows, vocab_size]; None in
-            a trial without requests.
+        rows: the members' rows of the batch that is being sampled, [num_rows, vocab_size] each;
+            None in a trial without requests.
         history: which requests' rows are edited by a processor; set by `custom_sampler`.
     """
 
     history: HistoryProcessors
 
-    def __init__(self, target: TargetDistribution, max_num_reqs: int) -> None:
+    def __init__(
+        self,
+        target: TargetDistribution,
+        members: list[MemberPass],
+        max_num_reqs: int,
+        max_num_tokens: int,
+        device: torch.device,
+    ) -> None:
         self.target = target
+        self.members = members
+        self.max_num_tokens = max_num_tokens
+        self.device = device
         self.on = np.zeros(max_num_reqs, dtype=bool)
-        self.rows: torch.Tensor | None = None
-        self._member: Member
+        self.rows: list[torch.Tensor] | None = None
         self._staged: MemberBatch | None = None
-        # [max_num_reqs] each
+        # [max_num_reqs]
         self._on = UvaBackedTensor(max_num_reqs, dtype=torch.bool)
+        # by name, [max_num_reqs, how many numbers it is]
         self._parameters = {
-            name: UvaBackedTensor(max_num_reqs, dtype=torch.float32) for name in target.parameters
+            name: UvaBackedTensor((max_num_reqs, np.size(value)), dtype=torch.float32)
+            for name, value in target.parameters.items()
         }
-
-    def bind(self, member: Member) -> None:
-        """Take the other member, once it is loaded."""
-        self._member = member
 
     def add_request(self, req_index: int, sampling_params: SamplingParams | None) -> None:
         """Begin a request. The engine has checked its `extra_args` when it came in."""
@@ -98,11 +86,14 @@ class Combination:
         self._staged = batch
 
     def read(self, batch: InputBatch) -> None:
-        """Run the member pass, whatever the requests want: the member's cache must be true where
-        a later request finds it. vLLM's trials of the sampler have no batch that was read."""
+        """Run the member passes, whatever the requests want: the members' caches must be true where
+        a later request finds them. vLLM's trial of the sampler has no batch that was read."""
         staged, self._staged, self.rows = self._staged, None, None
         if staged is not None and staged.batch is batch:
-            self.rows = self._member.member_rows(staged)
+            self.rows = [member.rows(staged) for member in self.members]
+            return
+        for member in self.members:
+            member.try_out(self.max_num_tokens, self.device)
 
     def wanted(
         self,
@@ -117,8 +108,8 @@ class Combination:
         edit: Edit,
         # [num_rows, vocab_size] of the target, a copy or not
         p: torch.Tensor,
-        # [num_rows, vocab_size] of the member
-        q: torch.Tensor,
+        # [num_rows, vocab_size] of each member
+        others: Sequence[torch.Tensor],
         # [num_rows] each row's request state
         idx_mapping: torch.Tensor,
         # [num_reqs] the requests that the rows belong to
@@ -128,17 +119,22 @@ class Combination:
 
         Requests that want no combination get the target's rows, with the parameters applied.
         """
-        parameters: Mapping[str, torch.Tensor] = {
-            name: tensor.gpu[idx_mapping].unsqueeze(1) for name, tensor in self._parameters.items()
-        }
-        # the grammar's mask has edited the target's rows only
-        q = q.float().masked_fill(p == -torch.inf, -torch.inf)
-        on = self._on.gpu[idx_mapping].unsqueeze(1)
+        values = {name: tensor.gpu[idx_mapping] for name, tensor in self._parameters.items()}
+        on, banned = self._on.gpu[idx_mapping].unsqueeze(1), p == -torch.inf
+
+        def of_member(
+            # [num_rows, vocab_size]
+            q: torch.Tensor,
+        ) -> torch.Tensor:
+            # the grammar's mask has edited the target's rows only
+            return q.float().masked_fill(banned, -torch.inf)
+
         if self.target.of_processed:
-            mine = edit(p).float()
-            return torch.where(on, self.target.combine(mine, edit(q), **parameters), mine)
+            mine, theirs = edit(p).float(), [edit(of_member(q)) for q in others]
+            return torch.where(on, self.target.combine(mine, theirs, **values), mine)
         p = p.float()
-        edited = edit(torch.where(on, self.target.combine(p, q, **parameters), p))
+        combined = self.target.combine(p, [of_member(q) for q in others], **values)
+        edited = edit(torch.where(on, combined, p))
         if self.history.used[reqs].any():
             # Tokens that are excluded later may be all that were left.
             nothing = edited.amax(dim=1, keepdim=True) == -torch.inf

@@ -18,13 +18,13 @@ class PathCompactor:
     """Compacts the target's KV caches after each verification, one cache group after the other.
 
     A draft writes accepted tokens again, so its layers need no compaction, unless it reads what the
-    target reads and nothing twice: as a member of a combined target.
+    target reads and nothing twice: as a member of a combined target, as all other members do.
     """
 
     def __init__(self, vllm_config: VllmConfig, platform: Platform) -> None:
         self.layers = vllm_config.compilation_config.static_forward_context
         self.platform = platform
-        self.moves_draft = spechub_config(vllm_config).target_distribution is not None
+        self.moves_draft = spechub_config(vllm_config).reads_draft
         self.compactors: list[tuple[int, Compactor]] = []
 
     def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:

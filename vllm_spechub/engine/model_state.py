@@ -23,9 +23,10 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_spechub.attention.visibility import TreeAttnMetadata
 from vllm_spechub.config import spechub_config
-from vllm_spechub.engine.combination import Combination, CombiningSampler, MemberBatch
+from vllm_spechub.engine.combination import Combination, CombiningSampler
 from vllm_spechub.engine.compaction import PathCompactor
 from vllm_spechub.engine.layout import TreeLayout
+from vllm_spechub.engine.member_pass import MemberBatch, load_member
 from vllm_spechub.engine.platform import Platform
 from vllm_spechub.engine.processors import HistoryProcessors
 from vllm_spechub.engine.request_trees import RequestTrees
@@ -46,7 +47,7 @@ class TreeModelState(DefaultModelState):
         sampling_states: each request's sampling parameters; set by `custom_sampler`, which vLLM
             calls when the target is loaded.
         req_states: each request's tokens; set by `custom_sampler`, too.
-        combination: of the target's rows and another member's; None where the target's own
+        combination: of the target's rows and other members'; None where the target's own
             distribution is verified.
     """
 
@@ -69,7 +70,16 @@ class TreeModelState(DefaultModelState):
         self.layout = TreeLayout(self.request_trees, self.max_num_tokens, device)
         self.combination: Combination | None = None
         if self.config.target_distribution is not None:
-            self.combination = Combination(self.config.target_distribution, self.max_num_reqs)
+            self.combination = Combination(
+                self.config.target_distribution,
+                [
+                    load_member(f"member_{i}", member, vllm_config)
+                    for i, member in enumerate(self.config.members)
+                ],
+                self.max_num_reqs,
+                self.max_num_tokens,
+                device,
+            )
         self.compactor = PathCompactor(vllm_config, platform)
         self.bind_compactor: Callable[[], None]
 
@@ -90,6 +100,8 @@ class TreeModelState(DefaultModelState):
         # The worker binds, once the caches are those of the engine: vLLM makes and drops others to
         # learn how much memory its graphs take, and a bound compactor would keep them alive.
         self.bind_compactor = partial(self.compactor.bind, kv_cache_config, block_tables)
+        for member in self.combination.members if self.combination is not None else ():
+            member.initialize_kv_cache(kv_cache_config, self.device)
 
     def wake_up(self) -> None:
         """Restore the small tensors whose contents sleep mode discards."""

@@ -420,7 +420,8 @@ class TreeRejectionSampler(RejectionSampler):
         if combination is None or combination.rows is None or not combination.on[reqs].any():
             edited = edit(raw)
         else:
-            edited = combination.process(edit, raw, combination.rows[source], idx_mapping, reqs)
+            others = [rows[source] for rows in combination.rows]
+            edited = combination.process(edit, raw, others, idx_mapping, reqs)
         tree_rows, ends = rows.ends()
         if len(tree_rows) < len(rows.source):
             edited = edited[on_device(ends)]

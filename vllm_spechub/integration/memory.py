@@ -73,7 +73,7 @@ def most_rows(vllm_config: "VllmConfig") -> int:
 def verification_bytes(vllm_config: "VllmConfig") -> int:
     """The bytes that a step holds at most while it verifies: the target's hidden states and logits,
     and a part of the logits in fp32 with its copy, for requests with sampling parameters. For a
-    combined target also the other member's logits, and of the part its rows and what is combined.
+    combined target also the other members' logits, and of the part their rows and what is combined.
     """
     model = vllm_config.model_config
     vocab_size, size = model.get_vocab_size(), model.dtype.itemsize
@@ -83,9 +83,10 @@ def verification_bytes(vllm_config: "VllmConfig") -> int:
     logits = rows * vocab_size * size
     fp32 = torch.float32.itemsize
     held = hidden + logits + in_fp32 * vocab_size * (size + fp32)
-    if spechub_config(vllm_config).target_distribution is not None:
+    target = spechub_config(vllm_config).target_distribution
+    if target is not None:
         # a batch without trees is combined, too, and as a whole
-        requests = vllm_config.scheduler_config.max_num_seqs
-        held += max(rows, requests) * vocab_size * size
-        held += max(in_fp32, requests) * vocab_size * (size + 3 * fp32)
+        requests, others = vllm_config.scheduler_config.max_num_seqs, target.num_others
+        held += max(rows, requests) * vocab_size * size * others
+        held += max(in_fp32, requests) * vocab_size * (size * others + (2 + others) * fp32)
     return held

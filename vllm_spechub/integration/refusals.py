@@ -155,11 +155,9 @@ def engine_refusals(vllm_config: "VllmConfig", platform: Platform) -> Iterator[t
     )
 
 
-def model_refusals(model: "ModelConfig | None", platform: Platform) -> Iterator[tuple[bool, str]]:
-    """Yield, for every kind of target or draft that trees do not support, whether this model is of
-    the kind, and the message that names the model and what to do instead."""
-    if model is None:
-        return
+def model_refusals(model: "ModelConfig", platform: Platform) -> Iterator[tuple[bool, str]]:
+    """Yield, for every kind of target, draft or member that trees do not support, whether this
+    model is of the kind, and the message that names the model and what to do instead."""
     hf = model.hf_text_config
     name = model.architecture
 
@@ -199,16 +197,9 @@ def model_refusals(model: "ModelConfig | None", platform: Platform) -> Iterator[
     yield model.return_sampling_mask, "return_sampling_mask is not supported; turn it off"
 
 
-def multimodal_refusals(
-    target: "ModelConfig", draft: "ModelConfig | None"
-) -> Iterator[tuple[bool, str]]:
-    """Yield, for everything of multimodal models that trees cannot do, whether it is so, and the
+def multimodal_refusals(target: "ModelConfig") -> Iterator[tuple[bool, str]]:
+    """Yield, for everything of multimodal targets that trees cannot do, whether it is so, and the
     message that says what to do instead."""
-    yield (
-        draft is not None and draft.is_multimodal_model,
-        f"speculative_config['model'] is multimodal ({draft and draft.architecture}), but a draft "
-        "reads text only; use a text model of the target's vocabulary",
-    )
     if not target.supports_multimodal_inputs:  # or the engine's limits leave it text only
         return
     # here, as these import all that models need
@@ -232,11 +223,23 @@ def multimodal_refusals(
     )
 
 
-def pair_refusals(target: "ModelConfig", draft: "ModelConfig | None") -> Iterator[tuple[bool, str]]:
-    """Yield, for everything in which a target and a draft that trees do support do not fit
-    together, whether it is so, and the message that says what to do instead."""
+def pair_refusals(
+    target: "ModelConfig", beside: "ModelConfig", option: str
+) -> Iterator[tuple[bool, str]]:
+    """Yield, for everything in which a target and a draft or member that trees do support do not
+    fit together, whether it is so, and the message that says what to do instead.
+
+    Args:
+        option: what named the draft or member.
+    """
+    what = "draft" if option == "speculative_config['model']" else "member"
     yield (
-        draft is not None and draft.is_moe and not target.is_moe,
-        "speculative_config['model'] has experts, for which vLLM prepares its processes only if "
-        "the target has experts, too; use a draft without",
+        beside.is_multimodal_model,
+        f"{option} is multimodal ({beside.architecture}), but a {what} "
+        "reads text only; use a text model of the target's vocabulary",
+    )
+    yield (
+        beside.is_moe and not target.is_moe,
+        f"{option} has experts, for which vLLM prepares its processes only if "
+        f"the target has experts, too; use a {what} without",
     )

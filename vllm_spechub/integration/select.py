@@ -23,6 +23,7 @@ from vllm_spechub.integration.refusals import (
     raise_first,
 )
 from vllm_spechub.registry import PROPOSERS
+from vllm_spechub.targets.base import MEMBERS, OPTION
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,9 +56,16 @@ def prepare_engine(vllm_config: "VllmConfig") -> None:
     if not PROPOSERS.load(spechub.proposer).needs_model:
         draft = None  # vLLM reads the target a second time
     raise_first(model_refusals(target, ours))
-    raise_first(model_refusals(draft, ours))
-    raise_first(multimodal_refusals(target, draft))
-    raise_first(pair_refusals(target, draft))
+    raise_first(multimodal_refusals(target))
+    beside = {
+        f"speculative_config[{OPTION!r}][{MEMBERS!r}][{i}]": member.draft_model_config
+        for i, member in enumerate(spechub.members)
+    }
+    if draft is not None:
+        beside["speculative_config['model']"] = draft
+    for option, model in beside.items():
+        raise_first(model_refusals(model, ours))
+        raise_first(pair_refusals(target, model, option))
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
     parallel.worker_cls = ours.worker

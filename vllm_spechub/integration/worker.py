@@ -10,6 +10,7 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from vllm_spechub.config import spechub_config
 from vllm_spechub.integration import patches
 from vllm_spechub.integration.memory import verification_bytes
 from vllm_spechub.integration.messages import TreeDraftTokenIds
@@ -82,12 +83,14 @@ class SpecHubWorker(Worker):
         self._v2_runner.model_state.bind_compactor()
         if self.is_driver_worker:
             with reporting("the start-up summary"):
-                runner = self._v2_runner
+                runner, config = self._v2_runner, spechub_config(self.vllm_config)
+                combination = runner.model_state.combination
                 logger.info(
                     summarize(
                         self.vllm_config,
                         runner.model,
                         runner.speculator,
+                        combination.members[config.reads_draft :] if combination else [],
                         kv_cache_config,
                         self.reserved_bytes,
                     )

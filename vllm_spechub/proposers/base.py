@@ -11,7 +11,6 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -26,6 +25,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_spechub.config import VLLM_KEYS, SpecHubConfig, spechub_config
+from vllm_spechub.drafts.alone import check_folder
 from vllm_spechub.engine.model_state import TreeModelState
 from vllm_spechub.engine.request_trees import RequestTrees
 from vllm_spechub.engine.truncation import truncate, truncates
@@ -211,8 +211,7 @@ class TreeProposer(BaseSpeculator, Generic[Carried]):
                 "speculative_config['model'] is missing: name the draft model, a folder or a "
                 "Hugging Face id (--spec-model DRAFT)"
             )
-        if str(model).startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
-            raise ValueError(f"speculative_config['model']: there is no folder {model!r}")
+        check_folder("speculative_config['model']", model)
 
     @classmethod
     def own_options(

@@ -6,9 +6,8 @@ the target's, whatever is drafted, and moves with it; to draft, it needs to read
 """
 
 import torch
-from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 
-from vllm_spechub.engine.combination import MemberBatch
+from vllm_spechub.engine.member_pass import MemberPass
 from vllm_spechub.engine.model_state import TreeModelState
 from vllm_spechub.proposers.base import DraftStep
 from vllm_spechub.proposers.draft_model import DraftModelProposer
@@ -22,23 +21,15 @@ class DraftMember(RootFed, DraftModelProposer):
     def bind(self, model_state: TreeModelState) -> None:
         super().bind(model_state)
         assert model_state.combination is not None  # else nothing chooses this proposer
-        model_state.combination.bind(self)
-
-    @torch.inference_mode()
-    def member_rows(self, batch: MemberBatch) -> torch.Tensor:
-        """Read the target's batch, and write its keys and values to the target's slots.
-
-        Returns:
-            The draft's logits at each of the target's rows, [num_rows, vocab_size]; -inf for tokens
-            that the draft lacks.
-        """
-        tokens = batch.batch.input_ids[: len(batch.positions)]
-        if self.draft_vocab_size < self.vocab_size:
-            tokens = tokens.clamp(max=self.draft_vocab_size - 1)  # it has no rows for the others
-        slots = build_slot_mappings_by_layer(batch.slot_mappings, self.kv_cache_config)
-        metadata = batch.attention(self.attn_groups)
-        hidden = self.run_model(tokens, batch.positions, metadata, slots, None)
-        return self.compute_draft_logits(hidden[batch.batch.logits_indices], 0)
+        member = MemberPass(
+            self.draft_model_config.model,
+            self.model,
+            self.draft_model_config,
+            self.draft_attn_layer_names,
+            self.vllm_config,
+            self.attn_vllm_config,
+        )
+        model_state.combination.members.insert(0, member)
 
     def read(self, step: DraftStep) -> torch.Tensor:
         """Feed the roots. A trial is as wide as a member pass may be.

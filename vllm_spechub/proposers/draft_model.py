@@ -8,14 +8,11 @@ While a schedule asks for no tree, the draft skips the steps in which every requ
 reads what it missed when the schedule asks for trees again.
 """
 
-from bisect import bisect_left
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import ModelConfig
-from vllm.tokenizers import cached_tokenizer_from_config, get_tokenizer
-from vllm.tokenizers.registry import tokenizer_args_from_config
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -24,31 +21,15 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from vllm_spechub.config import AUTO, SpecHubConfig
-from vllm_spechub.drafts.kinds import head_of, tensor_names
-from vllm_spechub.drafts.vocabulary import check_vocabularies, first_line
+from vllm_spechub.drafts.alone import check_fit, head_in
 from vllm_spechub.proposers import first_layers
 from vllm_spechub.proposers.base import DraftStep
 from vllm_spechub.proposers.model_proposer import ModelProposer
+from vllm_spechub.targets.base import OPTION
 from vllm_spechub.trees.measured_schedule import measured_layers
 
 DRAFT_LAYERS = "draft_layers"
 """The option that cuts a draft after so many of its layers."""
-
-
-def _reads(draft: ModelConfig, length: int) -> bool:
-    """Whether vLLM would serve the model with so long a context. Its `max_model_len` does not say
-    so: for some scaled position embeddings (LongRoPE) that is the length before they are scaled.
-    """
-    try:
-        draft.get_and_verify_max_len(length)
-    except ValueError:
-        return False
-    return True
-
-
-def _longest(draft: ModelConfig, too_long: int) -> int:
-    """The longest context that vLLM would serve the model with, below one that is too long."""
-    return bisect_left(range(too_long), True, lo=1, key=lambda n: not _reads(draft, n + 1))
 
 
 class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
@@ -69,6 +50,11 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     ) -> dict[str, Any]:
         own = super().own_options(options, target_model_config)
         if own.get(DRAFT_LAYERS) == AUTO:
+            if options.get(OPTION) is not None:
+                raise ValueError(
+                    f"speculative_config[{DRAFT_LAYERS!r}] is {AUTO!r}, but `vllm-spechub tune` "
+                    f"measures without {OPTION!r}; give a whole number"
+                )
             try:
                 own[DRAFT_LAYERS] = measured_layers(target_model_config.model, options["model"])
             except ValueError as error:
@@ -78,60 +64,17 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
     @classmethod
     def check_config(cls, config: SpecHubConfig) -> None:
         draft, target = config.draft_model_config, config.target_model_config
-        head = head_of(draft.hf_config, tensor_names(draft.model, draft.revision))
+        head = head_in(draft)
         if head is not None:
             raise ValueError(
                 f"speculative_config['model']: {draft.model!r} drafts from the target's hidden "
                 f"states ({head.sign}), but proposer {config.proposer!r} needs a model that runs "
                 "by itself; choose another draft, or leave 'proposer' out"
             )
-        if not _reads(draft, target.max_model_len):
-            most = _longest(draft, target.max_model_len)
-            raise ValueError(
-                f"speculative_config['model']: the draft reads {most} positions, the target "
-                f"{target.max_model_len}; set max_model_len to at most {most}, or lengthen both "
-                "with hf_overrides as a function, which vLLM applies to the draft too"
-            )
-        # vLLM 0.33 would serve the target with a shorter context otherwise
-        draft.max_model_len = max(draft.max_model_len, target.max_model_len)
         layers = config.proposer_options.get(DRAFT_LAYERS)
         if layers is not None:
             first_layers.check_cut(DRAFT_LAYERS, layers, draft, 0)
-        cls.check_tokenizers(draft, target)
-
-    @staticmethod
-    def check_tokenizers(draft: ModelConfig, target: ModelConfig) -> None:
-        """Compare the tokenizers, unless the user says that there is none.
-
-        Raises:
-            ValueError: one line that names the key and what is needed.
-        """
-        try:
-            target_tokenizer = cached_tokenizer_from_config(target)  # the one that requests get
-        except Exception as error:
-            raise ValueError(
-                f"tokenizer: {target.tokenizer!r} has none that can be loaded "
-                f"({first_line(error)}); with skip_tokenizer_init=True the engine takes token ids"
-            ) from error
-        if target_tokenizer is None:
-            return
-        # in the target's format: one repository may hold Mistral's and Hugging Face's
-        mode, *_ = tokenizer_args_from_config(target)
-        options: dict[str, Any] = {}
-        if draft.code_revision is not None:
-            options["code_revision"] = draft.code_revision
-        check_vocabularies(
-            "speculative_config['model']",
-            (draft.get_vocab_size(), target.get_vocab_size()),
-            lambda: get_tokenizer(
-                draft.model,
-                tokenizer_mode=mode,
-                revision=draft.revision,
-                trust_remote_code=draft.trust_remote_code,
-                **options,
-            ),
-            target_tokenizer,
-        )
+        check_fit("speculative_config['model']", "draft", draft, target)
 
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]

@@ -10,12 +10,11 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from copy import copy
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from vllm.config import CUDAGraphMode, VllmConfig, replace
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
@@ -27,6 +26,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_spechub.attention.visibility import TreeAttnMetadata, TreeVisibility
+from vllm_spechub.engine.member_pass import with_own_window
 from vllm_spechub.engine.truncation import truncates
 from vllm_spechub.proposers.base import Carried, DraftStep, TreeProposer
 from vllm_spechub.proposers.cuda_graphs import DraftGraphs, DraftPass, batch_sizes
@@ -137,13 +137,8 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
     def own_sliding_window(self) -> Iterator[None]:
         """Within, a network that is loaded has its own sliding window, where vLLM would give it the
         target's."""
-        draft, shared = self.draft_model_config, self.vllm_config
-        layer_types = getattr(draft.hf_text_config, "layer_types", None)
-        # As vLLM decides for a target: layers of several types each know their own window.
-        uniform = layer_types is None or set(layer_types) == {"sliding_attention"}
-        window = draft.get_sliding_window() if uniform else None
-        self.vllm_config = copy(shared)
-        self.vllm_config.cache_config = replace(shared.cache_config, sliding_window=window)
+        shared = self.vllm_config
+        self.vllm_config = with_own_window(shared, self.draft_model_config)
         try:
             yield
         finally:

@@ -19,7 +19,7 @@ def _init_speculator(original):
         config = vllm_config.speculative_config
         rule = build_rule(config, platform().tree_kernels())
         proposer = PROPOSERS.load(config.proposer)
-        if config.target_distribution is not None:
+        if config.reads_draft:
             from vllm_spechub.proposers.draft_member import DraftMember as proposer
         return proposer(vllm_config, device, rule)
 
