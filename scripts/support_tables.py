@@ -290,7 +290,8 @@ FEATURES = (
     Row(
         ("data parallelism",),
         "works",
-        "for dense models; refused for mixture-of-experts models",
+        "for dense models; refused for mixture-of-experts models; on the CPU, vLLM 0.33 itself "
+        "wants a memory node for each rank, unless `VLLM_CPU_SIM_MULTI_NUMA=0` is set",
         (
             "integration/test_parallel.py::test_data_parallelism",
             "integration/test_refusals.py::test_data_parallel_experts",
