@@ -6,7 +6,6 @@ import asyncio
 import multiprocessing
 import os
 import signal
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -37,9 +36,6 @@ def one_core_each(monkeypatch):
     """For workers that are processes of their own."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    # they import `helpers.decisions`
-    path = os.pathsep.join(sys.path)
-    monkeypatch.setenv("PYTHONPATH", path)
     # Workers of an engine in this process have what it has imported. vLLM would let each import it
     # anew, which takes most of a test's time. No thread is running that a fork would lack.
     fork = multiprocessing.get_context("fork")

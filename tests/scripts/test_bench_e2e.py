@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,9 +56,26 @@ def test_an_engine_that_does_not_start_says_why(tmp_path):
         os.kill(engine.pid, 0)
 
 
+def test_engines_end_with_the_process_that_started_them(tmp_path, monkeypatch):
+    """Those that were started before others, too."""
+    from vllm_spechub.measure.benchmark.engine import EngineProcess
+
+    core = SimpleNamespace(shutdown=lambda timeout: None)
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
+    monkeypatch.setattr("vllm.LLM", lambda **options: llm)
+    engines = [EngineProcess({}, tmp_path / f"{i}.log") for i in range(2)]
+    for engine in engines:
+        engine.wait()
+    for engine in engines:
+        engine._connection.close()  # as if this process had ended
+        engine._process.join(10)
+        assert engine._process.exitcode == 0
+
+
 LEAVING = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 import psutil
 from vllm_spechub.measure.benchmark.engine import EngineProcess, close_all
 

@@ -14,8 +14,11 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 LAST_LINES = 30
+OURS: "WeakSet[Connection]" = WeakSet()
+"""This process's ends of the pipes to its engines."""
 GOODBYE_SECONDS = 30
 
 
@@ -39,7 +42,8 @@ class EngineProcess:
         fork = multiprocessing.get_context("fork")
         self.log = log
         self._connection, theirs = fork.Pipe()
-        self._process = fork.Process(target=_serve, args=(theirs, self._connection, options, log))
+        OURS.add(self._connection)
+        self._process = fork.Process(target=_serve, args=(theirs, options, log))
         self._process.start()
         theirs.close()
 
@@ -105,9 +109,10 @@ def close_all(engines: Iterable[EngineProcess]) -> None:
         engine.join()
 
 
-def _serve(theirs: Connection, ours: Connection, options: dict[str, Any], log: Path) -> None:
+def _serve(theirs: Connection, options: dict[str, Any], log: Path) -> None:
     """Start the engine, report that it is up, then run the functions received until None comes."""
-    ours.close()  # otherwise this process would not notice when the other one ends
+    for ours in OURS:  # otherwise neither this engine nor earlier ones notice when the process ends
+        ours.close()
     os.setsid()  # Ctrl-C goes only to the other process, which then stops this one
     # Collecting vLLM's usage statistics adds seconds to the start.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
