@@ -169,8 +169,8 @@ def test_the_default_rule_stays_unless_another_is_clearly_better():
 
 
 class FakeEngine:
-    """Replaces an engine's process: it decodes nothing, and is interrupted after some calls. Trees by
-    level widths are fast."""
+    """Replaces an engine's process: it decodes nothing, and is interrupted after some calls.
+    Trees by level widths are fast."""
 
     started: list[str]
     calls: list[tuple]
