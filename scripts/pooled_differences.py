@@ -9,16 +9,19 @@ trees, taken at every place before intervals are formed. Writes FOLDER/pooled.cs
 
 import csv
 import itertools
+import json
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import typer
-from study_pair import load_study
 
+from vllm_spechub.drafts.sources import Sources
 from vllm_spechub.offline.simulation.drafts import Plan, Variant
-from vllm_spechub.offline.simulation.report import ROWS_CSV, read_csv
-from vllm_spechub.offline.simulation.study import Row, mean_and_ci, measure
+from vllm_spechub.offline.simulation.load import load
+from vllm_spechub.offline.simulation.report import ROWS_CSV, STUDY_JSON, read_csv
+from vllm_spechub.offline.simulation.study import Row, Sampling, mean_and_ci, measure
 from vllm_spechub.trees.tree import TokenTree
 
 POOLED_CSV = "pooled.csv"
@@ -40,7 +43,12 @@ def main(
     texts: Annotated[int, typer.Option(help="Texts for each prompt.")] = 60,
 ) -> None:
     """Measure differences over trees of several sizes and depths, and pool them."""
-    pair, encoded, sampling = load_study(folder, prompts, None, texts)
+    settings = json.loads((folder / STUDY_JSON).read_text(encoding="utf-8"))["settings"]
+    roots, seed, deepest = settings["roots_per_text"], settings["seed"], max(settings["depth"])
+    sampling = Sampling(texts, settings["tokens"], roots, seed=seed)
+    torch.set_num_threads(1)
+    sources = Sources(settings["target"], settings["draft"])
+    pair, encoded = load(sources, prompts, None, sampling, deepest, None, "float32")
     # by rule: the plan of every setting
     plans: dict[str, dict[tuple[int, str], Plan]] = {}
     for row in read_csv(Row, folder / ROWS_CSV):

@@ -91,8 +91,9 @@ class Options(BaseModel):
     tree: TokenTree | LevelTree = TokenTree.parse(DEFAULT_TREE)
     """The draft tree: a family ("binary:3", "kary:4:2", "chain:5", "caterpillar:5:3"), the list of
     its drafted nodes' parents in breadth-first order, where 0 is the root, the list of its drafted
-    nodes' paths ([[0], [1], [0, 0]]), "auto[:NODES[:DEPTH]]", or the widths of the levels of trees
-    that each step decides ("levels:4,7,9,10")."""
+    nodes' paths ([[0], [1], [0, 0]]), "auto[:NODES[:DEPTH]]", the widths of the levels of trees
+    that each step decides ("levels:4,7,9,10"), or "levels:auto[:NODES[:DEPTH]]" for widths that
+    were measured for the pair."""
     tree_by_batch_size: TreeSchedule | Literal["auto"] | None = None
     """Instead of `tree`, the trees to draft by the number of running requests: [[first, last,
     tree], ...], or "auto" for the schedule that `vllm-spechub tune` measured on this machine."""

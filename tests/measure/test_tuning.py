@@ -169,7 +169,8 @@ def test_the_default_rule_stays_unless_another_is_clearly_better():
 
 
 class FakeEngine:
-    """Replaces an engine's process: it decodes nothing, and is interrupted after some calls."""
+    """Replaces an engine's process: it decodes nothing, and is interrupted after some calls.
+    Trees by level widths are fast."""
 
     started: list[str]
     calls: list[tuple]
@@ -179,6 +180,7 @@ class FakeEngine:
     def __init__(self, options, log):
         config = options["speculative_config"]
         self.name = "plain" if config is None else config.get("title", config["method"])
+        self.fast = config is not None and "levels:" in str(config.get("tree"))
         self.started.append(self.name)
 
     def wait(self):
@@ -189,7 +191,8 @@ class FakeEngine:
         if len(self.calls) == self.stop_after:
             raise KeyboardInterrupt
         self.calls.append((self.name, batch))
-        return Decoded(batch, 100 * batch, 2.0 if self.name == "plain" else 1.0, 50, 50, (25,), 1)
+        seconds = 0.8 if self.fast else 2.0 if self.name == "plain" else 1.0
+        return Decoded(batch, 100 * batch, seconds, 50, 50, (25,), 1)
 
     def ask_to_stop(self):
         pass
@@ -406,6 +409,8 @@ def test_tune_from_end_to_end(draft, kind, fake, monkeypatch, tmp_path):
     assert config["tree_by_batch_size"] == store.measured_schedule(TARGET, draft, kind, "ordered")
     state = json.loads(out.with_suffix(".state.json").read_text())
     assert bool(state["widths"]) == (draft == EAGLE3)
+    (first_tree, *_) = (tree for *_, tree in config["tree_by_batch_size"])
+    assert str(first_tree).startswith("levels:") == (draft == EAGLE3)
     for levels in map(LevelTree.parse, state["widths"].values()):
         size = levels.num_nodes, levels.depth
         assert store.measured_widths(TARGET, draft, "ordered", *size) == levels

@@ -21,7 +21,7 @@ from vllm_spechub.measure.benchmark.interleaved import (
     encode,
     engine_options,
 )
-from vllm_spechub.measure.terminal import progress_bar
+from vllm_spechub.measure.terminal import progress_bar, prompt_counter
 from vllm_spechub.measure.tuning import rates
 from vllm_spechub.measure.tuning.choose import (
     Curve,
@@ -253,11 +253,7 @@ class Tuning:
                 found = [LevelTree.like(tree) for tree in missing]
             else:
                 with progress_bar(self.console, "prompts") as progress:
-                    task = progress.add_task("level widths", total=None)
-
-                    def advance(label: str, done: int, total: int) -> None:
-                        progress.update(task, description=label, completed=done, total=total)
-
+                    advance = prompt_counter(progress)
                     found = rates.measure_widths(self.request, rule, missing, advance)
             widths = zip(missing, found, strict=True)
             self.state.widths |= {str(tree): str(levels) for tree, levels in widths}
