@@ -379,8 +379,8 @@ def _validate(
         )
     if target is not None and given.tree_by_batch_size == AUTO:
         raise ValueError(
-            f"speculative_config['tree_by_batch_size'] is {AUTO!r}, but `vllm-spechub tune` "
-            f"measures without {OPTION!r}; give the ranges, [[FIRST, LAST, TREE], ...]"
+            "speculative_config['tree_by_batch_size'] is 'auto', but `vllm-spechub tune` measures "
+            "without 'target_distribution'; give the ranges, [[FIRST, LAST, TREE], ...]"
         )
     return given
 

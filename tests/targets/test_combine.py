@@ -178,6 +178,7 @@ def test_what_a_request_may_ask_for():
         ({"target_beta": -1}, "target_beta is -1, allowed: a finite number from 0"),
         ({"target_beta": "2"}, "target_beta is '2', allowed: a finite number from 0"),
         ({"target_weight": 1}, "is not a parameter of target_distribution 'contrastive', allowed:"),
+        ({"target_beta": None}, "target_beta is None, allowed: a number, or leave it out"),
         ({"target_distribution": "mixture"}, "is 'mixture', allowed: 'off'"),
         ({"target_distribution": "off", "target_beta": 1}, "without other keys"),
     ):

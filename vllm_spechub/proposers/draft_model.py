@@ -52,8 +52,8 @@ class DraftModelProposer(ModelProposer[torch.Tensor], StandaloneARSpeculator):
         if own.get(DRAFT_LAYERS) == AUTO:
             if options.get(OPTION) is not None:
                 raise ValueError(
-                    f"speculative_config[{DRAFT_LAYERS!r}] is {AUTO!r}, but `vllm-spechub tune` "
-                    f"measures without {OPTION!r}; give a whole number"
+                    "speculative_config['draft_layers'] is 'auto', but `vllm-spechub tune` "
+                    "measures without 'target_distribution'; give a whole number"
                 )
             try:
                 own[DRAFT_LAYERS] = measured_layers(target_model_config.model, options["model"])

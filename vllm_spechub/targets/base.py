@@ -119,12 +119,14 @@ class TargetDistribution(BaseModel):
         if wanted:
             return None
         names = [f"{PREFIX}{name}" for name in self.parameters]
-        for key in given:
+        for key, value in given.items():
             if key not in names:
                 raise ValueError(
                     f"{key} is not a parameter of {OPTION} {self.type!r}, allowed: "
                     f"{', '.join(names)}"
                 )
+            if value is None:  # which would take the draft out
+                raise ValueError(f"{key} is None, allowed: a number, or leave it out")
         changed = {key.removeprefix(PREFIX): value for key, value in given.items()}
         members, weights = self.model_dump()[MEMBERS], changed.pop(MEMBER_WEIGHTS, None)
         if weights is not None:
