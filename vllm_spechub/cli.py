@@ -77,7 +77,9 @@ Temperatures = Annotated[
 ]
 Texts = Annotated[int, typer.Option(min=1, help="Texts to sample from the target per prompt.")]
 Tokens = Annotated[int, typer.Option(min=4, help="Tokens per text.")]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same results.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same results.")
+]
 Device = Annotated[
     str | None,
     typer.Option(help="The PyTorch device.", show_default="CUDA if available, else the CPU"),
@@ -354,15 +356,19 @@ def explain(
             _check_picture(out)
         sources = _sources(target, draft, engine)
         preflight.check_pair(sources, "DRAFT")
-        _parse_rules([rule])
+        preflight.check_text("--prompt", prompt)
+        if rule not in RULES:
+            raise ValueError(f"--rule is {rule!r}, allowed: {', '.join(RULES)}")
         from vllm_spechub.offline import explain
         from vllm_spechub.offline.simulation.load import placement
         from vllm_spechub.offline.simulation.texts import PairDescription
+        from vllm_spechub.rules.base import check_rule
         from vllm_spechub.trees.best_tree import parse_tree
 
         store = _measured()
         measured = partial(store.measured_widths, target, draft, rule) if store else None
         parsed = parse_tree(_read_tree(tree), rule, measured)
+        check_rule(rule, 1.0, [parsed])
         where = placement(device, dtype)
         description = PairDescription.read(sources)
         limit = description.max_positions

@@ -290,14 +290,23 @@ def test_prompts_and_engine_options_are_read(tmp_path, arguments):
         ("[" * 10000, "--engine must be a JSON object"),
         ('{"dtipe": "float32"}', "--engine has 'dtipe', which vLLM does not know"),
         ('{"model": "x"}', "--engine has 'model', which the command gives itself; leave it out"),
+        ('{"hf_overrides": 3}', "--engine has 'hf_overrides': 3, allowed: an object"),
     ):
         assert_refused([*arguments, "--engine", engine], message)
+
+
+def test_what_vllm_refuses_is_named():
+    wrong = '{"max_model_len": "long"}'
+    assert_refused([*TUNE, "--engine", wrong], "max_model_len: Input should be a valid integer")
 
 
 @pytest.mark.parametrize("arguments", [SIMULATE, SHAPE, EXPLAIN], ids=lambda a: a[0])
 def test_options_of_engines_that_do_not_run(arguments):
     message = "--engine has 'dtype', allowed here, where no engine runs: tokenizer, tokenizer_r"
     assert_refused([*arguments, "--engine", '{"dtype": "float32"}'], message)
+    trusted = '{"trust_remote_code": "maybe"}'
+    message = "--engine has 'trust_remote_code': 'maybe', allowed: true or false"
+    assert_refused([*arguments, "--engine", trusted], message)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +319,23 @@ def test_options_of_engines_that_do_not_run(arguments):
 )
 def test_rules_to_tune_draft_trees(rule, message):
     assert_refused([*TUNE, "--rule", rule], message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompt", "caf\udce9"), "--prompt must be text in UTF-8"),
+        (("--rule", "mixed@2"), "--rule is 'mixed@2', allowed: traversal"),
+        (("--rule", "chain"), "rule 'chain' takes one child per node"),
+    ],
+)
+def test_what_explain_shows_is_checked(options, message):
+    assert_refused([*EXPLAIN, *options], message)
+
+
+def test_seeds_that_no_generator_takes():
+    done = run([*SHAPE, "--seed", str(2**32)])
+    assert (done.exit_code, "too late" in repr(done.exception)) == (2, False)
 
 
 @pytest.mark.parametrize("tree", ["[0, 0", "[" * 10000])

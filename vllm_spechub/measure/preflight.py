@@ -28,6 +28,11 @@ GIVEN_BY_COMMANDS = {"model", "speculative_config"}
 """Arguments of `vllm.LLM` that commands give themselves."""
 GUESSED_BY = ("eagle-", "eagle3", "dflash", "dspark")
 """Parts of a draft's path by which vLLM's own methods guess what it is, whatever they are told."""
+OTHER_TYPES = {
+    "trust_remote_code": (bool, "true or false"),
+    "hf_overrides": (dict, "an object"),
+}
+"""Of those options that say where models come from; the others are strings."""
 LONGEST_MESSAGE = 400
 """vLLM's messages may list all models that it knows."""
 
@@ -131,7 +136,9 @@ def _refused(
                 _check_path(str(wanted.get("model")))
             EngineArgs(**options, speculative_config=wanted).create_engine_config()
         except ValidationError as error:
-            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            first = error.errors()[0]
+            message = first["msg"].removeprefix("Value error, ")
+            message = ": ".join([*map(str, first["loc"]), message])
             refused[name] = shorten(message, LONGEST_MESSAGE)
         except Exception as error:  # vLLM raises any kind
             refused[name] = shorten(str(error), LONGEST_MESSAGE) or repr(error)
@@ -174,6 +181,18 @@ def check_output_file(option: str, file: Path) -> None:
     check_output_folder(option, file.parent)
 
 
+def check_text(option: str, text: str) -> None:
+    """Check that tokenizers can read a text. Python hands other bytes of a command line on.
+
+    Raises:
+        ValueError: the text is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{option} must be text in UTF-8 ({error.reason})") from error
+
+
 def parse_object(option: str, text: str) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -187,6 +206,14 @@ def parse_object(option: str, text: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ValueError(f"{option} must be a JSON object, got {text!r}")
     return options
+
+
+def _check_types(option: str, options: Mapping[str, Any]) -> None:
+    """Check the types of what is read before vLLM checks it."""
+    for key in options.keys() & set(OPTIONS):
+        kind, words = OTHER_TYPES.get(key, (str, "a string"))
+        if not isinstance(options[key], kind | None):
+            raise ValueError(f"{option} has {key!r}: {options[key]!r}, allowed: {words}")
 
 
 def parse_engine_options(option: str, text: str) -> dict[str, Any]:
@@ -206,6 +233,7 @@ def parse_engine_options(option: str, text: str) -> dict[str, Any]:
         raise ValueError(f"{option} has {', '.join(map(repr, unknown))}, which vLLM does not know")
     for key in GIVEN_BY_COMMANDS & options.keys():
         raise ValueError(f"{option} has {key!r}, which the command gives itself; leave it out")
+    _check_types(option, options)
     return options
 
 
@@ -220,6 +248,7 @@ def parse_source_options(option: str, text: str) -> dict[str, Any]:
         raise ValueError(
             f"{option} has {key!r}, allowed here, where no engine runs: {', '.join(OPTIONS)}"
         )
+    _check_types(option, options)
     return options
 
 
