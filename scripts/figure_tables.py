@@ -161,7 +161,7 @@ def exits(target: str) -> str:
             longer = (step - emitted * plain) / (emitted - 1 - levels)
             tokens.append(f"{emitted:.2f}")
             speed.append(f"{median(float(row['against_plain']) for row in own):.2f}")
-            pays.append(f"{plain + max(longer, 0):.0f} ms")
+            pays.append(f"{plain + max(longer, 0):.1f} ms")
         rows.append([name, *tokens, *speed, *pays])
     columns = ("tokens/step", "speed", "pays from")
     header = [f"{what}, T = {t}" for what in columns for t, _ in settings]
