@@ -245,7 +245,7 @@ def soak(
     more: Callable[[int], bool],
     seed: int = 0,
 ) -> Report:
-    """Serve random requests, as many at a time as chance has it, and abort about one in eight.
+    """Serve random requests, as many at a time as chance has it, and abort about one in four.
 
     Args:
         prompts: as `LLM.generate` takes them.
