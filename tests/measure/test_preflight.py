@@ -260,7 +260,7 @@ def test_the_device_is_there(arguments, device):
 
 
 @pytest.mark.parametrize("sharpening", ["x", "", "1@2"])
-@pytest.mark.parametrize("arguments", [SIMULATE, SHAPE, EXPLAIN], ids=lambda a: a[0])
+@pytest.mark.parametrize("arguments", [SIMULATE, SHAPE], ids=lambda a: a[0])
 def test_sharpening_is_a_number(arguments, sharpening):
     assert_refused(
         [*arguments, "--rule", f"ordered@{sharpening}"],
