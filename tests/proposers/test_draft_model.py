@@ -14,7 +14,7 @@ from helpers import vocabularies
 from helpers.models import edited
 from helpers.pair import DRAFT, TARGET
 from helpers.vocabularies import add, as_slow_files, beside_mistrals, drop, exchange, pad
-from vllm_spechub.proposers import draft_model
+from vllm_spechub.drafts import alone
 
 DIFFERS = (
     r"^speculative_config\['model'\]: the draft's tokenizer differs from the target's \(first in "
@@ -112,13 +112,13 @@ def test_the_tokenizer_is_of_the_revision_that_is_loaded(hub, tmp_path, revision
 def test_the_tokenizer_is_loaded_as_the_draft_is(monkeypatch):
     """Its code's revision and whether it is trusted."""
     asked = []
-    load = draft_model.get_tokenizer
+    load = alone.get_tokenizer
 
     def get_tokenizer(name, **options):
         asked.append(options)
         return load(name)
 
-    monkeypatch.setattr(draft_model, "get_tokenizer", get_tokenizer)
+    monkeypatch.setattr(alone, "get_tokenizer", get_tokenizer)
     configured(DRAFT)
     configured(DRAFT, trust_remote_code=True, more={"code_revision": "abc"})
     assert "code_revision" not in asked[0]
