@@ -185,7 +185,7 @@ def test_every_node_equals_its_path_decoded_plainly(target, monkeypatch):
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
 
-SAMPLES = 400
+SAMPLES = 600
 
 
 @pytest.mark.parametrize(
