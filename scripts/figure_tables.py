@@ -123,14 +123,43 @@ def expert_steps() -> str:
     return table(["rows", "experts read, expected", "experts, ms", "dense, ms"], rows)
 
 
+LEVELS = 3
+"""Of the tree that `scripts/bench_exits.py` drafts."""
+
+
 def exits(target: str) -> str:
-    """One demo target with drafts of several depths: tokens per step."""
-    by_draft: dict[str, list[str]] = {}
+    """One demo target with drafts of several depths: tokens per step, speed beside plain vLLM's,
+    and from which duration of a plain step a draft would pay. Times are those of the fastest repetitions. Drafts of which an
+    earlier run counted the tokens only come last."""
+    measured = _by(read(DOCS / "benchmarks" / "exits" / f"{target}.csv"))
+    settings = list(dict.fromkeys((t, batch) for t, batch, _ in measured))
+    config = json.loads((SCRIPTS / "demo_pair" / target / "config.json").read_text())
+    rows = []
+    for name in dict.fromkeys(method for *_, method in measured if method != "plain"):
+        tokens, speed, pays = [], [], []
+        for at in settings:
+            own = measured[*at, name]
+            emitted = _acceptance_length(own)
+            step, plain = (
+                min(float(row["ms_per_step"]) for row in found)
+                for found in (own, measured[*at, "plain"])
+            )
+            # an exit's levels become longer with the target, each by its share of the layers
+            share = int(name.split()[2]) / config["num_hidden_layers"]
+            levels = LEVELS * share if name.startswith("early") else 0
+            longer = (step - emitted * plain) / (emitted - 1 - levels)
+            tokens.append(f"{emitted:.2f}")
+            speed.append(f"{emitted * plain / step:.2f}")
+            pays.append(f"{plain + max(longer, 0):.1f} ms")
+        rows.append([name, *tokens, *speed, *pays])
+    counted: dict[str, list[str]] = {}
     for row in read(DOCS / "benchmarks" / "exits" / "exits.csv"):
-        if row["target"] == target:
-            by_draft.setdefault(row["draft"], []).append(f"{float(row['tokens_per_step']):.2f}")
-    rows = [[name, *figures] for name, figures in by_draft.items()]
-    return table([f"draft for `{target}`", "tokens/step, T = 0", "T = 1"], rows)
+        if row["target"] == target and all(row["draft"] != known for known, *_ in rows):
+            counted.setdefault(row["draft"], []).append(f"{float(row['tokens_per_step']):.2f}")
+    rows += [[name, *tokens, *[""] * 2 * len(settings)] for name, tokens in counted.items()]
+    columns = ("tokens/step", "speed", "pays from")
+    header = [f"{what}, T = {t}" for what in columns for t, _ in settings]
+    return table([f"draft for `{target}`", *header], rows)
 
 
 def nested_overlap() -> str:
