@@ -129,8 +129,8 @@ LEVELS = 3
 
 def exits(target: str) -> str:
     """One demo target with drafts of several depths: tokens per step, speed beside plain vLLM's,
-    and from which duration of a plain step a draft would pay. Times are those of the fastest repetitions. Drafts of which an
-    earlier run counted the tokens only come last."""
+    and from which duration of a plain step a draft would pay. Times are those of the fastest
+    repetitions. Drafts of which an earlier run counted the tokens only come last."""
     measured = _by(read(DOCS / "benchmarks" / "exits" / f"{target}.csv"))
     settings = list(dict.fromkeys((t, batch) for t, batch, _ in measured))
     config = json.loads((SCRIPTS / "demo_pair" / target / "config.json").read_text())
