@@ -249,16 +249,22 @@ def heads() -> str:
 
 
 def combined() -> str:
-    """Tokens per step of the demo pair with combined targets."""
-    rows: dict[str, list[str]] = {}
-    measured = read(DOCS / "benchmarks" / "combined" / "tokens.csv")
-    for row in measured:
-        sharpened = "" if row["sharpening"] == "1" else f", `sharpening` {row['sharpening']}"
-        cell = f"{float(row['tokens_per_step']):.2f}"
-        rows.setdefault(f"`{row['tree']}`{sharpened}", []).append(cell)
-    targets = dict.fromkeys(row["target"] for row in measured)
-    columns = ["tree", *(f"`{target}`" for target in targets)]
-    return table(columns, [[name, *cells] for name, cells in rows.items()])
+    """Tokens per step of the demo pair with combined targets, and speed against drafting nothing,
+    the median of the repetitions."""
+    measured: dict[str, dict[str, list[dict[str, str]]]] = {}
+    for row in read(DOCS / "benchmarks" / "combined" / "combined.csv"):
+        if row["tree"] != "none":
+            sharpened = "" if row["sharpening"] == "1" else f", `sharpening` {row['sharpening']}"
+            by_target = measured.setdefault(f"`{row['tree']}`{sharpened}", {})
+            by_target.setdefault(row["target"], []).append(row)
+    rows = []
+    for name, by_target in measured.items():
+        cells = [name]
+        for runs in by_target.values():
+            speed = median(float(run["against_plain"]) for run in runs)
+            cells.append(f"{_acceptance_length(runs):.2f}, {speed:.2f}x")
+        rows.append(cells)
+    return table(["tree", *next(iter(measured.values()))], rows)
 
 
 def ngrams() -> str:
