@@ -222,3 +222,22 @@ def levels(pair: str) -> str:
     head = ["T", "nodes", "depth", "widths", "tokens/step"]
     static = ["static, `traversal`", "static, `mixed`", "the better", "levels, `traversal`"]
     return table(head + [f"- {name}" for name in static], lines)
+
+
+def level_steps() -> str:
+    """The table of the steps of level widths beside those of static trees."""
+    with (FIGURES / "level_steps.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    names = {"draft": "draft model", "eagle3": "EAGLE-3 head"}
+    lines = [
+        [
+            names[row["draft"]],
+            row["tree"],
+            row["batch"],
+            f"{float(row['static_ms']):.1f}",
+            f"{float(row['ratio']):.2f} ({row['lowest'][:4]} to {row['highest'][:4]})",
+        ]
+        for row in rows
+    ]
+    head = ["draft", "tree", "requests", "static, ms", "by levels / static (rounds)"]
+    return table(head, lines)
