@@ -172,7 +172,7 @@ def test_logits_with_truncated_trees_and_preemption(steps, tmp_path):
     fewer = ({"weight": 0.5}, {"members": PROXY["members"]}, {"weight": 0.0})
     for other in fewer:
         assert ensemble({"type": "logits"} | other, target=target) != expected
-    options = {"max_num_batched_tokens": 40, "max_model_len": 160, "num_gpu_blocks_override": 6}
+    options = {"max_num_batched_tokens": 40, "max_model_len": 192, "num_gpu_blocks_override": 7}
     with combining("binary:3", PROXY, model=target, block_size=32, **options) as llm:
         outputs = llm.generate(PROMPTS, greedy(), use_tqdm=False)
         assert token_ids(outputs) == expected
