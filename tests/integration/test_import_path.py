@@ -92,6 +92,7 @@ def test_vllm_run_from_the_root(openais):
     elsewhere = run(LOOK, Path("/"))
     assert elsewhere in (["found False None"], ["found True 3.5.1"])
     assert run(LOOK, ROOT) == elsewhere
-    assert run(LOOK, ROOT, openais) == run(LOOK, Path("/"), openais)
-    if elsewhere == ["found False None"]:
-        assert run(LOOK, ROOT, openais) == ["found True 3.6"]
+    with_openais = ["found True 3.6"]
+    if elsewhere != ["found False None"]:  # its own copy hides it
+        with_openais = run(LOOK, Path("/"), openais)
+    assert run(LOOK, ROOT, openais) == with_openais
