@@ -31,9 +31,9 @@ PAIR = Path(__file__).parent / "demo_pair"
 UNTUNED = {"model": str(PAIR / "nested"), "weight": -0.5}
 TARGETS: dict[str, dict[str, Any]] = {
     "mixture": {"type": "mixture", "weight": 0.3},
-    "logits": {"type": "logits", "weight": 0.5},
     "contrastive": {"type": "contrastive", "beta": 0.5, "alpha": 0.1},
     "proxy tuning": {"type": "logits", "weight": 0.5, "members": [UNTUNED]},
+    "logits": {"type": "logits", "weight": 0.5},
 }
 HEADER = ["target", "tree", "sharpening", "repetition", "tokens_per_step", "against_plain"]
 HEADER += ["ms_per_step", "drafts", "accepted_by_depth"]
