@@ -2,7 +2,6 @@
 """Requests, drafts and target rows that verification and child sampling are measured on."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -56,7 +55,7 @@ class Requests:
         top_p: float,
         device: torch.device,
     ) -> None:
-        from vllm.config import VllmConfig
+        from vllm.config import SpeculativeConfig, VllmConfig
         from vllm.sampling_params import SamplingParams
         from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
         from vllm.v1.worker.gpu.sample.sampler import Sampler
@@ -71,12 +70,8 @@ class Requests:
         self.tree, self.vocab, self.device = tree, vocab, device
         states = RequestState(batch, POSITION + width, num_rows, tree.num_nodes, vocab, device)
         self.sampler = Sampler(VllmConfig(), batch, vocab, device, states)
-        # The parts of the speculative configuration that a rejection sampler reads.
-        self.config = SimpleNamespace(
-            num_speculative_tokens=tree.num_nodes,
-            enable_adaptive_verification=False,
-            rejection_sample_method="standard",
-        )
+        # one that loads nothing, for what a rejection sampler reads of it
+        self.config = SpeculativeConfig(method="ngram", num_speculative_tokens=tree.num_nodes)
         schedule = TreeSchedule.constant(tree)
         history = HistoryProcessors(self.sampler.logits_processors, batch)
         self.tree_sampler = TreeRejectionSampler(
