@@ -630,7 +630,7 @@ FEATURES = (
 
 RUNS = {
     "0.32.0": ("the whole test suite, in CI", "not run"),
-    "0.33.0": ("the test files below, over compiled parts of 0.32.0", "not run"),
+    "0.33.0": ("the whole test suite, over compiled parts of 0.32.0", "not run"),
 }
 """By supported version of vLLM: what was run on the CPU, and on CUDA."""
 
