@@ -141,36 +141,33 @@ LEVELS = 3
 
 def exits(target: str) -> str:
     """One demo target with drafts of several depths: tokens per step, speed beside plain vLLM's,
-    and from which duration of a plain step a draft would pay. Times are those of the fastest
-    repetitions. Drafts of which an earlier run counted the tokens only come last."""
-    measured = _by(read(DOCS / "benchmarks" / "exits" / f"{target}.csv"))
-    settings = list(dict.fromkeys((t, batch) for t, batch, _ in measured))
+    and from which duration of a plain step a draft would pay. Medians of the rounds."""
+    measured: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in read(DOCS / "benchmarks" / "exits" / "exits.csv"):
+        if row["target"] == target:
+            measured.setdefault((row["draft"], row["temperature"]), []).append(row)
+
+    def middle(draft: str, temperature: str, what: str) -> float:
+        return median(float(row[what]) for row in measured[draft, temperature])
+
     config = json.loads((SCRIPTS / "demo_pair" / target / "config.json").read_text())
+    temperatures = list(dict.fromkeys(temperature for _, temperature in measured))
     rows = []
-    for name in dict.fromkeys(method for *_, method in measured if method != "plain"):
+    for name in dict.fromkeys(draft for draft, _ in measured if draft != "plain"):
         tokens, speed, pays = [], [], []
-        for at in settings:
-            own = measured[*at, name]
-            emitted = _acceptance_length(own)
-            step, plain = (
-                min(float(row["ms_per_step"]) for row in found)
-                for found in (own, measured[*at, "plain"])
-            )
+        for t in temperatures:
+            emitted, step = (middle(name, t, what) for what in ("tokens_per_step", "ms_per_step"))
+            plain = middle("plain", t, "ms_per_step")
             # an exit's levels become longer with the target, each by its share of the layers
             share = int(name.split()[2]) / config["num_hidden_layers"]
             levels = LEVELS * share if name.startswith("early") else 0
             longer = (step - emitted * plain) / (emitted - 1 - levels)
             tokens.append(f"{emitted:.2f}")
-            speed.append(f"{emitted * plain / step:.2f}")
+            speed.append(f"{middle(name, t, 'speed'):.2f}")
             pays.append(f"{plain + max(longer, 0):.1f} ms")
         rows.append([name, *tokens, *speed, *pays])
-    counted: dict[str, list[str]] = {}
-    for row in read(DOCS / "benchmarks" / "exits" / "exits.csv"):
-        if row["target"] == target and all(row["draft"] != known for known, *_ in rows):
-            counted.setdefault(row["draft"], []).append(f"{float(row['tokens_per_step']):.2f}")
-    rows += [[name, *tokens, *[""] * 2 * len(settings)] for name, tokens in counted.items()]
     columns = ("tokens/step", "speed", "pays from")
-    header = [f"{what}, T = {t}" for what in columns for t, _ in settings]
+    header = [f"{what}, T = {float(t):g}" for what in columns for t in temperatures]
     return table([f"draft for `{target}`", *header], rows)
 
 
@@ -250,7 +247,7 @@ def heads() -> str:
 
 def combined() -> str:
     """Tokens per step of the demo pair with combined targets, and speed against drafting nothing,
-    the median of the repetitions."""
+    medians of the rounds."""
     measured: dict[str, dict[str, list[dict[str, str]]]] = {}
     for row in read(DOCS / "benchmarks" / "combined" / "combined.csv"):
         if row["tree"] != "none":
@@ -261,8 +258,10 @@ def combined() -> str:
     for name, by_target in measured.items():
         cells = [name]
         for runs in by_target.values():
-            speed = median(float(run["against_plain"]) for run in runs)
-            cells.append(f"{_acceptance_length(runs):.2f}, {speed:.2f}x")
+            emitted, speed = (
+                median(float(run[what]) for run in runs) for what in ("tokens_per_step", "speed")
+            )
+            cells.append(f"{emitted:.2f}, {speed:.2f}x")
         rows.append(cells)
     return table(["tree", *next(iter(measured.values()))], rows)
 
