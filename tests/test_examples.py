@@ -54,7 +54,12 @@ def test_contrastive_decoding(run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "target"), [("eagle_head.py", TARGET), ("early_exit.py", EXIT_TARGET)]
+    ("name", "target"),
+    [
+        ("eagle_head.py", TARGET),
+        ("early_exit.py", EXIT_TARGET),
+        ("nested_draft.py", EXIT_TARGET),
+    ],
 )
 def test_drafts_of_other_kinds(run, capsys, name, target):
     prompts = run(name)["PROMPTS"]
