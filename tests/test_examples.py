@@ -3,10 +3,12 @@
 
 import json
 import runpy
+from shutil import copy
 
 import pytest
+from model_families import FAMILIES
 
-from helpers import multimodal
+from helpers import models, multimodal
 from helpers.engines import engine, greedy_params, settled_heap
 from helpers.pair import DRAFT, EXIT_TARGET, PAIR, ROOT, TARGET
 
@@ -87,3 +89,19 @@ def test_multimodal(run, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("What is in this picture?")
     assert 1.3 < tokens_per_tree(said.splitlines()[-1]) < 6
+
+
+def test_experts(run, tmp_path, capsys):
+    (family,) = (family for family in FAMILIES if family.name == "Qwen 3 MoE")
+    target, draft = models.pair(family, tmp_path)
+    for folder in (target, draft):
+        for file in PAIR.glob("target/tokenizer*"):
+            copy(file, folder)
+    small = {"dtype": "float32", "max_model_len": 256, "kv_cache_memory_bytes": 64 << 20}
+    prompts = run("experts.py", target, draft, **small)["PROMPTS"]
+    said = capsys.readouterr().out
+    trees = [int(line.split()[0]) for line in said.splitlines() if line.endswith(" at a time")]
+    assert trees[0] == 0 < 4 < trees[1]
+    with engine(model=target) as llm:
+        for request in llm.generate(prompts, greedy_params(32, ignore_eos=True), use_tqdm=False):
+            assert request.prompt + request.outputs[0].text in said
