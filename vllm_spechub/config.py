@@ -25,6 +25,7 @@ from vllm.config.utils import config
 
 from vllm_spechub.drafts.alone import check_fit, check_folder, head_in
 from vllm_spechub.drafts.kinds import MODEL, MTP, proposer_for
+from vllm_spechub.drafts.vocabulary import first_line
 from vllm_spechub.registry import METHOD, PROPOSERS, RULES
 from vllm_spechub.targets.base import MEMBERS, OPTION, Member, TargetDistribution, parse_target
 from vllm_spechub.trees.best_tree import parse_tree, shipped_rates
@@ -278,7 +279,7 @@ def create_config(
     except ValidationError as error:
         raise ValueError(one_line(error, _describe).splitlines()[0]) from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"speculative_config: {_first_line(error)}") from error
+        raise ValueError(f"speculative_config: {first_line(error)}") from error
     try:
         rule = RULES.load(spechub.verification)
         rule.check(spechub.verification, spechub.sharpening, spechub.schedule.trees)
@@ -321,7 +322,7 @@ def _beside(option: str, member: Member, spechub: SpecHubConfig) -> BesideTarget
             target_parallel_config=spechub.target_parallel_config,
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"{option}: {_first_line(error)}") from error
+        raise ValueError(f"{option}: {first_line(error)}") from error
     head = head_in(beside.draft_model_config)
     if head is not None:
         raise ValueError(
@@ -330,10 +331,6 @@ def _beside(option: str, member: Member, spechub: SpecHubConfig) -> BesideTarget
         )
     check_fit(option, "member", beside.draft_model_config, spechub.target_model_config)
     return beside
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _declared_by_proposer(options: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ is as true as the target's, whatever is drafted, and moves with it.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -107,16 +108,26 @@ class MemberPass:
         attn_metadata: dict[str, Any] | None,
         slot_mappings: dict[str, torch.Tensor] | None,
     ) -> torch.Tensor:
-        with set_forward_context(
-            attn_metadata,
-            self.vllm_config,
-            num_tokens=len(tokens),
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            slot_mapping=slot_mappings,
-            batch_descriptor=BatchDescriptor(num_tokens=len(tokens)),
-        ):
+        with eager_context(self.vllm_config, len(tokens), attn_metadata, slot_mappings):
             hidden = self.model(input_ids=tokens, positions=positions)
         return hidden[0] if isinstance(hidden, tuple) else hidden
+
+
+def eager_context(
+    vllm_config: VllmConfig,
+    num_tokens: int,
+    attn_metadata: dict[str, Any] | None,
+    slot_mappings: dict[str, torch.Tensor] | None,
+) -> AbstractContextManager[None]:
+    """What vLLM's layers need to know of a pass that is no graph's by itself."""
+    return set_forward_context(
+        attn_metadata,
+        vllm_config,
+        num_tokens=num_tokens,
+        cudagraph_runtime_mode=CUDAGraphMode.NONE,
+        slot_mapping=slot_mappings,
+        batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
+    )
 
 
 def with_own_window(vllm_config: VllmConfig, model: ModelConfig) -> VllmConfig:

@@ -14,6 +14,7 @@ import torch
 from vllm.config import ModelConfig
 
 from vllm_spechub.attention.visibility import TreeVisibility
+from vllm_spechub.engine.member_pass import eager_context
 from vllm_spechub.proposers import first_layers
 from vllm_spechub.proposers.base import DraftStep
 from vllm_spechub.proposers.root_feed import RootFed
@@ -82,7 +83,7 @@ class EarlyExitProposer(RootFed):
         slot_mappings: dict[str, torch.Tensor] | None,
         fed: torch.Tensor | None,
     ) -> torch.Tensor:
-        with self.forward_context(tokens, attn_metadata, slot_mappings):
+        with eager_context(self.vllm_config, len(tokens), attn_metadata, slot_mappings):
             return self.model(input_ids=tokens, positions=positions)
 
     def run_pass(

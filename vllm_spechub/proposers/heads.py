@@ -31,6 +31,7 @@ from vllm_spechub.drafts.kinds import (
     named_head,
     tensor_names,
 )
+from vllm_spechub.engine.member_pass import eager_context
 from vllm_spechub.proposers.base import DraftStep
 from vllm_spechub.proposers.model_proposer import ModelProposer
 from vllm_spechub.rules.base import VerificationRule
@@ -124,7 +125,7 @@ class HeadProposer(ModelProposer[torch.Tensor]):
         # [num_tokens, hidden_size]
         fed: torch.Tensor | None,
     ) -> torch.Tensor:
-        with self.forward_context(tokens, attn_metadata, slot_mappings):
+        with eager_context(self.vllm_config, len(tokens), attn_metadata, slot_mappings):
             given = self.model(input_ids=tokens, positions=positions, hidden_states=fed)
         if not isinstance(given, tuple):
             return given.unsqueeze(1)

@@ -9,13 +9,12 @@ no compaction.
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -115,23 +114,6 @@ class ModelProposer(TreeProposer[Carried], DraftModelSpeculator):
     ) -> torch.Tensor:
         """Run the network once. Returns hidden states, one or several per token, [num_tokens, ...,
         hidden_size]."""
-
-    def forward_context(
-        self,
-        # [num_tokens]
-        tokens: torch.Tensor,
-        attn_metadata: dict[str, Any] | None,
-        slot_mappings: dict[str, torch.Tensor] | None,
-    ) -> AbstractContextManager[None]:
-        """What vLLM's layers need to know of a pass that is no graph's by itself."""
-        return set_forward_context(
-            attn_metadata,
-            self.vllm_config,
-            num_tokens=len(tokens),
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            slot_mapping=slot_mappings,
-            batch_descriptor=BatchDescriptor(num_tokens=len(tokens)),
-        )
 
     @contextmanager
     def own_sliding_window(self) -> Iterator[None]:
